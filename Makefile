@@ -1,0 +1,69 @@
+# Each target makes .venv and installs what it lacks; a second run starts at once. `make help` lists the targets.
+#
+#   make demo PYTHON=python3.12                 another interpreter
+#   make demo TORCH_PIP_ARGS="--index-url ..."  another build of torch (see CONTRIBUTING.md, "Which torch")
+#   make test PYTEST_ARGS="-n 0 -k layout"      part of the tests
+
+# The first of these that really runs: a version manager's python3.11 may exist and yet refuse to start.
+PYTHON ?= $(or $(shell for py in python3.11 python3; do $$py -c '' 2>/dev/null && echo $$py && break; done),python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH_PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+# Stamps say what is installed. Each is written last, so an interrupted install is taken up again.
+TORCH := $(VENV)/.stamp-torch
+CORE := $(VENV)/.stamp-core
+DEV := $(VENV)/.stamp-dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test test-slow style quality train-tiny clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(DEV)  ## make .venv with all that development needs
+
+demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU, core install only)
+	@$(BIN)/multiverse demo
+
+test: $(DEV)  ## run the default tests (offline, CPU)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(DEV)  ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+style: $(DEV)  ## format the code and fix what ruff can fix
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+quality: $(DEV)  ## check lint, format and the direction of imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/lint-imports
+
+train-tiny: $(DEV)  ## train the embedded model from its recipe
+	$(BIN)/accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
+
+clean:  ## remove caches and build outputs (.venv stays)
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch first and alone: resolved together with the rest, pip may fetch gigabytes of CUDA for a machine without a GPU.
+$(TORCH): constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "multiverse_hf needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo not there)." >&2; \
+		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@{ test -f $(BIN)/activate && $(PIP) --version >/dev/null 2>&1; } || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt $(TORCH_PIP_ARGS) torch
+	@touch $@
+
+$(CORE): $(TORCH) pyproject.toml
+	$(PIP) install -q -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(TORCH) pyproject.toml
+	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	@touch $(CORE) $@

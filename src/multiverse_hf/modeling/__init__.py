@@ -1,0 +1,1 @@
+"""What a checkpoint needs at run time: tags, layout, attention, cache, engine and the model class."""

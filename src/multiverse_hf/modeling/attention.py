@@ -1,0 +1,172 @@
+"""Attention masks from a layout, in the form each attention implementation of transformers takes.
+
+Shapes: B rows, L tokens a row, S segments, Q query tokens, K key tokens.
+"""
+
+from typing import Any
+
+import torch
+
+from .layout import build_layout
+from .tags import TagSet
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+def layer_kinds(config: Any) -> set[str]:
+    """Give the kinds of attention layer a model has, as :data:`FULL` and :data:`SLIDING`.
+
+    Raises:
+        ValueError: if a layer is of another kind: its state cannot hold paths side by side and merge them.
+    """
+    kinds = set(getattr(config, "layer_types", None) or [])
+    if not kinds:
+        kinds = {SLIDING if getattr(config, "sliding_window", None) else FULL}
+    if kinds - {FULL, SLIDING}:
+        raise ValueError(
+            f"{config.model_type} has {', '.join(sorted(kinds - {FULL, SLIDING}))} layers; Multiverse merges paths in "
+            "softmax attention only, so choose a model whose layers are all full or sliding-window attention"
+        )
+    return kinds
+
+
+def pad_layouts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tags: TagSet
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lay out every row of a batch.
+
+    Args:
+        input_ids: (B, L) token ids.
+        attention_mask: (B, L), nonzero at real tokens, or None if all are real.
+        tags: the control tags.
+
+    Returns:
+        position_ids (B, L) int64 (0 at padding), segment_ids (B, L) int64 (0 at padding), visible (B, S, S) bool; on
+        the device of ``input_ids``.
+    """
+    ids = input_ids.cpu()
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    layouts = [build_layout(row[keep], tags) for row, keep in zip(ids, real, strict=True)]
+    position_ids, segment_ids = torch.zeros_like(ids), torch.zeros_like(ids)
+    size = max(len(layout.visible) for layout in layouts)
+    visible = torch.zeros(len(ids), size, size, dtype=torch.bool)
+    for row, (layout, keep) in enumerate(zip(layouts, real, strict=True)):
+        position_ids[row, keep] = layout.position_ids
+        segment_ids[row, keep] = layout.segment_ids
+        visible[row, : len(layout.visible), : len(layout.visible)] = layout.visible
+    device = input_ids.device
+    return position_ids.to(device), segment_ids.to(device), visible.to(device)
+
+
+def dense_mask(
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor,
+    visible: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Give the mask of whole documents, (B, 1, L, L) bool, True where the row's token attends to the column's.
+
+    A padding token attends to itself, so that no row is empty. ``window`` counts positions, not tokens.
+    """
+    batch = torch.arange(len(segment_ids), device=segment_ids.device)[:, None, None]
+    mask = visible[batch, segment_ids[:, :, None], segment_ids[:, None, :]]
+    mask = mask.tril()
+    if window is not None:
+        mask = mask & (position_ids[:, :, None] - position_ids[:, None, :] < window)
+    if attention_mask is not None:
+        mask = mask & (attention_mask[:, None, :] != 0)
+    mask = mask | torch.eye(mask.shape[-1], dtype=torch.bool, device=mask.device)
+    return mask[:, None]
+
+
+def block_mask(
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor,
+    visible: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    window: int | None = None,
+) -> Any:
+    """Give the same mask as :func:`dense_mask` as a flex_attention BlockMask, without an L x L tensor."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    real = torch.ones_like(segment_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        seen = (q >= k) & visible[b, segment_ids[b, q], segment_ids[b, k]] & real[b, k]
+        if window is not None:
+            seen = seen & (position_ids[b, q] - position_ids[b, k] < window)
+        return seen | (q == k)
+
+    batch, length = segment_ids.shape
+    return create_block_mask(mask_mod, batch, None, length, length, device=str(segment_ids.device))
+
+
+def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Turn a bool mask into the float one that eager attention adds to its scores."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def document_masks(
+    config: Any,
+    dtype: torch.dtype,
+    position_ids: torch.Tensor,
+    segment_ids: torch.Tensor,
+    visible: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> Any:
+    """Give the ``attention_mask`` argument that makes a backbone follow a layout.
+
+    Returns:
+        A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), or, where a model has both
+        full and sliding layers, a dict of them by kind.
+
+    Raises:
+        ValueError: if the model's attention implementation cannot follow a layout.
+    """
+    implementation = config._attn_implementation
+    if "flash" in implementation:
+        raise ValueError(
+            f"attn_implementation={implementation!r} cannot mask sibling paths; load the model with "
+            "attn_implementation='sdpa' or 'flex_attention', or give it documents without parallel blocks"
+        )
+    masks = {}
+    for kind in layer_kinds(config):
+        window = config.sliding_window if kind == SLIDING else None
+        if implementation == "flex_attention":
+            masks[kind] = block_mask(position_ids, segment_ids, visible, attention_mask, window)
+        else:
+            mask = dense_mask(position_ids, segment_ids, visible, attention_mask, window)
+            masks[kind] = to_additive(mask, dtype) if implementation == "eager" else mask
+    return masks if len(masks) > 1 else masks.popitem()[1]
+
+
+class LayoutHook:
+    """Forward pre-hook of a backbone: given ids alone, it lays them out.
+
+    Sits on the backbone, not on the causal LM, because trainers call the backbone directly for their fused loss.
+    Rows without a closed goal go through untouched: exactly the base model, with any attention kernel.
+    """
+
+    def __init__(self, tags: TagSet) -> None:
+        self.tags = tags
+        self._goal_end = tags.close("goal")
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+        segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
+        input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+            return (), kwargs  # the caller brought its own mask
+        if segment_ids is None:
+            if input_ids is None or kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None:
+                return (), kwargs
+            if not bool((input_ids == self._goal_end).any()):
+                return (), kwargs
+            kwargs["position_ids"], segment_ids, visible = pad_layouts(input_ids, mask, self.tags)
+        dtype = next(module.parameters()).dtype
+        kwargs["attention_mask"] = document_masks(
+            module.config, dtype, kwargs["position_ids"], segment_ids, visible, mask
+        )
+        return (), kwargs

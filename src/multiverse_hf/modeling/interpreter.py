@@ -1,0 +1,248 @@
+"""What a branch's tokens mean: which tags may come next, what a tag does, and how to close what is open.
+
+A pure state machine over token ids, without a model. What a tag *does* is decided by the layout's own
+:class:`~.layout.Scanner`; this module adds what only generation needs: the stage inside a block, the outlines' labels,
+the tags a guided answer may not write here, and the tokens that bring a cut-off branch to a well-formed end.
+"""
+
+import copy
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from .layout import Event, Scanner
+from .tags import TagSet
+
+
+class Stage(Enum):
+    """Where a branch stands in the grammar of a block."""
+
+    TEXT = auto()  # free text: outside any block, or inside a path
+    ARMED = auto()  # <Parallel> read, <Goal> to come
+    GOAL = auto()  # inside the goal, between outlines
+    OUTLINE = auto()  # inside an outline
+    FORKED = auto()  # a path begins, its <Path> to come
+    REDUCED = auto()  # the paths are merged, <Conclusion> to come
+    CONCLUSION = auto()  # inside the conclusion
+    CONCLUDED = auto()  # </Conclusion> read, </Parallel> to come
+
+
+# The longest label taken over from an outline, in tokens; a longer one is replaced by the ordinal.
+MAX_LABEL_TOKENS = 8
+
+
+@dataclass(slots=True)
+class Structure:
+    """State of one branch, or of a whole document read from left to right."""
+
+    tags: TagSet
+    scanner: Scanner = field(init=False)
+    stage: Stage = Stage.TEXT
+    thinking: bool = False
+    outlines: list[list[int]] = field(default_factory=list)  # of the goal being written
+    labels: list[list[list[int]]] = field(default_factory=list)  # of every open block, one per path
+    malformed: int = 0  # tags that fitted no rule
+
+    def __post_init__(self) -> None:
+        self.scanner = Scanner(self.tags)
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks whose paths are being written around this point."""
+        return len(self.scanner.open_blocks)
+
+    def feed(self, token: int) -> Event:
+        """Take the next token and say what it does.
+
+        After ``FORK`` this state is that of the first path; after ``REDUCE`` that of the text after the paths.
+        """
+        tags = self.tags
+        if token not in tags.roles:
+            if self.stage is Stage.OUTLINE:
+                self.outlines[-1].append(token)
+            return Event.TEXT
+        if token in self.forbidden():
+            self.malformed += 1
+        in_goal = self.scanner.num_outlines is not None
+        event = self.scanner.feed(token)
+        role, opens = tags.roles[token]
+        if event is Event.FORK:
+            labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
+            self.labels.append(
+                [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
+            )
+            self.outlines = []
+            self.stage = Stage.FORKED
+        elif event is Event.NEXT_PATH:
+            self.stage = Stage.FORKED
+        elif event is Event.REDUCE:
+            self.labels.pop()
+            self.stage = Stage.REDUCED
+        elif in_goal:
+            if role == "outline":
+                if opens and self.stage is Stage.GOAL:
+                    self.outlines.append([])
+                self.stage = Stage.OUTLINE if self.scanner.in_outline else Stage.GOAL
+            elif self.scanner.num_outlines is None:  # an empty goal: it goes on as text
+                self.malformed += 1
+                self.stage = Stage.TEXT
+        elif role == "think":
+            if self.depth == 0:
+                self.thinking = opens
+        elif role == "parallel":
+            self.stage = Stage.ARMED if opens else Stage.TEXT
+        elif role == "goal" and self.scanner.num_outlines is not None:
+            self.stage, self.outlines = Stage.GOAL, []
+        elif role == "path" and opens and self.stage is Stage.FORKED:
+            self.stage = Stage.TEXT
+        elif role == "conclusion":
+            if opens and self.stage is Stage.REDUCED:
+                self.stage = Stage.CONCLUSION
+            elif not opens and self.stage is Stage.CONCLUSION:
+                self.stage = Stage.CONCLUDED if tags.names.parallel is not None else Stage.TEXT
+        return event
+
+    def path_prefix(self, path: int) -> list[int]:
+        """Give what the engine writes at the start of a path of the innermost open block."""
+        return self.tags.path_prefix(self.labels[-1][path])
+
+    def for_path(self, path: int) -> "Structure":
+        """Give the state of a path of the innermost open block, ready for its first token."""
+        other = self.copy()
+        other.scanner.open_blocks[-1].path = path
+        other.stage = Stage.FORKED
+        other.malformed = 0
+        return other
+
+    def after_reduce(self) -> "Structure":
+        """Give the state that follows the last path of the innermost open block."""
+        other = self.copy()
+        other.scanner.open_blocks.pop()
+        other.labels.pop()
+        other.stage = Stage.REDUCED
+        other.malformed = 0
+        return other
+
+    def copy(self) -> "Structure":
+        """Give an independent copy; label and outline lists are shared, none is written to once it is stored."""
+        other = copy.copy(self)
+        other.scanner = copy.copy(self.scanner)
+        other.scanner.open_blocks = [copy.copy(block) for block in self.scanner.open_blocks]
+        other.outlines, other.labels = list(self.outlines), list(self.labels)
+        return other
+
+    # What may come next
+
+    def forbidden(self, may_open: bool = True, may_outline: bool = True) -> frozenset[int]:
+        """Give the control tags the grammar does not allow as the next token.
+
+        Args:
+            may_open: a block may begin here, as far as the limits go.
+            may_outline: a further outline may begin here, as far as the limits go.
+        """
+        key = (
+            self.stage,
+            self.depth > 0,
+            self.thinking,
+            may_open,
+            may_outline and self.stage is Stage.GOAL,
+            bool(self.outlines),
+        )
+        if key not in self.tags.forbidden_cache:
+            self.tags.forbidden_cache[key] = frozenset(self.tags.control_ids) - self._allowed(may_open, may_outline)
+        return self.tags.forbidden_cache[key]
+
+    def _allowed(self, may_open: bool, may_outline: bool) -> set[int]:
+        tags, stage = self.tags, self.stage
+        allowed: list[int | None] = []
+        if stage is Stage.TEXT:
+            if may_open:
+                allowed.append(tags.open("goal") if tags.names.parallel is None else tags.open("parallel"))
+            if self.depth:
+                allowed.append(tags.close("path"))
+            else:
+                allowed.append(tags.close("think") if self.thinking else tags.open("think"))
+        elif stage is Stage.ARMED:
+            allowed.append(tags.open("goal"))
+        elif stage is Stage.GOAL:
+            if may_outline or not self.outlines:
+                allowed.append(tags.open("outline"))
+            if self.outlines:
+                allowed.append(tags.close("goal"))
+        elif stage is Stage.OUTLINE:
+            allowed.append(tags.close("outline"))
+        elif stage is Stage.FORKED:
+            allowed.append(tags.open("path"))
+        elif stage is Stage.REDUCED:
+            allowed.append(tags.open("conclusion"))
+        elif stage is Stage.CONCLUSION:
+            allowed.append(tags.close("conclusion"))
+        elif stage is Stage.CONCLUDED:
+            allowed.append(tags.close("parallel"))
+        return {token for token in allowed if token is not None}
+
+    def over_limit(self, may_open: bool, may_outline: bool) -> frozenset[int]:
+        """Give the tags that would break a limit here, whatever the grammar says (``structure="lenient"``)."""
+        tags, over = self.tags, set()
+        if not may_open:
+            over |= {tags.open("parallel"), tags.open("goal")} if self.stage is not Stage.ARMED else set()
+        if not may_outline and self.stage is Stage.GOAL and self.outlines:
+            over.add(tags.open("outline"))
+        return frozenset(token for token in over if token is not None)
+
+    # Closing what is open
+
+    def closing_tokens(self) -> list[int]:
+        """Give the tokens that end what this branch is in the middle of: a goal (it then forks), a conclusion, its
+        path, or, outside every block, the thinking. Empty when nothing is open."""
+        tags, newline = self.tags, self.tags.newline
+        if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
+            tokens = [tags.open("goal")] if self.stage is Stage.ARMED else []
+            if not self.outlines:
+                tokens += [tags.open("outline"), *tags.ordinal(1), tags.close("outline")]
+            elif self.stage is Stage.OUTLINE:
+                tokens.append(tags.close("outline"))
+            return [*tokens, tags.close("goal")]
+        tokens = []
+        if self.stage is Stage.REDUCED:
+            tokens += tags.conclusion_prefix()
+        if self.stage in (Stage.REDUCED, Stage.CONCLUSION):
+            tokens += [*newline, tags.close("conclusion")]
+        if self.stage in (Stage.REDUCED, Stage.CONCLUSION, Stage.CONCLUDED) and tags.names.parallel is not None:
+            tokens += [*newline, tags.close("parallel")]
+        if self.depth:
+            if self.stage is Stage.FORKED:
+                tokens += self.path_prefix(self.scanner.open_blocks[-1].path)
+            tokens += [*newline, tags.close("path")]
+        elif self.thinking:
+            tokens += [*newline, tags.close("think")]
+        return tokens
+
+    def closing_length(self, keep: int = -1) -> int:
+        """Bound the positions it takes to close this branch.
+
+        Args:
+            keep: how many of the blocks around it stay open; -1 ends the whole answer.
+        """
+        tags = self.tags
+        path_end = len(tags.newline) + 1
+        reduce = len(tags.conclusion_prefix()) + path_end + (path_end if tags.names.parallel is not None else 0)
+        levels = self.depth - max(keep, 0)
+        length = levels * path_end + (levels - (keep >= 0)) * reduce
+        if keep < 0 and self.thinking:
+            length += path_end
+        if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
+            length += self.opening_length() + reduce
+        elif self.stage is not Stage.TEXT:
+            length += len(tags.path_prefix([])) + MAX_LABEL_TOKENS if self.stage is Stage.FORKED else reduce
+        return length
+
+    def opening_length(self) -> int:
+        """Bound the positions from a block's open tag to the end of an empty path of it, in tokens."""
+        tags = self.tags
+        goal = 6 + len(tags.ordinal(1))
+        return goal + len(tags.path_prefix([])) + MAX_LABEL_TOKENS + len(tags.newline) + 1
+
+    def closing_tokens_bound(self) -> int:
+        """Bound the tokens, over all paths still to come, it takes to close this branch's own path or goal."""
+        path = len(self.tags.path_prefix([])) + MAX_LABEL_TOKENS + len(self.tags.newline) + 1
+        return self.closing_length(max(self.depth - 1, 0)) + max(len(self.outlines) - 1, 0) * path

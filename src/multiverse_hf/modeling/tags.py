@@ -1,0 +1,287 @@
+"""The control tags: their names, their token ids, and the text the engine writes at a fork and at a reduce.
+
+Everything that knows how a tag is spelled goes through this module, so another family with the same semantics is
+another :class:`TagNames`, not another code path. Imports no torch.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ROLES = ("think", "parallel", "goal", "outline", "path", "conclusion")
+
+# Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms.
+_TAG_BREAK = "\ue000"
+
+
+@dataclass(frozen=True, slots=True)
+class TagNames:
+    """Names of the control tags, and the text written for the model at a fork and at a reduce.
+
+    ``think`` and ``parallel`` may be None. Without ``parallel`` a block begins at the goal's open tag and ends at the
+    conclusion's close tag (the NPR family).
+    """
+
+    think: str | None = "Think"
+    parallel: str | None = "Parallel"
+    goal: str = "Goal"
+    outline: str = "Outline"
+    path: str = "Path"
+    conclusion: str = "Conclusion"
+
+    def __post_init__(self) -> None:
+        names = [name for _, name in self.items()]
+        for name in names:
+            if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
+                raise ValueError(f"a tag name is a word such as 'Goal', got {name!r}")
+        if len(set(names)) != len(names):
+            raise ValueError(f"tag names must differ from each other, got {names}")
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """Give (role, name) for every tag this family has, in :data:`ROLES` order."""
+        for role in ROLES:
+            name = getattr(self, role)
+            if name is not None:
+                yield role, name
+
+    def open(self, role: str) -> str:
+        """Give the open tag of a role, e.g. ``<Goal>``."""
+        return f"<{getattr(self, role)}>"
+
+    def close(self, role: str) -> str:
+        """Give the close tag of a role, e.g. ``</Goal>``."""
+        return f"</{getattr(self, role)}>"
+
+    @property
+    def tokens(self) -> list[str]:
+        """All tags, open and close, in :data:`ROLES` order."""
+        return [tag for role, _ in self.items() for tag in (self.open(role), self.close(role))]
+
+
+MULTIVERSE = TagNames()
+NPR = TagNames(think=None, parallel=None, goal="guideline", outline="plan", path="step", conclusion="takeaway")
+PRESETS = {"multiverse": MULTIVERSE, "npr": NPR}
+
+# A label as it opens an outline: "1:", "2.1:".
+LABEL = re.compile(r"\s*(\d+(?:\.\d+)*):")
+
+
+@dataclass(frozen=True)
+class TagSet:
+    """The control tags of one tokenizer, as token ids. Stored in ``config.multiverse`` of a checkpoint.
+
+    Args:
+        names: how the tags are spelled.
+        ids: token id of every tag, keyed ``"<Goal>"``, ``"</Goal>"`` and so on.
+        newline: ids of one newline.
+        colon: ids of ``:``.
+        digits: ids of ``0`` to ``9`` and of ``.``, keyed by that text; labels are spelled with them.
+        label_pieces: text of every token that can stand in a label, keyed by id: digits, ``.``, ``:`` and white space.
+    """
+
+    names: TagNames
+    ids: dict[str, int]
+    newline: list[int]
+    colon: list[int]
+    digits: dict[str, list[int]]
+    label_pieces: dict[int, str] = field(repr=False)
+    roles: dict[int, tuple[str, bool]] = field(init=False, repr=False, compare=False)  # id -> (role, is an open tag)
+    forbidden_cache: dict[Any, frozenset[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        missing = [tag for tag in self.names.tokens if tag not in self.ids]
+        if missing:
+            raise ValueError(f"no token id for {', '.join(missing)}; build the tag set with TagSet.from_tokenizer")
+        roles = {}
+        for role, _ in self.names.items():
+            roles[self.ids[self.names.open(role)]] = (role, True)
+            roles[self.ids[self.names.close(role)]] = (role, False)
+        object.__setattr__(self, "roles", roles)
+
+    def open(self, role: str) -> int | None:
+        """Give the token id of a role's open tag, None where the family has no such tag."""
+        return self.ids.get(self.names.open(role))
+
+    def close(self, role: str) -> int | None:
+        """Give the token id of a role's close tag, None where the family has no such tag."""
+        return self.ids.get(self.names.close(role))
+
+    @property
+    def control_ids(self) -> list[int]:
+        """Token ids of all tags, in :data:`ROLES` order, open before close."""
+        return [self.ids[tag] for tag in self.names.tokens]
+
+    def ordinal(self, number: int) -> list[int]:
+        """Spell ``number`` and a colon, e.g. ``12:``."""
+        return [i for digit in str(number) for i in self.digits[digit]] + self.colon
+
+    def label(self, outline: Sequence[int], ordinal: int) -> list[int]:
+        """Give the label a path is started with: its outline's own, else its ordinal.
+
+        Args:
+            outline: token ids between ``<Outline>`` and ``</Outline>``.
+            ordinal: 1 for the first outline of a block.
+
+        Returns:
+            Token ids of e.g. ``1:`` or ``2.1:``, taken from the outline as they stand there.
+        """
+        label: list[int] = []
+        for token in outline:
+            piece = self.label_pieces.get(token)
+            if piece is None:
+                break
+            if piece == ":":
+                text = "".join(self.label_pieces[i] for i in label)
+                if re.fullmatch(r"\d+(\.\d+)*", text):
+                    return [*label, *self.colon]
+                break
+            if piece.strip():
+                label.append(token)
+            elif label:
+                break
+        return self.ordinal(ordinal)
+
+    def path_prefix(self, label: Sequence[int]) -> list[int]:
+        """Give the forced start of a path, e.g. ``\\n<Path>\\n1:``."""
+        return [*self.newline, self.ids[self.names.open("path")], *self.newline, *label]
+
+    def conclusion_prefix(self) -> list[int]:
+        """Give the forced start of a reduce, ``\\n<Conclusion>\\n``."""
+        return [*self.newline, self.ids[self.names.open("conclusion")], *self.newline]
+
+    @classmethod
+    def from_tokenizer(cls, tokenizer: Any, names: TagNames | str | None = None) -> "TagSet":
+        """Read the tags of a tokenizer that has them.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            names: the family, a preset's name, or None to take the first preset whose tags are all there.
+
+        Raises:
+            ValueError: if a tag is not one token of this tokenizer.
+        """
+        if isinstance(names, str):
+            if names not in PRESETS:
+                raise ValueError(f"unknown tag family {names!r}; choose one of {', '.join(PRESETS)} or pass TagNames")
+            names = PRESETS[names]
+        vocab = tokenizer.get_vocab()
+        if names is None:
+            names = next((preset for preset in PRESETS.values() if all(t in vocab for t in preset.tokens)), MULTIVERSE)
+        missing = [tag for tag in names.tokens if tag not in vocab]
+        if missing:
+            raise ValueError(
+                f"the tokenizer has no token for {', '.join(missing)}; add the tags with "
+                "TagSet.add_to(tokenizer) and resize the embeddings, or pass the names its tags have"
+            )
+
+        def encode(text: str) -> list[int]:
+            return list(tokenizer.encode(text, add_special_tokens=False))
+
+        # Encoded between two tags, as they stand in a document; alone some tokenizers would put a space before them.
+        tag = vocab[names.open("path")]
+
+        def encode_after_tag(text: str) -> list[int]:
+            ids = encode(names.open("path") + text)
+            return ids[ids.index(tag) + 1 :]
+
+        pieces: dict[int, str] = {}
+        for token, token_id in vocab.items():
+            text = re.sub(r"[ĠĊĉĠ▁\s]+", " ", token)
+            if re.fullmatch(r" |:|\d{1,2}|\.", text):
+                pieces[int(token_id)] = text
+        newline = encode_after_tag("\n" + names.open("path"))[:-1]
+        colon = encode_after_tag("1:")[len(encode_after_tag("1")) :] or encode(":")
+        for token_id in newline:
+            pieces[token_id] = " "
+        if len(colon) == 1:
+            pieces[colon[0]] = ":"
+        digits = {digit: encode_after_tag("\n" + digit)[len(newline) :] for digit in "0123456789."}
+        ids = {tag: int(vocab[tag]) for tag in names.tokens}
+        return cls(names, ids, newline, colon, digits, pieces)
+
+    @classmethod
+    def add_to(cls, tokenizer: Any, names: TagNames = MULTIVERSE) -> "TagSet":
+        """Add the tags a tokenizer lacks, as tokens that ``skip_special_tokens=True`` keeps, and read the set."""
+        from transformers import AddedToken
+
+        vocab = tokenizer.get_vocab()
+        new = [AddedToken(tag, normalized=False, special=False) for tag in names.tokens if tag not in vocab]
+        tokenizer.add_tokens(new)
+        return cls.from_tokenizer(tokenizer, names)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the JSON form that ``config.multiverse`` holds."""
+        return {
+            "names": {role: getattr(self.names, role) for role in ROLES},
+            "ids": self.ids,
+            "newline": self.newline,
+            "colon": self.colon,
+            "digits": self.digits,
+            "label_pieces": {str(i): piece for i, piece in sorted(self.label_pieces.items())},
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TagSet":
+        """Read what :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: if a field is missing.
+        """
+        try:
+            return cls(
+                TagNames(**data["names"]),
+                {tag: int(i) for tag, i in data["ids"].items()},
+                list(data["newline"]),
+                list(data["colon"]),
+                {digit: list(ids) for digit, ids in data["digits"].items()},
+                {int(i): piece for i, piece in data["label_pieces"].items()},
+            )
+        except (KeyError, TypeError, AttributeError) as err:
+            raise ValueError(f"config.multiverse is not a tag set ({err!r}); save the checkpoint again") from err
+
+
+def encode_prompt(
+    tokenizer: Any,
+    prompt: str | Sequence[dict[str, str]],
+    names: TagNames = MULTIVERSE,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Tokenize a user's prompt so that tags it spells stay text and can never fork.
+
+    A string becomes one user message where the tokenizer has a chat template. Tags in an assistant's message are
+    control tags (that is how a half-written answer is continued); in every other message they are text.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        prompt: the user's text, or chat messages.
+        names: the tag family.
+        add_generation_prompt: end with the opening of the assistant's turn.
+
+    Returns:
+        Token ids. Decoding them gives the prompt's text back.
+
+    Raises:
+        ValueError: if the prompt is empty.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if not any(str(message.get("content") or "").strip() for message in messages):
+        raise ValueError("the prompt is empty; give the problem to answer")
+    tag = re.compile("<(?=/?(?:" + "|".join(name for _, name in names.items()) + ")>)")
+    safe = [
+        {**m, "content": m["content"] if m["role"] == "assistant" else tag.sub("<" + _TAG_BREAK, m["content"])}
+        for m in messages
+    ]
+    if getattr(tokenizer, "chat_template", None):
+        continues = safe[-1]["role"] == "assistant"
+        text = tokenizer.apply_chat_template(
+            safe,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt and not continues,
+            continue_final_message=continues,
+        )
+        pieces = text.split(_TAG_BREAK)
+        return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+    pieces = "\n".join(m["content"] for m in safe).split(_TAG_BREAK)
+    ids = tokenizer.encode(pieces[0])
+    return list(ids) + [i for piece in pieces[1:] for i in tokenizer.encode(piece, add_special_tokens=False)]

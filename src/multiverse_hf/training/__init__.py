@@ -1,0 +1,1 @@
+"""Trainers and callbacks that the recipes share."""

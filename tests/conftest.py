@@ -1,0 +1,41 @@
+"""Settings of every test run: offline, one thread a worker, repeatable."""
+
+import atexit
+import os
+import shutil
+import tempfile
+
+# Before anything imports torch or transformers; subprocesses that tests start inherit them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores; tiny models gain nothing from threads
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# transformers copies remote code here and imports the copy. A folder for each worker: they must not race on one file,
+# and a stale copy from an earlier run must not be what is tested.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="multiverse-hf-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+import pytest  # noqa: E402 - after the environment is set
+from hypothesis import settings  # noqa: E402
+
+# deadline=None: the first example of a test pays for imports and compilation. HYPOTHESIS_PROFILE=dev searches anew
+# each run; the default repeats the same examples, so a red run is red for everyone.
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+settings.register_profile("dev", deadline=None, max_examples=200)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, tests marked for hardware or access that is not here."""
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            _skip(items, "gpu", "needs a CUDA device")
+    if os.environ["HF_HUB_OFFLINE"] not in ("0", ""):
+        _skip(items, "network", "needs the Hub: set HF_HUB_OFFLINE=0")
+
+
+def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
+    for item in items:
+        if item.get_closest_marker(marker):
+            item.add_marker(pytest.mark.skip(reason=reason))
