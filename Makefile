@@ -44,7 +44,8 @@ quality: $(DEV)  ## check lint, format and the direction of imports
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
 
-train-tiny: $(DEV)  ## train the embedded model from its recipe
+train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, over an hour)
+	$(BIN)/python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
 	$(BIN)/accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
 
 clean:  ## remove caches and build outputs (.venv stays)

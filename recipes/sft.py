@@ -60,7 +60,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
     tags = TagSet.from_tokenizer(tokenizer)
     model = MultiverseForCausalLM.from_pretrained(
-        model_args.model_name_or_path, tags=tags, attn_implementation=model_args.attn_implementation, dtype=torch.float32
+        model_args.model_name_or_path,
+        tags=tags,
+        attn_implementation=model_args.attn_implementation,
+        dtype=torch.float32,
     )
 
     mixture = ChainsMixture(
@@ -82,7 +85,8 @@ def main() -> None:
 
     packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     record = {
-        "data": asdict(data) | {"fingerprint": dataset._fingerprint, "num_tokens": sum(map(len, dataset["input_ids"]))},
+        "data": asdict(data)
+        | {"fingerprint": dataset._fingerprint, "num_tokens": sum(map(len, dataset["input_ids"]))},
         "training": training.to_dict(),
         "model": asdict(model_args),
         "metrics": result.metrics,

@@ -87,10 +87,13 @@ class Forced:
 class FollowPlan(LogitsProcessor):
     """Forces a plan. It knows the branch by the ids it is shown alone: the branch's own visible ones.
 
-    Free tokens are left to the model: any text id, no tag, no end token.
+    Free tokens are left to the model: any text id, no tag, no end token. What a limit closed early, or does not let
+    begin, is passed over.
     """
 
-    def __init__(self, plans: dict[tuple, tuple] | tuple, prompt_length: int | None = None, tags: TagSet = TAGS) -> None:
+    def __init__(
+        self, plans: dict[tuple, tuple] | tuple, prompt_length: int | None = None, tags: TagSet = TAGS
+    ) -> None:
         self.plans, self.prompt_length, self.tags = plans, prompt_length, tags
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -101,71 +104,132 @@ class FollowPlan(LogitsProcessor):
                 plan, begin = self.plans[prompt], len(prompt)
             else:
                 plan, begin = self.plans, self.prompt_length
-            found = self._follow(plan, ids, begin, ())
-            token = EOS if isinstance(found, int) else found[0]
+            token = self._next(plan, ids[begin:])
+            if token is not None and scores[row, token] == -torch.inf:  # a limit forbids it
+                token = self.tags.close("goal") if token == self.tags.open("outline") else None
             if token is None:
                 out[row, FIRST_TEXT:] = scores[row, FIRST_TEXT:]
             else:
                 out[row, token] = scores[row, token]
         return out
 
-    def _follow(self, plan: tuple, ids: list[int], at: int, label: tuple[int, ...]):
-        """Walk the ids along the plan: the next token in a tuple (None if free), or where the plan's end stands."""
-        tags = self.tags
-        for item in plan:
-            if item == "eos":
-                return (EOS,)
-            if isinstance(item, int):
-                for _ in range(item):
-                    if at == len(ids):
-                        return (None,)
-                    at += 1
-                continue
-            labels = [(*label, path + 1) for path in range(len(item.paths))]
-            spelled = [self._spell(each) if item.labelled else tags.ordinal(each[-1]) for each in labels]
-            head = [tags.open("parallel"), tags.open("goal")]
-            for text in spelled:
-                head += [tags.open("outline"), *(text if item.labelled else []), FIRST_TEXT, tags.close("outline")]
-            for token in [*head, tags.close("goal")]:
-                if at == len(ids):
-                    return (token,)
-                assert ids[at] == token, f"expected {token} at {at}, got {ids}"
-                at += 1
-            while True:
-                path = next(
-                    p
-                    for p, text in enumerate(spelled)
-                    if ids[at : at + 3 + len(text)] == tags.path_prefix(text)
-                )
-                found = self._follow(item.paths[path], ids, at + len(tags.path_prefix(spelled[path])), labels[path])
-                if not isinstance(found, int):
-                    return found
-                if found == len(ids):
-                    return (tags.close("path"),)
-                at = found + 1
-                if path == len(item.paths) - 1:
-                    break
-            at += len(tags.conclusion_prefix())
-            for token in (None, tags.close("conclusion"), tags.close("parallel")):
-                if at == len(ids):
-                    return (token,)
-                at += 1
-        return at
+    def _next(self, plan: tuple, ids: list[int]) -> int | None:
+        """Walk the ids along the plan and give the next token, None if it is free."""
+        stack: list[_Place | _InBlock] = [_Place(plan, ())]
+        for token in ids:
+            top = stack[-1]
+            if isinstance(top, _Place):
+                if token == self.tags.open("parallel"):
+                    item, top.done = next(
+                        (item, at + 1)
+                        for at, item in enumerate(top.plan)
+                        if at >= top.done and isinstance(item, Forced)
+                    )
+                    top.num_free = 0
+                    stack.append(_InBlock(item, top.label))
+                elif token == self.tags.close("path"):
+                    stack.pop()
+                elif token >= FIRST_TEXT:
+                    top.skip_done()
+                    top.num_free += 1
+            elif top.read(token, self.tags):
+                stack.append(_Place(top.path(), (*top.label, top.number)))
+            elif token == self.tags.close("parallel"):
+                stack.pop()
+        top = stack[-1]
+        if isinstance(top, _InBlock):
+            return top.next(self.tags)
+        top.skip_done()
+        if top.done == len(top.plan):
+            return EOS if len(stack) == 1 else self.tags.close("path")
+        item = top.plan[top.done]
+        if isinstance(item, Forced):
+            return self.tags.open("parallel")
+        return EOS if item == "eos" else None
 
-    def _spell(self, label: tuple[int, ...]) -> list[int]:
-        text = ".".join(map(str, label))
-        return [token for char in text for token in self.tags.digits[char]] + self.tags.colon
+
+@dataclass
+class _Place:
+    """Where a walk stands in a path's plan."""
+
+    plan: tuple
+    label: tuple[int, ...]
+    done: int = 0  # items
+    num_free: int = 0  # free tokens of the item at hand
+
+    def skip_done(self) -> None:
+        while self.done < len(self.plan) and isinstance(self.plan[self.done], int):
+            if self.num_free < self.plan[self.done]:
+                return
+            self.done, self.num_free = self.done + 1, 0
+
+
+@dataclass
+class _InBlock:
+    """Where a walk stands between the paths of a block."""
+
+    block: Forced
+    label: tuple[int, ...]
+    head: list[int] | None = None  # of the goal, as far as written
+    number: int = 0  # of the path read last
+    stage: str = "goal"
+    num_free: int = 0
+    begun: list[int] | None = None  # the label of a path that begins
+
+    def read(self, token: int, tags: TagSet) -> bool:
+        """Take a token; say whether a path's own text begins after it."""
+        self.head = self.head or []
+        if self.stage == "goal":
+            self.head.append(token)
+            self.stage = "paths" if token == tags.close("goal") else "goal"
+        elif self.begun is not None:
+            self.begun.append(token)
+            if token == COLON:
+                text = "".join(tags.label_pieces[each] for each in self.begun[:-1]).strip()
+                self.number, self.begun = int(text.split(".")[-1]), None
+                return True
+        elif token == tags.open("path"):
+            self.begun = []
+        elif token in (tags.open("conclusion"), tags.close("conclusion")):
+            self.stage = "conclusion" if token == tags.open("conclusion") else "concluded"
+        elif token >= FIRST_TEXT:
+            self.num_free += 1
+        return False
+
+    def path(self) -> tuple:
+        return self.block.paths[self.number - 1] if self.number <= len(self.block.paths) else ()
+
+    def next(self, tags: TagSet) -> int | None:
+        if self.stage == "goal":
+            head = [tags.open("goal")]
+            for path in range(len(self.block.paths)):
+                label = spell((*self.label, path + 1), tags) if self.block.labelled else []
+                head += [tags.open("outline"), *label, FIRST_TEXT, tags.close("outline")]
+            return [*head, tags.close("goal")][len(self.head or [])]
+        if self.stage == "concluded":
+            return tags.close("parallel")
+        return tags.close("conclusion") if self.num_free else None
+
+
+def spell(label: tuple[int, ...], tags: TagSet = TAGS) -> list[int]:
+    """Give the ids of e.g. ``2.1:``."""
+    text = ".".join(map(str, label))
+    return [token for char in text for token in tags.digits[char]] + tags.colon
 
 
 def replay_error(model: PreTrainedModel, output, prompt_width: int, attention_mask: torch.Tensor) -> float:
-    """Largest difference between the logits each sampled token was chosen from, and those of one pass over the document."""
+    """Largest difference between the logits each token was chosen from and those of one pass over the document."""
     sequences, sampled = output.sequences, output.sampled_mask
     answers = torch.zeros_like(sequences[:, prompt_width:])
     for row, stats in enumerate(output.stats):
         answers[row, : stats.num_tokens] = 1
     mask = torch.cat([attention_mask, answers], dim=1)
+    options = {}
+    if not (sequences == model.tags.close("goal")).any():
+        # The base model alone counts padding as positions, and its rotary angles are float32 whatever the dtype.
+        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        logits = model(input_ids=sequences, attention_mask=mask).logits
+        logits = model(input_ids=sequences, attention_mask=mask, **options).logits
     worst = 0.0
     for row, column in sampled.nonzero().tolist():
         chosen_from = output.logits[column - prompt_width][row]
@@ -175,3 +239,42 @@ def replay_error(model: PreTrainedModel, output, prompt_width: int, attention_ma
 
 def layout_of(ids: list[int], tags: TagSet = TAGS):
     return build_layout(ids, tags)
+
+
+def left_pad(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give ids and attention mask of a batch, padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[PAD] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return ids, mask
+
+
+def answer(model: PreTrainedModel, prompts: list[list[int]], plans=None, **kwargs):
+    """Generate with everything that is returned; plans by prompt (a tuple), if any are forced."""
+    ids, mask = left_pad(prompts)
+    processors = kwargs.pop("logits_processor", [])
+    if plans is not None:
+        processors = [FollowPlan(plans), *processors]
+    kwargs = {"max_new_tokens": 400, "do_sample": False, "output_logits": True} | kwargs
+    return model.generate(
+        ids,
+        attention_mask=mask,
+        logits_processor=processors,
+        return_dict_in_generate=True,
+        **kwargs,
+    )
+
+
+def documents(output, prompts: list[list[int]], copies: int = 1) -> list[list[int]]:
+    """Give prompt and answer of every row, without padding."""
+    width = max(map(len, prompts))
+    rows = zip(output.sequences.tolist(), output.stats, strict=True)
+    return [prompts[row // copies] + ids[width : width + stats.num_tokens] for row, (ids, stats) in enumerate(rows)]
+
+
+def text_of(ids: list[int], tags: TagSet = TAGS) -> str:
+    """Spell ids: tags, labels, newlines, and a letter for each text id."""
+    spelled = {token: tag for tag, token in tags.ids.items()}
+    spelled |= {token: digit for digit, token in DIGITS.items()}
+    spelled |= {NEWLINE: "\n", COLON: ":", DOT: ".", PAD: "", EOS: ""}
+    return "".join(spelled.get(token) or (chr(ord("a") + token % 26) if token > DOT else "") for token in ids)

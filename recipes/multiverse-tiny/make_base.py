@@ -1,6 +1,6 @@
 """Write the untrained base of multiverse-tiny: a fast tokenizer with the tags, and a small Qwen3 with random weights.
 
-    python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
+python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
 """
 
 import argparse

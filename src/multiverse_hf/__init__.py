@@ -4,24 +4,50 @@ Importing the package is cheap: the public names below are imported when first u
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiverse_hf.documents import DocumentError, parse_document
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
-    from multiverse_hf.modeling.tags import TagSet
+    from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 __version__ = "0.1.0.dev0"
 
-__all__ = ["DocumentError", "MultiverseForCausalLM", "TagSet", "__version__", "parse_document"]
+__all__ = [
+    "DocumentError",
+    "MultiverseForCausalLM",
+    "TagSet",
+    "__version__",
+    "embedded_model",
+    "encode_prompt",
+    "parse_document",
+]
 
 # public name -> module that defines it
 _LAZY_EXPORTS = {
     "DocumentError": "multiverse_hf.documents",
     "MultiverseForCausalLM": "multiverse_hf.modeling.modeling_multiverse",
     "TagSet": "multiverse_hf.modeling.tags",
+    "encode_prompt": "multiverse_hf.modeling.tags",
     "parse_document": "multiverse_hf.documents",
 }
+
+
+def embedded_model(name: str = "multiverse-tiny") -> str:
+    """Give the folder of a checkpoint that comes with the package.
+
+    Args:
+        name: ``multiverse-tiny``, or ``multiverse-tiny-sequential``, its autoregressive twin.
+
+    Raises:
+        ValueError: if the package has no such checkpoint.
+    """
+    assets = Path(__file__).parent / "assets"
+    if not (assets / name / "config.json").is_file():
+        there = sorted(path.parent.name for path in assets.glob("*/config.json"))
+        raise ValueError(f"no embedded model {name!r}; the package has {', '.join(there) or 'none'}")
+    return str(assets / name)
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ operations, every number from 1 to 20 and every running value from 0 to 99. Two 
 import random
 import re
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 PARALLEL_SUFFIX = "Think step by step and in parallel before answering."
 SEQUENTIAL_SUFFIX = "Think step by step before answering."
@@ -17,7 +17,7 @@ MAX_OPS = 8
 NAMES = "ABCDEFGH"
 
 
-class Kind(str, Enum):
+class Kind(StrEnum):
     """Shape of a problem."""
 
     SINGLE = "single"  # one chain: answered without a block
@@ -70,7 +70,9 @@ class Problem:
     def __post_init__(self) -> None:
         names = "".join(chain.name for chain in self.chains)
         if not 1 <= len(names) <= MAX_CHAINS or names != NAMES[: len(names)]:
-            raise ValueError(f"a problem has 1 to {MAX_CHAINS} chains named A, B, C, ... in order, got {names or 'none'}")
+            raise ValueError(
+                f"a problem has 1 to {MAX_CHAINS} chains named A, B, C, ... in order, got {names or 'none'}"
+            )
         if len(self.groups) > 3:
             raise ValueError(f"a nested problem has two or three groups, got {len(self.groups)}")
         if len(self.groups) > 1 and min(len(group) for group in self.groups) < 2:
@@ -183,31 +185,35 @@ def sample_problem(
     return Problem(tuple(groups))
 
 
+def _split(value: int) -> str:
+    """Write a value as its tens and its ones, e.g. ``35=30+5``."""
+    return f"{value}={value - value % 10}+{value % 10}"
+
+
 def _work(chain: Chain) -> str:
     """Write one chain out, every intermediate value, tens before ones.
 
-    Steps are numbered: a small model that has to say which step it is at does not lose its place.
+    Each line begins with what is left of the chain: a small model then never has to count where it is.
     """
-    lines, value = [f"Follow chain {chain.name}, which starts at {chain.start}."], chain.start
-    for number, term in enumerate(chain.terms, 1):
-        sign, (tens, ones) = ("+" if term > 0 else "-"), divmod(abs(term), 10)
-        tens *= 10
-        middle = value + tens if term > 0 else value - tens
-        result = value + term
-        lines.append(
-            f"{number}) {value}{term:+d}={value}{sign}{tens}{sign}{ones}={middle}{sign}{ones}={result}"
-        )
-        value = result
-    lines.append(f"Chain {chain.name} ends at {value}.")
+    lines, value = [f"Follow chain {chain}, one term at a time, from left to right, tens before ones."], chain.start
+    for step, term in enumerate(chain.terms):
+        left = "".join(f"{later:+d}" for later in chain.terms[step:])
+        sign, ones = ("+" if term > 0 else "-"), abs(term) % 10
+        middle = value + term - (ones if term > 0 else -ones)
+        tens = abs(term) - ones
+        lines.append(f"{value}{left}: {value}{sign}{tens}{sign}{ones}={middle}{sign}{ones}={value + term}")
+        value += term
+    lines.append(f"Nothing is left of chain {chain.name}, which ends at {_split(value)}.")
     return "\n".join(lines)
 
 
 def _sum(names: list[str], values: list[int]) -> str:
-    """Add values up one after the other, each step naming what it adds."""
+    """Add values up one after the other, each step naming what it adds, tens before ones."""
     total, steps = values[0], [f"{names[0]} {values[0]}"]
     for name, value in zip(names[1:], values[1:], strict=True):
+        ones = value % 10
+        steps.append(f"{name}+{value - ones}={total + value - ones}+{ones}={total + value}")
         total += value
-        steps.append(f"{name}+{value}={total}")
     return "Sum: " + " ".join(steps)
 
 
@@ -239,7 +245,7 @@ def document(problem: Problem) -> str:
         block = _block(
             [f"{n}: {' '.join(c.name for c in group)}" for n, group in zip(numbers, problem.groups, strict=True)],
             [
-                f"{n}:\n{_solve_group(group, f'{n}.')}\nGroup {n} is {value}."
+                f"{n}:\n{_solve_group(group, f'{n}.')}\nGroup {n} is {_split(value)}."
                 for n, group, value in zip(numbers, problem.groups, sums, strict=True)
             ],
             f"{len(problem.groups)} groups",

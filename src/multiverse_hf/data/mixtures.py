@@ -29,8 +29,8 @@ class ChainsMixture:
         sequential_share: otherwise, the share of rows in that form, so that the model obeys either suffix.
         plain_share: the share of parallel rows read as plain causal text, so that the same checkpoint also writes the
             tags one after the other (``structure="off"``, or a server that does not know Multiverse).
-        ramp: the share of the stream over which the most operations a chain may have grows from 2 to 8, and (twice as
-            fast) the most chains from 4 to 8. Short rows are cheap, and they teach everything but length.
+        ramp: the share of the stream over which the most operations a chain may have grows from 2 to 8, and the most
+            chains from 3 to 8. Short rows are cheap, and they teach everything but length.
         single_share, nested_share: shares of the shapes; the rest is flat.
     """
 
@@ -55,12 +55,14 @@ class ChainsMixture:
         for index in range(self.num_rows):
             progress = min(1.0, index / (self.ramp * self.num_rows)) if self.ramp else 1.0
             max_ops = 2 + round(progress * (MAX_OPS - 2))
-            max_chains = min(MAX_CHAINS, 4 + round(2 * progress * (MAX_CHAINS - 4)))
+            max_chains = 3 + round(progress * (MAX_CHAINS - 3))
             draw = rng.random()
             if draw < self.single_share:
                 kind = Kind.SINGLE
+            elif draw < self.single_share + self.nested_share and max_chains >= 4:
+                kind = Kind.NESTED
             else:
-                kind = Kind.NESTED if draw < self.single_share + self.nested_share else Kind.FLAT
+                kind = Kind.FLAT
             low = {Kind.SINGLE: 1, Kind.FLAT: 2, Kind.NESTED: 4}[kind]
             num_chains = 1 if kind is Kind.SINGLE else rng.randint(low, max_chains)
             problem = sample_problem(rng, kind, num_chains, max_ops)

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from multiverse_hf.modeling.layout import Event, Scanner
+from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.layout import Event
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 IGNORE = -100
@@ -11,8 +12,8 @@ IGNORE = -100
 def document_labels(ids: list[int], tags: TagSet) -> list[int]:
     """Give the labels of a document: what the model must choose, nothing else.
 
-    Tokens the engine writes itself, ``\\n<Path>\\n1:`` at a fork and ``\\n<Conclusion>\\n`` at a reduce, are ignored, and so
-    is the first token of every path and of what follows a block, which in document order has no meaningful
+    Tokens the engine writes itself, ``\\n<Path>\\n1:`` at a fork and ``\\n<Conclusion>\\n`` at a reduce, are ignored,
+    and so is the first token of every path and of what follows a block, which in document order has no meaningful
     predecessor.
 
     Args:
@@ -22,37 +23,19 @@ def document_labels(ids: list[int], tags: TagSet) -> list[int]:
     Returns:
         As many labels as ids, :data:`IGNORE` where nothing is to be learnt.
     """
-    labels = list(ids)
-    scanner = Scanner(tags)
-    control = set(tags.control_ids)
-    outlines: list[list[list[int]]] = []  # of every open block: the ids inside each outline
-    begin = None
+    labels, structure = list(ids), Structure(tags)
     for index, token in enumerate(ids):
-        if token not in control:
-            continue
-        if scanner.num_outlines is None:
-            current: list[list[int]] = []
-        elif token == tags.open("outline"):
-            begin = index + 1
-        elif token == tags.close("outline") and begin is not None:
-            current.append(ids[begin:index])
-            begin = None
-        event = scanner.feed(token)
+        event = structure.feed(token)
         if event is Event.TEXT:
             continue
-        if event is Event.FORK:
-            outlines.append(current)
         if event is Event.REDUCE:
-            outlines.pop()
             prefix = tags.conclusion_prefix()
         else:
-            number = scanner.open_blocks[-1].path
-            own = outlines[-1][number] if number < len(outlines[-1]) else []
-            prefix = tags.path_prefix(tags.label(own, number + 1))
-        length = 0
-        while length < len(prefix) and ids[index + 1 + length : index + 2 + length] == [prefix[length]]:
+            prefix = structure.path_prefix(structure.scanner.open_blocks[-1].path)
+        length = 1
+        while length < len(prefix) and ids[index + 1 : index + 2 + length] == prefix[: length + 1]:
             length += 1
-        for forced in range(index + 1, min(index + 1 + max(length, 1), len(ids))):
+        for forced in range(index + 1, min(index + 1 + length, len(ids))):
             labels[forced] = IGNORE
     return labels
 

@@ -152,7 +152,9 @@ class LayoutHook:
         self.tags = tags
         self._goal_end = tags.close("goal")
 
-    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
         segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
@@ -160,7 +162,11 @@ class LayoutHook:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             return (), kwargs  # the caller brought its own mask
         if segment_ids is None:
-            if input_ids is None or kwargs.get("position_ids") is not None or kwargs.get("past_key_values") is not None:
+            if (
+                input_ids is None
+                or kwargs.get("position_ids") is not None
+                or kwargs.get("past_key_values") is not None
+            ):
                 return (), kwargs
             if not bool((input_ids == self._goal_end).any()):
                 return (), kwargs

@@ -1,8 +1,9 @@
 """``model.generate``: transformers' arguments in, documents out."""
 
+import contextlib
 import dataclasses
 import difflib
-import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +74,7 @@ def split_options(model: Any, generation_config: GenerationConfig | None, kwargs
         for name in OPTIONS:
             if getattr(source, name, None) is not None:
                 values[name] = getattr(source, name)
-    values |= {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name, None) is not None}
+    values |= {name: kwargs.pop(name) for name in OPTIONS if kwargs.get(name) is not None}
     for name in OPTIONS:
         kwargs.pop(name, None)
     return StructureOptions(**values)
@@ -153,6 +154,20 @@ def bound_length(model: Any, config: GenerationConfig, longest: int, given: dict
     return limit if context is None else min(limit, context - longest)
 
 
+@contextlib.contextmanager
+def decoding_attention(model: Any) -> Iterator[None]:
+    """Decode with sdpa where the model's own attention takes no mask of single tokens (flash, flex)."""
+    own = model.config._attn_implementation
+    if own in ("eager", "sdpa"):
+        yield
+        return
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
+
+
 def generate(
     model: Any,
     inputs: torch.Tensor | None,
@@ -211,7 +226,8 @@ def generate(
         on_event=streamer.on_event if shows_branches else None,
         on_step=DocumentStreamer(streamer, input_ids) if streamer is not None and not shows_branches else None,
     )
-    engine.generate(prompts)
+    with decoding_attention(model):
+        engine.generate(prompts)
     return _output(engine, input_ids, copies, config)
 
 
@@ -243,4 +259,6 @@ def _output(
             ])
             for column in range(length)
         )  # fmt: skip
-    return MultiverseGenerateOutput(sequences, sampled.to(input_ids.device), [s.stats for s in engine.sequences], logits)
+    return MultiverseGenerateOutput(
+        sequences, sampled.to(input_ids.device), [s.stats for s in engine.sequences], logits
+    )

@@ -227,7 +227,7 @@ class Structure:
         path_end = len(tags.newline) + 1
         reduce = len(tags.conclusion_prefix()) + path_end + (path_end if tags.names.parallel is not None else 0)
         levels = self.depth - max(keep, 0)
-        length = levels * path_end + (levels - (keep >= 0)) * reduce
+        length = levels * path_end + max(levels - (keep >= 0), 0) * reduce
         if keep < 0 and self.thinking:
             length += path_end
         if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):

@@ -1,4 +1,4 @@
-"""The layout contract: position id, segment id and visibility for the tokens of a document (paper, Multiverse Attention).
+"""The layout contract: position id, segment id and visibility for the tokens of a document (Multiverse Attention).
 
 The one definition that training, generation, evaluation and RL share. A block is cut right after ``</Goal>`` and
 right after each ``</Path>``; all its paths start at one position and never see each other; what follows the last path

@@ -64,9 +64,7 @@ class MultiverseMixin:
             ValueError: if an option is unknown or out of range, a mode cannot branch, or a prompt is empty or does
                 not fit the context.
         """
-        return generate(
-            self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs
-        )
+        return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
 
 
 @functools.cache
@@ -92,7 +90,9 @@ def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     if base is None:
         raise ValueError(f"transformers has no causal language model for {name}; choose a decoder-only text model")
     if getattr(base, "_is_stateful", False):
-        raise ValueError(f"{name} keeps a recurrent state, which paths cannot share and merge; choose a softmax decoder")
+        raise ValueError(
+            f"{name} keeps a recurrent state, which paths cannot share and merge; choose a softmax decoder"
+        )
     layer_kinds(config)
     if getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None:
         raise ValueError(
@@ -145,7 +145,9 @@ class MultiverseForCausalLM:
             ValueError: if the architecture cannot branch, or the tokenizer has no tags.
             OSError: if there is no checkpoint at ``path``.
         """
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        hub = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
+        }
         config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **hub)
         model_class = multiverse_class(base_class(config))
         if tags is None and getattr(config, "multiverse", None) is None:

@@ -1,9 +1,10 @@
 """From logits to tokens: transformers' own processors, each branch with its own context, and keyed noise."""
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Collection, Sequence
 
+import numpy as np
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation.logits_process import (
@@ -37,6 +38,36 @@ def sequence_key(prompt: Sequence[int], occurrence: int) -> int:
     return mix(int.from_bytes(digest, "little"), occurrence)
 
 
+def argmax(scores: torch.Tensor) -> torch.Tensor:
+    """Give the first greatest column of each row of (N, V), float32 or float64."""
+    if scores.device.type == "cpu":  # torch's own is not vectorised there: 420 us against 33 at (16, 32000)
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
+
+
+def _spans(forbidden: Sequence[Collection[int]], device: torch.device) -> list[tuple[slice, torch.Tensor]]:
+    """Give runs of rows that forbid the same ids, with these ids: neighbouring branches mostly agree."""
+    spans, begin = [], 0
+    for tokens, run in itertools.groupby(forbidden):
+        end = begin + len(list(run))
+        if tokens:
+            spans.append((slice(begin, end), torch.tensor(list(tokens), device=device)))
+        begin = end
+    return spans
+
+
+def _forbid(scores: torch.Tensor, spans: list[tuple[slice, torch.Tensor]]) -> torch.Tensor:
+    """Put the forbidden ids of each span of rows at minus infinity, in place."""
+    for rows, columns in spans:
+        scores[rows].index_fill_(1, columns, -torch.inf)
+    return scores
+
+
+def _to_tensor(contexts: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+    """Give contexts of one length as (N, L) int64; through numpy, which reads nested lists three times as fast."""
+    return torch.from_numpy(np.array(contexts, dtype=np.int64)).to(device)
+
+
 class Sampler:
     """Chooses the next token of each branch.
 
@@ -59,13 +90,13 @@ class Sampler:
         self,
         logits: torch.Tensor,
         contexts: Sequence[Sequence[int]] | None,
-        forbidden: Sequence[Iterable[int]],
+        forbidden: Sequence[Collection[int]],
         keys: Sequence[tuple[int, int, int]],
     ) -> tuple[list[int], torch.Tensor]:
         """Choose one token a row.
 
         Args:
-            logits: (N, V), as the model gave them; not written to.
+            logits: (N, V), float32 or float64; not written to.
             contexts: for each row the visible ids in document order; needed if ``needs_context``.
             forbidden: for each row, ids that may not be chosen.
             keys: for each row its (sequence, branch, position).
@@ -76,13 +107,8 @@ class Sampler:
         Raises:
             ValueError: if nothing is left to choose from in a row.
         """
-        pairs = [(row, token) for row, tokens in enumerate(forbidden) for token in tokens]
-        rows = torch.tensor([row for row, _ in pairs], dtype=torch.long, device=logits.device)
-        columns = torch.tensor([token for _, token in pairs], dtype=torch.long, device=logits.device)
-
-        scores = logits.clone()
-        if pairs:
-            scores[rows, columns] = -torch.inf
+        spans = _spans(forbidden, logits.device)
+        scores = _forbid(logits.clone(), spans)
         if self.processors:
             if self.needs_context:
                 if contexts is None:
@@ -90,25 +116,25 @@ class Sampler:
                 scores = self._process_by_length(scores, contexts)
             else:
                 scores = self.processors(None, scores)
-            if pairs:
-                scores[rows, columns] = -torch.inf
+            scores = _forbid(scores, spans)
         if self.do_sample:
             tokens = self._draw(scores, keys)
         else:
-            best, tokens = scores.max(dim=-1)
-            if self.processors and bool(torch.isneginf(best).any()):
-                self._refuse(int(torch.isneginf(best).nonzero()[0]), forbidden)
+            tokens = argmax(scores)
+            if self.processors:
+                empty = torch.isneginf(scores.gather(-1, tokens[:, None])[:, 0])
+                if bool(empty.any()):
+                    self._refuse(int(empty.nonzero()[0]), forbidden)
         return tokens.tolist(), scores
 
     def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[Sequence[int]]) -> torch.Tensor:
-        groups: dict[int, list[int]] = defaultdict(list)
-        for row, context in enumerate(contexts):
-            groups[len(context)].append(row)
-        out = torch.empty_like(scores)
-        for rows in groups.values():
-            ids = torch.tensor([contexts[row] for row in rows], dtype=torch.long, device=scores.device)
-            out[rows] = self.processors(ids, scores[rows])
-        return out
+        """Run the processors on rows whose contexts have one length together, as the paths of a block mostly do."""
+        processed, begin = [], 0
+        for _, run in itertools.groupby(contexts, key=len):
+            ids = _to_tensor(list(run), scores.device)
+            processed.append(self.processors(ids, scores[begin : begin + len(ids)]))
+            begin += len(ids)
+        return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
     def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int]]) -> torch.Tensor:
         """Invert the distribution function at keyed uniforms."""
@@ -124,7 +150,7 @@ class Sampler:
         return torch.minimum(tokens, last)
 
     @staticmethod
-    def _refuse(row: int, forbidden: Sequence[Iterable[int]] | None) -> None:
+    def _refuse(row: int, forbidden: Sequence[Collection[int]] | None) -> None:
         tags = sorted(forbidden[row]) if forbidden is not None else "the tags the grammar does not allow"
         raise ValueError(
             f"no token is left to choose: the logits processors leave only ids that structure forbids here ({tags}); "

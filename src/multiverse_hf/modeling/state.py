@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ import torch
 from .interpreter import Structure
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a sequence ended."""
 
     STOP = "stop"  # an end token
@@ -18,9 +18,6 @@ class FinishReason(str, Enum):
     TOTAL = "max_total_tokens"
     TIME = "max_time"
     CRITERIA = "stopping_criteria"
-
-    def __str__(self) -> str:
-        return self.value
 
 
 @dataclass(frozen=True, slots=True)

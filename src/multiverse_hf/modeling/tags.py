@@ -11,9 +11,6 @@ from typing import Any
 
 ROLES = ("think", "parallel", "goal", "outline", "path", "conclusion")
 
-# Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms.
-_TAG_BREAK = "\ue000"
-
 
 @dataclass(frozen=True, slots=True)
 class TagNames:
@@ -214,10 +211,10 @@ class TagSet:
         """Give the JSON form that ``config.multiverse`` holds."""
         return {
             "names": {role: getattr(self.names, role) for role in ROLES},
-            "ids": self.ids,
-            "newline": self.newline,
-            "colon": self.colon,
-            "digits": self.digits,
+            "ids": dict(self.ids),
+            "newline": list(self.newline),
+            "colon": list(self.colon),
+            "digits": {digit: list(ids) for digit, ids in self.digits.items()},
             "label_pieces": {str(i): piece for i, piece in sorted(self.label_pieces.items())},
         }
 
@@ -246,7 +243,8 @@ def encode_prompt(
     prompt: str | Sequence[dict[str, str]],
     names: TagNames = MULTIVERSE,
     add_generation_prompt: bool = True,
-) -> list[int]:
+    return_tensors: str | None = None,
+) -> Any:
     """Tokenize a user's prompt so that tags it spells stay text and can never fork.
 
     A string becomes one user message where the tokenizer has a chat template. Tags in an assistant's message are
@@ -257,6 +255,7 @@ def encode_prompt(
         prompt: the user's text, or chat messages.
         names: the tag family.
         add_generation_prompt: end with the opening of the assistant's turn.
+        return_tensors: None for a list of ids, ``"pt"`` for a tensor (1, L) int64, as ``generate`` takes it.
 
     Returns:
         Token ids. Decoding them gives the prompt's text back.
@@ -264,12 +263,29 @@ def encode_prompt(
     Raises:
         ValueError: if the prompt is empty.
     """
+    if return_tensors not in (None, "pt"):
+        raise ValueError(f"return_tensors is None or 'pt', got {return_tensors!r}")
+    ids = _encode(tokenizer, prompt, names, add_generation_prompt)
+    if return_tensors is None:
+        return ids
+    import torch
+
+    return torch.tensor([ids])
+
+
+def _encode(
+    tokenizer: Any, prompt: str | Sequence[dict[str, str]], names: TagNames, add_generation_prompt: bool
+) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if not any(str(message.get("content") or "").strip() for message in messages):
         raise ValueError("the prompt is empty; give the problem to answer")
+    # Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms. Any
+    # private character will do that the messages do not hold themselves.
+    contents = "".join(str(message.get("content")) for message in messages)
+    tag_break = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)
     tag = re.compile("<(?=/?(?:" + "|".join(name for _, name in names.items()) + ")>)")
     safe = [
-        {**m, "content": m["content"] if m["role"] == "assistant" else tag.sub("<" + _TAG_BREAK, m["content"])}
+        {**m, "content": m["content"] if m["role"] == "assistant" else tag.sub("<" + tag_break, m["content"])}
         for m in messages
     ]
     if getattr(tokenizer, "chat_template", None):
@@ -280,8 +296,8 @@ def encode_prompt(
             add_generation_prompt=add_generation_prompt and not continues,
             continue_final_message=continues,
         )
-        pieces = text.split(_TAG_BREAK)
+        pieces = text.split(tag_break)
         return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
-    pieces = "\n".join(m["content"] for m in safe).split(_TAG_BREAK)
+    pieces = "\n".join(m["content"] for m in safe).split(tag_break)
     ids = tokenizer.encode(pieces[0])
     return list(ids) + [i for piece in pieces[1:] for i in tokenizer.encode(piece, add_special_tokens=False)]

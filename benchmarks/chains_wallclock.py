@@ -1,0 +1,164 @@
+"""Wall clock of whole answers: the embedded model, in parallel against one token after the other, on one problem set.
+
+Flat chains problems, greedy, five sides that take turns on every problem:
+
+- parallel: ``model.generate`` with the parallel suffix; paths are written at the same time.
+- off: the same prompt on the same engine with ``structure="off"``: the same document, one token after the other.
+- off, sequential suffix: the engine, one token after the other, with the prompt that asks for a sequential answer.
+- transformers: ``generate`` of the plain ``AutoModelForCausalLM`` on the same checkpoint and the parallel suffix.
+- transformers, sequential suffix.
+
+Prints for every side seconds, tokens and accuracy, and how many times faster parallel is than each of the others,
+problem by problem. It counts where ``off`` and ``transformers`` wrote the same ids: both are greedy, so all should.
+
+    python benchmarks/chains_wallclock.py
+    python benchmarks/chains_wallclock.py --model path/to/checkpoint --problems 20 --chains 8 --threads 1
+    python benchmarks/chains_wallclock.py --output benchmarks/results/chains_wallclock.json
+"""
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from report import add_flags, environment, finish, show, spread
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import multiverse_hf
+from multiverse_hf.data.chains import Kind, Problem, is_correct, sample_problem
+from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+from multiverse_hf.modeling.tags import encode_prompt
+
+MODEL = Path(multiverse_hf.__file__).parent / "assets" / "multiverse-tiny"
+
+
+@dataclass(frozen=True)
+class Side:
+    """One way to answer: whether the prompt asks for a parallel answer, and what continues it."""
+
+    parallel_prompt: bool
+    generate: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one side wrote to one problem."""
+
+    seconds: float
+    ids: tuple[int, ...]
+    correct: bool
+
+
+def make_sides(model: Path, max_new_tokens: int) -> dict[str, Side]:
+    """Load the checkpoint with and without branches."""
+    branching = MultiverseForCausalLM.from_pretrained(str(model)).eval()
+    plain = AutoModelForCausalLM.from_pretrained(str(model)).eval()
+
+    def engine(structure: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda ids: branching.generate(ids, structure=structure, do_sample=False, max_new_tokens=max_new_tokens)
+
+    def transformers(ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones_like(ids)
+        return plain.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens)
+
+    return {
+        "parallel": Side(True, engine("guided")),
+        "off": Side(True, engine("off")),
+        "transformers": Side(True, transformers),
+        "off, sequential suffix": Side(False, engine("off")),
+        "transformers, sequential suffix": Side(False, transformers),
+    }
+
+
+def answer(side: Side, problem: Problem, tokenizer: Any) -> Answer:
+    """Time one side on one problem, from prompt ids to answer ids."""
+    prompt = torch.tensor([encode_prompt(tokenizer, problem.prompt(side.parallel_prompt))])
+    begin = time.perf_counter()
+    output = side.generate(prompt)
+    seconds = time.perf_counter() - begin
+    ids = output[0, prompt.shape[1] :].tolist()
+    return Answer(seconds, tuple(ids), is_correct(problem, tokenizer.decode(ids, skip_special_tokens=True)))
+
+
+def summarize(answers: dict[str, list[Answer]]) -> dict[str, Any]:
+    """Give seconds, tokens and accuracy of each side, and how much faster parallel is, answer by answer."""
+    result: dict[str, Any] = {"sides": {}, "speedup": {}}
+    for name, side in answers.items():
+        result["sides"][name] = {
+            "seconds": spread([a.seconds for a in side]),
+            "tokens": spread([float(len(a.ids)) for a in side]),
+            "tokens_per_s": spread([len(a.ids) / a.seconds for a in side]),
+            "accuracy": round(statistics.mean(a.correct for a in side), 4),
+        }
+        if name != "parallel":
+            pairs = zip(side, answers["parallel"], strict=True)
+            result["speedup"][name] = spread([slow.seconds / fast.seconds for slow, fast in pairs])
+            total = sum(a.seconds for a in side) / sum(a.seconds for a in answers["parallel"])
+            result["speedup"][name]["total"] = round(total, 4)
+    for suffix in ("", ", sequential suffix"):
+        pairs = list(zip(answers["off" + suffix], answers["transformers" + suffix], strict=True))
+        same = sum(ours.ids == theirs.ids for ours, theirs in pairs)
+        result["sides"]["off" + suffix]["same_ids_as_transformers"] = same
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print the sides, for people."""
+    print(f"\n{'':32}{'seconds an answer':30}{'tokens':>8}{'accuracy':>10}   parallel is faster by")
+    for name, side in result["sides"].items():
+        ratio = show(result["speedup"][name], "x") if name in result["speedup"] else ""
+        seconds, tokens = show(side["seconds"], " s"), side["tokens"]["median"]
+        print(f"{name:32}{seconds:30}{tokens:8.0f}{side['accuracy']:10.3f}   {ratio}")
+    for name, side in result["sides"].items():
+        if "same_ids_as_transformers" in side:
+            same = side["same_ids_as_transformers"]
+            print(f"{name}: {same} of {result['answers']} answers are those of transformers")
+
+
+def main() -> None:
+    description, _, examples = (__doc__ or "").partition("\n\n    python")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="examples:\n    python" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder (default: the embedded model)")
+    parser.add_argument("--problems", type=int, default=10, help="problems (default: %(default)s)")
+    parser.add_argument("--chains", type=int, default=8, help="chains of each problem (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=2560, help="bound on an answer (default: %(default)s)")
+    add_flags(parser, repeats=1)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if not (args.model / "config.json").is_file():
+        parser.error(f"there is no checkpoint at {args.model}; pass --model")
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    sides = make_sides(args.model, args.max_new_tokens)
+    rng = random.Random(args.seed)
+    problems = [sample_problem(rng, Kind.FLAT, args.chains) for _ in range(args.problems)]
+    result = {"benchmark": "chains_wallclock", **environment(), "model": args.model.name}
+    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
+    print(f"{result['versions']}, commit {result['commit']}")
+    warm_up = sample_problem(rng, Kind.FLAT, 2, max_ops=1)
+    for side in sides.values():
+        answer(side, warm_up, tokenizer)
+
+    answers: dict[str, list[Answer]] = {name: [] for name in sides}
+    names = list(sides)
+    for problem in problems * args.repeats:
+        for name in names:
+            answers[name].append(answer(sides[name], problem, tokenizer))
+        names = names[1:] + names[:1]  # another side begins, so that none profits from its place
+    result |= {"chains": args.chains, "answers": len(problems) * args.repeats, **summarize(answers)}
+    print_result(result)
+    finish(result, args.output)
+
+
+if __name__ == "__main__":
+    main()

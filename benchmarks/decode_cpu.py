@@ -1,0 +1,392 @@
+"""Decoding speed on a CPU: p paths at once, against one token after the other, and against the model calls alone.
+
+A random Qwen2 of 0.24 B parameters in bfloat16 continues a prompt of 256 tokens that ends inside a goal with p
+outlines. The model writes ``</Goal>``, p paths of 64 tokens each (forced start and ``</Path>`` included) and the
+conclusion. What it writes is random, the structure is forced by a logits processor. Three sides, interleaved step by
+step, on the same weights:
+
+- engine: ``model.generate`` of multiverse_hf.
+- transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
+- bare: the engine's forward passes in a loop without engine and interpreter: the same queries, mask shapes and log
+  cache, and the argmax of every row.
+
+With ``--write-goal`` the prompt ends before ``<Parallel>``: the outlines, which are sequential on every side, are then
+written and counted as well. That is the losing case: many short paths, and each outline costs a step per token.
+
+Time includes the prompt's own pass unless it says "decode". "Least time of each step" adds up, over the steps, the
+least time any repeat took for that step: near what an undisturbed machine would take, given some repeats.
+
+    python benchmarks/decode_cpu.py
+    python benchmarks/decode_cpu.py --paths 1 2 4 8 16 --repeats 5 --output benchmarks/results/decode_cpu.json
+    python benchmarks/decode_cpu.py --paths 8 --write-goal --threads 1
+    python benchmarks/decode_cpu.py --paths 16 --skip transformers      # the engine's overhead alone, quickly
+"""
+
+import argparse
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from report import add_flags, environment, finish, show, spread
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
+
+from multiverse_hf.modeling.cache import LogCache
+from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+from multiverse_hf.modeling.sampling import argmax
+from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
+
+SIDES = ("transformers", "engine", "bare")
+VOCAB = 32_000
+EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
+
+
+def make_tags() -> TagSet:
+    """Make a tag set over ids at the low end of the vocabulary: the random model needs no tokenizer."""
+    ids = {tag: TAG + number for number, tag in enumerate(MULTIVERSE.tokens)}
+    digits = {str(digit): [DIGIT + digit] for digit in range(10)} | {".": [DOT]}
+    pieces = {DIGIT + digit: str(digit) for digit in range(10)} | {COLON: ":", DOT: ".", NEWLINE: " "}
+    return TagSet(MULTIVERSE, ids, [NEWLINE], [COLON], digits, pieces)
+
+
+def make_models(tags: TagSet, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Make the model with and without branches, over one set of weights."""
+    config = Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=896,
+        num_hidden_layers=12,
+        num_attention_heads=14,
+        num_key_value_heads=2,
+        intermediate_size=4864,
+        max_position_embeddings=32_768,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        bos_token_id=None,
+    )
+    torch.manual_seed(seed)
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    parallel = MultiverseForCausalLM.from_config(config, tags, dtype=torch.bfloat16).eval()
+    parallel.load_state_dict(plain.state_dict(), assign=True)
+    return parallel, plain
+
+
+class ForceBlock(LogitsProcessor):
+    """Forces one block. How far a branch has come is the length of what it sees; all that differs is where to go on.
+
+    Costs a few writes to the scores of all branches together, so that it is not what is measured.
+
+    Args:
+        goal: ids that open the block; the prompt ends with the first ``given`` of them, the last one is ``</Goal>``.
+        prompt_length: tokens of the prompt.
+        num_paths: paths of the block.
+        path_tokens: tokens of each, forced start and ``</Path>`` included.
+    """
+
+    def __init__(
+        self, tags: TagSet, goal: list[int], given: int, prompt_length: int, num_paths: int, path_tokens: int
+    ) -> None:
+        fork = prompt_length + len(goal) - given
+        reduce = fork + num_paths * path_tokens + len(tags.conclusion_prefix())
+        self.forced = dict(enumerate(goal[given:], prompt_length))  # tokens seen -> the only next token
+        self.forced[fork + path_tokens - 1] = tags.close("path")
+        self.forced |= {reduce + 1: tags.close("conclusion"), reduce + 2: tags.close("parallel"), reduce + 3: EOS}
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        token = self.forced.get(input_ids.shape[1])
+        if token is None:
+            scores[:, :TEXT] = -torch.inf  # free: any text
+        else:
+            scores[:] = -torch.inf
+            scores[:, token] = 0
+        return scores
+
+
+@dataclass
+class Workload:
+    """One block to write, and what it must come out as."""
+
+    prompt: torch.Tensor
+    processor: ForceBlock
+    num_paths: int
+    num_tokens: int  # of the answer, end token included
+    calls: list[tuple[int, int, int]] = field(default_factory=list)  # of the engine: queries, columns, rows of logits
+
+
+def make_workload(tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens: int, write_goal: bool) -> Workload:
+    """Lay out one block of ``num_paths`` paths after a random prompt."""
+    goal = [tags.open("parallel"), tags.open("goal")]
+    for number in range(1, num_paths + 1):
+        goal += [tags.open("outline"), *tags.ordinal(number), TEXT + number, tags.close("outline")]
+    goal.append(tags.close("goal"))
+    given = 0 if write_goal else len(goal) - 1
+    if given >= prompt_tokens:
+        raise ValueError(f"{num_paths} outlines take {given} tokens of a prompt of {prompt_tokens}; raise --prompt")
+    text = torch.randint(TEXT, VOCAB, (prompt_tokens - given,), generator=torch.Generator().manual_seed(1))
+    prompt = torch.tensor([[*text.tolist(), *goal[:given]]])
+    processor = ForceBlock(tags, goal, given, prompt_tokens, num_paths, path_tokens)
+    num_tokens = len(goal) - given + num_paths * path_tokens + len(tags.conclusion_prefix()) + 4
+    return Workload(prompt, processor, num_paths, num_tokens)
+
+
+@dataclass
+class Run:
+    """What one side did: forward passes, the prompt's included, and the time each one's turn took."""
+
+    num_tokens: int
+    seconds: float
+    turns: list[float]  # seconds from the end of one forward pass to the end of the next, the prompt's first
+
+    @property
+    def decode_seconds(self) -> float:
+        return self.seconds - self.turns[0]
+
+
+@dataclass
+class Runner:
+    """One side while it runs."""
+
+    call: Callable[[], int]
+    share: int
+    gate: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    turns: list[float] = field(default_factory=list)
+    resumed: float = 0.0
+    rest: float = 0.0  # after the last forward pass
+    num_tokens: int = 0
+    error: Exception | None = None
+
+
+class Relay:
+    """Runs the sides at the same time, one at a time: after its share of forward passes a side waits for the others.
+
+    So what else goes on on the machine, which may double the time of a step for some seconds, meets all of them alike.
+    Every side has a thread; time counts only while it has its turn. Forward hooks count the passes.
+    """
+
+    def __init__(self, models: Iterable[PreTrainedModel]) -> None:
+        self.handles = [model.register_forward_hook(self._passed) for model in models]
+        self.runners: dict[int, Runner] = {}  # by thread
+        self.ring: deque[Runner] = deque()
+
+    def run(self, calls: dict[str, tuple[Callable[[], int], int]]) -> dict[str, Run]:
+        """Time calls, each with its share: forward passes in one turn. A call gives the number of tokens it wrote."""
+        runners = {side: Runner(call, share) for side, (call, share) in calls.items()}
+        self.ring = deque(runners.values())
+        threads = [threading.Thread(target=self._go, args=(runner,)) for runner in runners.values()]
+        for thread in threads:
+            thread.start()
+        self.ring[0].gate.release()
+        for thread in threads:
+            thread.join()
+        self.runners.clear()
+        for runner in runners.values():
+            if runner.error is not None:
+                raise runner.error
+        return {side: Run(r.num_tokens, sum(r.turns) + r.rest, r.turns) for side, r in runners.items()}
+
+    def _go(self, runner: Runner) -> None:
+        self.runners[threading.get_ident()] = runner
+        runner.gate.acquire()
+        runner.resumed = time.perf_counter()
+        try:
+            runner.num_tokens = runner.call()
+        except Exception as err:  # raised again in the main thread
+            runner.error = err
+        runner.rest = time.perf_counter() - runner.resumed
+        self.ring.remove(runner)
+        if self.ring:
+            self.ring[0].gate.release()
+
+    def _passed(self, *_: Any) -> None:
+        runner = self.runners.get(threading.get_ident())
+        if runner is None:  # a warm-up
+            return
+        runner.turns.append(time.perf_counter() - runner.resumed)
+        if len(runner.turns) % runner.share == 0 and len(self.ring) > 1:
+            self.ring.rotate(-1)
+            self.ring[0].gate.release()
+            runner.gate.acquire()
+        runner.resumed = time.perf_counter()
+
+
+def run_engine(model: PreTrainedModel, work: Workload) -> int:
+    """Write the block with the engine; check that it came out as forced."""
+    output = model.generate(
+        work.prompt,
+        logits_processor=LogitsProcessorList([work.processor]),
+        max_new_tokens=4096,
+        return_dict_in_generate=True,
+    )
+    (stats,) = output.stats
+    if (stats.num_forks, stats.max_width, stats.num_tokens) != (1, work.num_paths, work.num_tokens):
+        raise RuntimeError(f"expected {work.num_tokens} tokens, one fork of {work.num_paths} paths; got {stats}")
+    return stats.num_tokens
+
+
+def run_transformers(model: PreTrainedModel, work: Workload, num_tokens: int) -> int:
+    """Write as many tokens one after the other."""
+    output = model.generate(
+        work.prompt,
+        attention_mask=torch.ones_like(work.prompt),
+        do_sample=False,
+        max_new_tokens=num_tokens,
+        eos_token_id=None,
+        pad_token_id=EOS,
+    )
+    return output.shape[1] - work.prompt.shape[1]
+
+
+@torch.no_grad()
+def run_bare(model: PreTrainedModel, work: Workload) -> int:
+    """Make the engine's model calls again, with nothing around them but what a loop needs."""
+    cache = LogCache(model.config.num_hidden_layers, work.calls[-1][1])
+    mask = torch.ones(1, 1, max(queries for queries, _, _ in work.calls), work.calls[-1][1], dtype=torch.bool)
+    tokens, begin = work.prompt[0], 0
+    for queries, columns, rows in work.calls:
+        ids = tokens[torch.arange(queries) % len(tokens)]
+        cache.prepare([begin], [begin + queries], ids.device)
+        output = model(
+            input_ids=ids[None],
+            position_ids=torch.arange(begin, begin + queries)[None],
+            attention_mask=mask[:, :, :queries, :columns],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=torch.arange(queries - rows, queries),
+        )
+        tokens, begin = argmax(output.logits[0].float()), begin + queries
+        tokens.tolist()  # a loop has to look at what it wrote
+    return work.num_tokens
+
+
+def record_calls(model: PreTrainedModel, work: Workload) -> None:
+    """Run the engine once and keep the shapes of its model calls."""
+
+    def keep(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs["attention_mask"]
+        work.calls.append((kwargs["input_ids"].shape[1], mask.shape[-1], len(kwargs["logits_to_keep"])))
+
+    hook = model.register_forward_pre_hook(keep, with_kwargs=True)
+    run_engine(model, work)
+    hook.remove()
+
+
+def measure(
+    models: tuple[PreTrainedModel, PreTrainedModel], work: Workload, args: argparse.Namespace
+) -> dict[str, list[Run]]:
+    """Run the sides ``--repeats`` times; transformers makes as many forward passes a turn as keep it abreast."""
+    parallel, plain = models
+    record_calls(parallel, work)
+    share = max(1, round(work.num_tokens / len(work.calls)))
+    calls = {
+        "transformers": (lambda: run_transformers(plain, work, work.num_tokens), share),
+        "engine": (lambda: run_engine(parallel, work), 1),
+        "bare": (lambda: run_bare(parallel, work), 1),
+    }
+    calls = {side: call for side, call in calls.items() if side not in args.skip}
+    run_bare(parallel, work)
+    run_transformers(plain, work, 8)
+    relay = Relay(models)
+    runs: dict[str, list[Run]] = {side: [] for side in calls}
+    for _ in range(args.repeats):
+        for side, run in relay.run(calls).items():
+            runs[side].append(run)
+        calls = dict(reversed(calls.items()))  # another side has the first turn
+    for handle in relay.handles:
+        handle.remove()
+    return runs
+
+
+def quiet_seconds(runs: list[Run]) -> float:
+    """Add up, over the forward passes of one decode, the least time any repeat took for each: nearly undisturbed."""
+    return sum(min(turns) for turns in zip(*(run.turns[1:] for run in runs), strict=True))
+
+
+def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
+    """Check that all sides did the same work; give speeds, ratios and overhead."""
+    wrong = {side: run.num_tokens for side, of in runs.items() for run in of if run.num_tokens != work.num_tokens}
+    if wrong:
+        raise RuntimeError(f"every side has to write {work.num_tokens} tokens, got {wrong}")
+    result: dict[str, Any] = {"paths": work.num_paths, "tokens": work.num_tokens}
+    for side, of in runs.items():
+        passes = {len(run.turns) for run in of}
+        if len(passes) > 1:
+            raise RuntimeError(f"{side} took different numbers of forward passes: {sorted(passes)}")
+        result[side] = {
+            "forward_passes": passes.pop(),
+            "tokens_per_s": spread([run.num_tokens / run.seconds for run in of]),
+            "decode_tokens_per_s": spread([run.num_tokens / run.decode_seconds for run in of]),
+            "ms_per_step": spread([1000 * statistics.median(run.turns[1:]) for run in of]),
+        }
+    if "engine" in runs and "transformers" in runs:
+        pairs = list(zip(runs["engine"], runs["transformers"], strict=True))
+        result["speedup"] = spread([slow.seconds / fast.seconds for fast, slow in pairs])
+        result["decode_speedup"] = spread([slow.decode_seconds / fast.decode_seconds for fast, slow in pairs])
+        quiet = quiet_seconds(runs["transformers"]) / quiet_seconds(runs["engine"])
+        result["quiet_decode_speedup"] = round(quiet, 2)
+    if "engine" in runs and "bare" in runs:
+        if result["engine"]["forward_passes"] != result["bare"]["forward_passes"]:
+            raise RuntimeError("the bare loop has to make the engine's forward passes")
+        pairs = list(zip(runs["engine"], runs["bare"], strict=True))
+        result["overhead_percent"] = spread([100 * (e.seconds / b.seconds - 1) for e, b in pairs])
+        quiet = quiet_seconds(runs["engine"]) / quiet_seconds(runs["bare"])
+        result["quiet_overhead_percent"] = round(100 * (quiet - 1), 2)
+    return result
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """Print one number of paths, for people."""
+    print(f"\n{result['paths']} paths, {result['tokens']} tokens")
+    for side in SIDES:
+        if side in result:
+            row = result[side]
+            speed, step = show(row["tokens_per_s"], " tok/s"), show(row["ms_per_step"], " ms/step")
+            print(f"  {side:13} {row['forward_passes']:5} forward passes   {speed:32} {step}")
+    if "speedup" in result:
+        quiet = result["quiet_decode_speedup"]
+        print(f"  engine/transformers {show(result['speedup'], 'x')}")
+        print(f"    decode only {show(result['decode_speedup'], 'x')}, least time of each step {quiet:.2f}x")
+    if "overhead_percent" in result:
+        quiet = result["quiet_overhead_percent"]
+        print(f"  engine over bare loop {show(result['overhead_percent'], ' %')}, least time of each step {quiet} %")
+
+
+def main() -> None:
+    description, _, examples = (__doc__ or "").partition("\n\n    python")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="examples:\n    python" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--paths", type=int, nargs="+", default=[8, 16], help="paths of the block (default: 8 16)")
+    parser.add_argument("--path-tokens", type=int, default=64, help="tokens a path (default: %(default)s)")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--write-goal", action="store_true", help="have the outlines written instead of given")
+    parser.add_argument("--skip", nargs="+", choices=SIDES, default=[], help="sides to leave out")
+    add_flags(parser, repeats=3)
+    args = parser.parse_args()
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+    tags = make_tags()
+    models = make_models(tags, args.seed)
+    result = {"benchmark": "decode_cpu", **environment()}
+    num_parameters = sum(parameter.numel() for parameter in models[0].parameters())
+    result |= {"parameters": num_parameters, "dtype": "bfloat16", "attention": models[0].config._attn_implementation}
+    result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "goal_written": args.write_goal}
+    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
+    print(f"{result['versions']}, commit {result['commit']}")
+    print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
+    result["results"] = []
+    for num_paths in args.paths:
+        work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal)
+        row = summarize(measure(models, work, args), work)
+        result["results"].append(row)
+        print_result(row)
+    finish(result, args.output)
+
+
+if __name__ == "__main__":
+    main()

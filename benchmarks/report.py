@@ -1,0 +1,89 @@
+"""What every benchmark prints and stores: where it ran, on what, from which commit, and a median with its spread."""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import multiverse_hf
+
+
+def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Add the flags all benchmarks share."""
+    parser.add_argument("--repeats", type=int, default=repeats, help="interleaved repeats (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=None, help="also write the result to this JSON file")
+
+
+def environment() -> dict[str, Any]:
+    """Say where and on what a result was measured: device, versions, load, command and commit."""
+    return {
+        "device": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "versions": {
+            "multiverse_hf": multiverse_hf.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "command": shlex.join(["python", _from_root(Path(sys.argv[0])), *sys.argv[1:]]),
+        "commit": _commit(),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Give median, least and greatest of some repeats."""
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def show(value: dict[str, float], unit: str = "") -> str:
+    """Write what :func:`spread` gave: the median, and the range in brackets."""
+    return f"{value['median']:.4g}{unit} [{value['min']:.4g}, {value['max']:.4g}]"
+
+
+def finish(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result as one JSON line, the last one, and store it if asked to."""
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result))
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _from_root(script: Path) -> str:
+    root = Path(__file__).resolve().parent.parent
+    script = script.resolve()
+    return str(script.relative_to(root)) if script.is_relative_to(root) else script.name
+
+
+def _commit() -> str | None:
+    """Give the commit measured, marked where tracked files differ from it; None outside a checkout."""
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

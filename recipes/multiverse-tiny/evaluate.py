@@ -1,0 +1,145 @@
+"""Measure a checkpoint on unseen chains problems: accuracy, # parallel, forks, well-formedness.
+
+    python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/parallel --output evaluation.json
+    python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/sequential --suffix sequential
+
+Greedy and guided, unless told otherwise. Problems of the run's own training rows (``run.json`` beside the model) are
+left out.
+"""
+
+import argparse
+import json
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from multiverse_hf.data.chains import Kind, Problem, is_correct, sample_problem
+from multiverse_hf.data.mixtures import ChainsMixture
+from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+from multiverse_hf.modeling.tags import encode_prompt
+
+
+def training_problems(model: str) -> set[str]:
+    """Give the problems a run was trained on, from its ``run.json``; none if there is no such file."""
+    record = Path(model, "run.json")
+    if not record.is_file():
+        return set()
+    data = json.loads(record.read_text())["data"]
+    mixture = ChainsMixture(
+        data["num_rows"],
+        data["rows_seed"],
+        data["sequential"],
+        data["sequential_share"],
+        data["plain_share"],
+        data["ramp"],
+    )
+    return {str(row.problem) for row in mixture}
+
+
+def unseen(kind: Kind, count: int, seed: int, seen: set[str]) -> Iterator[Problem]:
+    """Draw problems that are not among those seen, each once."""
+    rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
+    while count:
+        problem = sample_problem(rng, kind)
+        if str(problem) not in drawn:
+            drawn.add(str(problem))
+            count -= 1
+            yield problem
+
+
+def answer(model, tokenizer, prompts: list[str], **options) -> tuple[list[str], list]:
+    """Answer a batch of prompts; give the documents and their stats."""
+    rows = [encode_prompt(tokenizer, prompt, model.tags.names) for prompt in prompts]
+    batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+    output = model.generate(**batch, return_dict_in_generate=True, do_sample=False, **options)
+    texts = tokenizer.batch_decode(output.sequences[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return texts, output.stats
+
+
+def measure(model, tokenizer, problems: list[Problem], suffix: str, batch_size: int, **options) -> dict:
+    """Answer problems and sum up."""
+    begin, rows = time.perf_counter(), []
+    for at in range(0, len(problems), batch_size):
+        batch = problems[at : at + batch_size]
+        prompts = [problem.prompt(parallel=suffix == "parallel") for problem in batch]
+        for problem, text, stats in zip(batch, *answer(model, tokenizer, prompts, **options), strict=True):
+            try:
+                parse_document(text)
+                parses = True
+            except DocumentError:
+                parses = False
+            rows.append((problem, is_correct(problem, text), parses, stats))
+        print(f"\r{sum(r[1] for r in rows)}/{len(rows)} right", end="", flush=True)
+    print("\r", end="")
+
+    def mean(values: list[float]) -> float | None:
+        return round(sum(values) / len(values), 4) if values else None
+
+    many = [s for p, _, _, s in rows if len(p.chains) >= 6]
+    return {
+        "problems": len(rows),
+        "accuracy": mean([float(right) for _, right, _, _ in rows]),
+        "well_formed": mean([float(parses) for _, _, parses, _ in rows]),
+        "share_that_forks": mean([float(s.num_forks > 0) for *_, s in rows]),
+        "parallelism": mean([s.parallelism for *_, s in rows]),
+        "parallelism_6_or_more_chains": mean([s.parallelism for s in many]),
+        "tokens": mean([s.num_tokens for *_, s in rows]),
+        "length": mean([s.length for *_, s in rows]),
+        "steps": mean([s.num_steps for *_, s in rows]),
+        "accuracy_by_chains": {
+            str(n): mean([float(right) for p, right, _, _ in rows if len(p.chains) == n])
+            for n in sorted({len(p.chains) for p, *_ in rows})
+        },
+        "seconds": round(time.perf_counter() - begin, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the checkpoint")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--problems", type=int, default=500, help="of each kind")
+    parser.add_argument("--kinds", nargs="+", default=[kind.value for kind in Kind], choices=[k.value for k in Kind])
+    parser.add_argument("--suffix", default="parallel", choices=["parallel", "sequential"])
+    parser.add_argument("--structure", default="guided", choices=["guided", "lenient", "off"])
+    parser.add_argument("--max-new-tokens", type=int, default=2560)
+    parser.add_argument("--batch-size", type=int, default=25)
+    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights")
+    parser.add_argument("--seed", type=int, default=1000)
+    args = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = MultiverseForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    seen = training_problems(args.model)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    report = {
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output"},
+        "decoding": "greedy",
+        "versions": {name: version(name) for name in ("torch", "transformers")}
+        | {"python": platform.python_version()},
+        "commit": commit or None,
+        "training_problems_left_out": len(seen),
+        "results": {},
+    }
+    for kind in args.kinds:
+        problems = list(unseen(Kind(kind), args.problems, args.seed, seen))
+        result = measure(
+            model, tokenizer, problems, args.suffix, args.batch_size,
+            structure=args.structure, max_new_tokens=args.max_new_tokens,
+        )  # fmt: skip
+        report["results"][kind] = result
+        print(kind, json.dumps(result))
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""What is shown while an answer is written: its branches side by side in a terminal, or plain text as it settles.
+
+Both are streamers for ``model.generate``. The live view keeps the answer as a tree, a flow of text and blocks for the
+answer itself and one for each path, and draws it as lines: text over the full width, a block as columns, one per path.
+"""
+
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from multiverse_hf.modeling.tags import LABEL, TagSet
+
+if TYPE_CHECKING:  # torch comes with it, and only a running model needs that
+    from multiverse_hf.modeling.state import BranchEvent
+
+MIN_COLUMN = 24  # characters; narrower than this, sums and sentences break at every second word
+FRAMES_PER_SECOND = 12
+# A model's text may hold escape codes, which must not reach the terminal: all controls but newline and tab.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class TokenText:
+    """The text of a run of tokens, decoded line by line as they come."""
+
+    def __init__(self, decode: Decode) -> None:
+        self._decode, self._lines, self._ids, self._tail = decode, "", [], ""
+
+    def add(self, token: int) -> None:
+        """Take the next token."""
+        self._ids.append(token)
+        self._tail = self._decode(self._ids)
+        if self._tail.endswith("\n"):  # a settled line is not decoded again
+            self._lines, self._ids, self._tail = self._lines + self._tail, [], ""
+
+    @property
+    def text(self) -> str:
+        """All text, without a character that still lacks bytes."""
+        return self._lines + self._tail.rstrip("\ufffd")
+
+    @property
+    def full_text(self) -> str:
+        """All text, once no token is to come."""
+        return self._lines + self._tail
+
+
+class TextStream:
+    """Streamer that writes an answer as plain text in document order, and a newline after it."""
+
+    def __init__(self, file: TextIO, decode: Decode) -> None:
+        self.file, self.text, self.num_written, self.is_prompt = file, TokenText(decode), 0, True
+
+    def put(self, value: Any) -> None:
+        """Take ids; the first are the prompt's and not written."""
+        if self.is_prompt:
+            self.is_prompt = False
+            return
+        for token in value.flatten().tolist():
+            self.text.add(token)
+        self._write(self.text.text)
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._write(self.text.full_text + "\n")
+
+    def _write(self, text: str) -> None:
+        if len(text) > self.num_written:
+            self.file.write(text[self.num_written :])
+            self.file.flush()
+            self.num_written = len(text)
+
+
+class Part(Enum):
+    """What a run of text is."""
+
+    TEXT = "text"
+    OUTLINE = "outline"
+    CONCLUSION = "conclusion"
+
+
+@dataclass(slots=True, eq=False)
+class Run:
+    """A run of text between two tags."""
+
+    part: Part
+    content: TokenText
+
+
+@dataclass(slots=True, eq=False)
+class Columns:
+    """A block: a flow for each of its paths."""
+
+    paths: list["Flow"]
+
+
+@dataclass(slots=True, eq=False)
+class Flow:
+    """One path, or with an empty label the answer itself: text and blocks in order."""
+
+    label: str = ""
+    title: str = ""
+    items: list[Run | Columns] = field(default_factory=list)
+    is_open: bool = True
+
+
+class BranchTree:
+    """An answer as a tree of flows, grown by the events of a generation. Tags become structure and are not shown."""
+
+    def __init__(self, decode: Decode, tags: TagSet) -> None:
+        self.root = Flow()
+        self._decode, self._tags = decode, tags
+        self._flows = {"": self.root}  # by label; a later block takes over the labels of an earlier one
+
+    def feed(self, event: "BranchEvent") -> None:
+        """Take the next event."""
+        flow = self._flows[event.branch]
+        if event.kind == "token" and event.token is not None:
+            role, opens = self._tags.roles.get(event.token, (None, False))
+            if role is None:
+                if not flow.items or isinstance(flow.items[-1], Columns):
+                    self._start(flow, Part.TEXT)
+                flow.items[-1].content.add(event.token)
+            else:
+                begins = {"outline": Part.OUTLINE, "conclusion": Part.CONCLUSION}.get(role) if opens else None
+                self._start(flow, begins or Part.TEXT)
+        elif event.kind == "fork":
+            self._fork(flow, event.num_paths)
+        elif event.kind == "close":
+            flow.is_open = False
+        elif event.kind == "finish":
+            self.root.is_open = False
+
+    def _start(self, flow: Flow, part: Part) -> None:
+        flow.items.append(Run(part, TokenText(self._decode)))
+
+    def _fork(self, flow: Flow, num_paths: int) -> None:
+        """Turn the outlines of the goal just closed into the headings of columns."""
+        titles: list[str] = []
+        while flow.items and len(titles) < num_paths:
+            item = flow.items[-1]
+            if isinstance(item, Columns) or (item.part is not Part.OUTLINE and item.content.text.strip()):
+                break
+            flow.items.pop()
+            if item.part is Part.OUTLINE:
+                titles.append(" ".join(LABEL.sub("", item.content.full_text, count=1).split()))
+        titles += [""] * (num_paths - len(titles))
+        paths = [
+            Flow(f"{flow.label}.{number}".lstrip("."), title) for number, title in enumerate(reversed(titles), start=1)
+        ]
+        self._flows |= {path.label: path for path in paths}
+        flow.items.append(Columns(paths))
+
+
+def share(needs: Sequence[int], total: int) -> list[int]:
+    """Share ``total`` lines out among rows that need so many: one line at a time, to each that needs more."""
+    given = [0] * len(needs)
+    while total > 0 and given != list(needs):
+        for row, need in enumerate(needs):
+            if given[row] < need and total > 0:
+                given[row] += 1
+                total -= 1
+    return given
+
+
+@dataclass(frozen=True, slots=True)
+class Painter:
+    """Draws flows as lines.
+
+    Args:
+        console: wraps text by the width of its characters.
+        ascii_only: for terminals that have no box-drawing characters.
+    """
+
+    console: Console
+    ascii_only: bool = False
+
+    def flow(self, flow: Flow, width: int, height: int | None = None, begin: int = 0) -> list[Text]:
+        """Draw a flow.
+
+        Args:
+            flow: the answer or a path.
+            width: characters of a line.
+            height: most lines to give; the newest are kept. None for all.
+            begin: the first item to draw.
+        """
+        lines: list[Text] = []
+        for index in reversed(range(begin, len(flow.items))):
+            room = None if height is None else height - len(lines)
+            if room == 0:
+                break
+            item = flow.items[index]
+            if isinstance(item, Columns):
+                lines = self.columns(item, width, room) + lines
+            else:
+                lines = self.run(item, width, room, has_label=index == self._first_text(flow)) + lines
+        return lines
+
+    @staticmethod
+    def _first_text(flow: Flow) -> int | None:
+        """Give the item that begins with the label the engine wrote: the first with text in it, in a path."""
+        runs = (
+            index
+            for index, item in enumerate(flow.items)
+            if flow.label and isinstance(item, Run) and item.content.text.strip()
+        )
+        return next(runs, None)
+
+    def run(self, run: Run, width: int, height: int | None = None, has_label: bool = False) -> list[Text]:
+        """Draw a run of text, without blank lines around it."""
+        text = run.content.text
+        if has_label:
+            text = LABEL.sub("", text, count=1).lstrip(" ")
+        text = _CONTROLS.sub("", text).expandtabs(4).strip("\n").rstrip()
+        if not text.strip():
+            return []
+        source = text.split("\n")
+        if height is not None:
+            source = source[-height:]
+        mark, style = {
+            Part.TEXT: ("", ""),
+            Part.OUTLINE: ("* " if self.ascii_only else "· ", "dim"),
+            Part.CONCLUSION: ("=> " if self.ascii_only else "⇒ ", "italic"),
+        }[run.part]
+        lines = [
+            Text(mark if number == 0 else " " * len(mark), style) + piece
+            for number, piece in enumerate(
+                piece
+                for line in source
+                for piece in Text(line.rstrip(), style).wrap(self.console, max(width - len(mark), 1)) or [Text("")]
+            )
+        ]
+        return lines if height is None else lines[-height:]
+
+    def columns(self, block: Columns, width: int, height: int | None = None) -> list[Text]:
+        """Draw a block: its paths in columns, in several rows where one would make them too narrow."""
+        gutter = " | " if self.ascii_only else " │ "
+        num_paths = len(block.paths)
+        num_rows = -(-num_paths // max((width + len(gutter)) // (MIN_COLUMN + len(gutter)), 1))
+        num_columns = -(-num_paths // num_rows)
+        column = (width - len(gutter) * (num_columns - 1)) // num_columns
+        rows = [block.paths[at : at + num_columns] for at in range(0, num_paths, num_columns)]
+        budgets: list[int | None] = [None] * len(rows)
+        if height is not None:
+            needs = [max(len(self.path(path, column, height)) for path in row) for row in rows]
+            budgets = list(share(needs, height))
+        lines = []
+        for row, budget in zip(rows, budgets, strict=True):
+            if budget == 0:
+                continue
+            cells = [self.path(path, column, budget) for path in row]
+            for number in range(max(map(len, cells))):
+                line = Text()
+                for place, cell in enumerate(cells):
+                    piece = cell[number].copy() if number < len(cell) else Text()
+                    piece.truncate(column, pad=True)
+                    line.append(gutter if place else "", "dim")
+                    line.append_text(piece)
+                line.rstrip()
+                lines.append(line)
+        return lines
+
+    def path(self, path: Flow, width: int, height: int | None = None) -> list[Text]:
+        """Draw a path: a heading with its label, and its text below."""
+        holds_block = any(isinstance(item, Columns) for item in path.items)
+        rule, done = ("=" if holds_block else "-", "done") if self.ascii_only else ("━" if holds_block else "─", "✓")
+        heading = Text(f"{rule} {path.label}", "bold cyan" if path.is_open else "bold green")
+        heading.append(f" {_CONTROLS.sub('', path.title)}" if path.title else "", "not bold")
+        mark = "" if path.is_open else f" {done}"
+        heading.truncate(width - len(mark), overflow="crop" if self.ascii_only else "ellipsis")
+        heading.append(mark)
+        if (space := width - heading.cell_len) > 1:
+            heading.append(" " + rule * (space - 1), "dim not bold")
+        return [heading, *(self.flow(path, width, None if height is None else height - 1) if height != 1 else [])]
+
+
+class LiveView:
+    """Streamer that shows the branches of one answer side by side in a terminal.
+
+    What is settled, the text before a block and the block once merged, is printed for good and scrolls; what is still
+    being written is drawn anew below it, the newest lines of every branch. Use it as a context manager, so that the
+    terminal is itself again whatever happens.
+
+    Args:
+        console: the terminal.
+        decode: gives the text of token ids.
+        tags: the model's control tags.
+        pace: hold the answer back to so many steps a second, for people to read; None for the model's own speed.
+    """
+
+    def __init__(self, console: Console, decode: Decode, tags: TagSet, pace: float | None = None) -> None:
+        self.console, self.pace = console, pace
+        self.tree = BranchTree(decode, tags)
+        self.painter = Painter(console, console.options.ascii_only)
+        self.num_printed = 0  # items of the answer that were printed for good
+        self._lock = threading.Lock()  # the live display draws in a thread of its own
+        self._stepped: set[str] = set()  # branches that chose a token in this step
+        self._next_step = 0.0
+        self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND, transient=True)
+
+    def __enter__(self) -> "LiveView":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._print_settled(len(self.tree.root.items))
+        self._live.stop()
+
+    def on_event(self, event: "BranchEvent") -> None:
+        """Take an event of the generation."""
+        if self.pace is not None and event.sampled:
+            self._keep_pace(event.branch)
+        with self._lock:
+            self.tree.feed(event)
+        if event.branch == "" and event.kind == "fork":
+            self._print_settled(len(self.tree.root.items) - 1)
+        elif event.branch == "" and event.kind == "reduce":
+            self._print_settled(len(self.tree.root.items))
+
+    def _keep_pace(self, branch: str) -> None:
+        """Wait where a new step begins: at a branch that has chosen a token since the last wait."""
+        if branch in self._stepped:
+            self._stepped.clear()
+            time.sleep(max(self._next_step - time.monotonic(), 0))
+        if not self._stepped:
+            self._next_step = time.monotonic() + 1 / self.pace
+        self._stepped.add(branch)
+
+    def _print_settled(self, end: int) -> None:
+        """Print the answer's items up to ``end`` for good."""
+        with self._lock:  # not held while printing: the display's thread takes the two locks the other way round
+            lines: list[Text] = []
+            settled = Flow(items=self.tree.root.items[self.num_printed : end])
+            lines = self.painter.flow(settled, self.console.width)
+            self.num_printed = max(self.num_printed, end)
+        if lines:
+            self.console.print(Text("\n").join(lines), soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with self._lock:
+            # one line less than the terminal has: the cursor stands below, and a full screen would scroll
+            lines = self.painter.flow(self.tree.root, options.max_width, options.size.height - 1, self.num_printed)
+        yield Text("\n").join(lines)

@@ -1,1 +1,0 @@
-"""Trainers and callbacks that the recipes share."""

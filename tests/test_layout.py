@@ -1,0 +1,239 @@
+"""The layout contract, against a slow oracle that follows DESIGN's rules token by token."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from helpers import COLON, DIGITS, EOS, FIRST_TEXT, NEWLINE, TAGS, make_tags
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multiverse_hf.modeling.attention import block_mask, dense_mask, pad_layouts, to_additive
+from multiverse_hf.modeling.layout import build_layout
+from multiverse_hf.modeling.tags import NPR, TagSet
+
+TEXT = FIRST_TEXT
+NPR_TAGS = make_tags(NPR)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block of a document tree: a document a path."""
+
+    paths: tuple
+
+
+# A document tree is a tuple of items: an int (that many text tokens) or a Block.
+trees = st.recursive(
+    st.lists(st.integers(0, 4), max_size=2).map(tuple),
+    lambda inner: st.lists(
+        st.one_of(st.integers(0, 4), st.lists(inner, min_size=1, max_size=4).map(lambda paths: Block(tuple(paths)))),
+        max_size=3,
+    ).map(tuple),
+    max_leaves=12,
+)
+
+
+@dataclass
+class Oracle:
+    """Writes a tree and, beside every token, its position and the path of each block it is in, by definition."""
+
+    tags: TagSet
+    ids: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    inside: list[dict[int, int]] = field(default_factory=list)  # block -> path
+    num_blocks: int = 0
+
+    def document(self, tree: tuple, position: int, inside: dict[int, int]) -> int:
+        """Write a document from ``position`` on; give the position that follows it."""
+        for item in tree:
+            if isinstance(item, int):
+                position = self.tokens([TEXT] * item, position, inside)
+            else:
+                position = self.block(item, position, inside)
+        return position
+
+    def block(self, block: Block, position: int, inside: dict[int, int]) -> int:
+        tags, number = self.tags, self.num_blocks
+        self.num_blocks += 1
+        outline = [tags.open("outline"), TEXT, tags.close("outline")]
+        head = [tags.open("parallel"), tags.open("goal"), *outline * len(block.paths), tags.close("goal")]
+        fork = self.tokens([token for token in head if token is not None], position, inside)  # one past </Goal>
+        after = fork
+        for path, tree in enumerate(block.paths):
+            own = {**inside, number: path}
+            end = self.tokens([NEWLINE, tags.open("path")], fork, own)
+            end = self.tokens([tags.close("path")], self.document(tree, end, own), own)
+            after = max(after, end)
+        tail = [NEWLINE, tags.open("conclusion"), TEXT, tags.close("conclusion"), tags.close("parallel")]
+        return self.tokens([token for token in tail if token is not None], after, inside)
+
+    def tokens(self, ids: list[int], position: int, inside: dict[int, int]) -> int:
+        for token in ids:
+            self.ids.append(token)
+            self.positions.append(position)
+            self.inside.append(inside)
+            position += 1
+        return position
+
+    def sees(self, query: int, key: int) -> bool:
+        """Every earlier token but those of sibling paths, of a block whose path the query is in."""
+        own, other = self.inside[query], self.inside[key]
+        return key <= query and all(other.get(block, path) == path for block, path in own.items())
+
+
+def written(tree: tuple, tags: TagSet = TAGS) -> Oracle:
+    oracle = Oracle(tags)
+    oracle.document((1, *tree), 0, {})
+    return oracle
+
+
+def test_designs_worked_example_is_laid_out_verbatim():
+    t, o = TAGS, [TAGS.open("outline"), TEXT, TAGS.close("outline")]
+    ids = [TEXT, t.open("parallel"), t.open("goal"), *o, *o, t.close("goal")]
+    ids += [NEWLINE, t.open("path"), TEXT, TEXT, t.close("path")]
+    ids += [NEWLINE, t.open("path"), TEXT, t.close("path"), NEWLINE, t.open("conclusion")]
+    layout = build_layout(ids, TAGS)
+    assert layout.position_ids.tolist() == [*range(10), 10, 11, 12, 13, 14, 10, 11, 12, 13, 15, 16]
+    path1, path2, everything = (
+        [[*range(q + 1)] for q in range(15)],
+        [[*range(10), *range(15, q + 1)] for q in range(15, 19)],
+        [[*range(20)], [*range(21)]],
+    )
+    sees = [row.nonzero().flatten().tolist() for row in layout.mask()]
+    assert sees == path1 + path2 + everything
+    # four segments: before the fork, two paths, after the merge
+    assert layout.segment_ids.tolist() == [0] * 10 + [1] * 5 + [2] * 4 + [3] * 2
+    assert layout.visible.tolist() == [
+        [True, False, False, False],
+        [True, True, False, False],
+        [True, False, True, False],
+        [True, True, True, True],
+    ]
+    assert layout.length == 17
+
+
+@pytest.mark.parametrize("tags", [TAGS, NPR_TAGS], ids=["multiverse", "npr"])
+@given(tree=trees)
+def test_layout_agrees_with_the_rules_followed_token_by_token(tags: TagSet, tree: tuple):
+    oracle = written(tree, tags)
+    layout = build_layout(oracle.ids, tags)
+    assert layout.position_ids.tolist() == oracle.positions
+    everywhere = range(len(oracle.ids))
+    assert layout.mask().tolist() == [[oracle.sees(q, k) for k in everywhere] for q in everywhere]
+
+
+@given(tree=trees)
+def test_siblings_never_see_each_other_and_after_the_reduce_all_is_visible(tree: tuple):
+    oracle = written(tree)
+    mask = build_layout(oracle.ids, TAGS).mask()
+    for query, own in enumerate(oracle.inside):
+        if not own:  # outside every block, or after one
+            assert mask[query, : query + 1].all()
+        for key in range(query):
+            other = oracle.inside[key]
+            if any(other.get(block, path) != path for block, path in own.items()):
+                assert not mask[query, key]
+
+
+soup = st.lists(
+    st.one_of(
+        st.sampled_from(TAGS.control_ids),
+        # what makes blocks more often than chance would
+        st.sampled_from([TAGS.open("goal"), TAGS.open("outline"), TAGS.close("goal"), TAGS.close("path")]),
+        st.sampled_from([TEXT, NEWLINE, COLON, EOS, DIGITS["1"]]),
+    ),
+    max_size=60,
+)
+
+
+@given(ids=soup, cut=st.integers(0, 60))
+def test_any_ids_have_a_layout_and_a_cut_document_has_the_prefix_of_it(ids: list[int], cut: int):
+    layout, length = build_layout(ids, TAGS), len(ids)
+    size = len(layout.visible)
+    assert layout.position_ids.shape == layout.segment_ids.shape == (length,)
+    assert layout.position_ids.dtype == layout.segment_ids.dtype == torch.int64
+    assert layout.visible.shape == (size, size)
+    assert layout.visible.diagonal().all()
+    assert not layout.visible.triu(1).any(), "no segment sees a later one"
+    assert (layout.segment_ids < size).all()
+    mask = layout.mask()
+    assert mask.diagonal().all()
+    # what a token sees stands before it, and right before it stands one token it sees (the first token has none)
+    for query in range(length):
+        seen = layout.position_ids[:query][mask[query, :query]]
+        assert (seen < layout.position_ids[query]).all()
+        assert query == 0 or int(seen.max()) == int(layout.position_ids[query]) - 1
+    first = build_layout(ids[:cut], TAGS)
+    assert first.position_ids.tolist() == layout.position_ids[:cut].tolist()
+    assert torch.equal(first.mask(), mask[:cut, :cut])
+
+
+@given(ids=soup)
+def test_text_around_a_document_does_not_change_what_its_tags_do(ids: list[int]):
+    layout, shifted = build_layout(ids, TAGS), build_layout([TEXT] * 3 + ids, TAGS)
+    assert (shifted.position_ids[3:] - 3).tolist() == layout.position_ids.tolist()
+    assert torch.equal(shifted.mask()[3:, 3:], layout.mask())
+
+
+def test_no_ids_have_an_empty_layout():
+    layout = build_layout([], TAGS)
+    assert layout.length == 0
+    assert layout.mask().shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [TAGS.close("path")] * 3,
+        [TAGS.open("parallel"), TAGS.open("goal"), TAGS.close("goal"), TEXT, TAGS.close("path"), TEXT],  # no outline
+        [TAGS.open("goal"), TAGS.open("outline"), TAGS.close("outline"), TAGS.close("goal"), TEXT],  # not in a block
+        [TAGS.open("parallel"), TAGS.open("goal"), TAGS.open("outline"), TAGS.close("path"), TEXT],  # cut short
+    ],
+    ids=["stray path ends", "a goal without outlines", "a goal outside a block", "a goal that is not closed"],
+)
+def test_a_tag_that_fits_no_rule_is_a_plain_token(ids: list[int]):
+    layout = build_layout(ids, TAGS)
+    assert layout.position_ids.tolist() == list(range(len(ids)))
+    assert len(layout.visible) == 1
+
+
+def test_a_layout_of_a_long_document_takes_memory_by_its_segments_not_by_its_length():
+    oracle = written((5000, Block(((5000,), (5000,))), 5000))
+    layout = build_layout(oracle.ids, TAGS)
+    assert layout.segment_ids.shape == (len(oracle.ids),)
+    assert layout.visible.shape == (4, 4)
+
+
+@given(rows=st.lists(trees, min_size=1, max_size=3), left=st.booleans())
+def test_masks_of_a_padded_batch_are_those_of_its_rows_alone(rows: list[tuple], left: bool):
+    documents = [written(tree).ids for tree in rows]
+    width = max(map(len, documents))
+    ids, real = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, document in enumerate(documents):
+        where = slice(width - len(document), width) if left else slice(0, len(document))
+        ids[row, where], real[row, where] = torch.tensor(document), 1
+    position_ids, segment_ids, visible = pad_layouts(ids, real, TAGS)
+    masks = dense_mask(position_ids, segment_ids, visible, real)
+    additive = to_additive(masks, torch.float32)
+    assert torch.equal(additive == 0, masks)
+    for row, document in enumerate(documents):
+        layout, keep = build_layout(document, TAGS), real[row] == 1
+        assert position_ids[row, keep].tolist() == layout.position_ids.tolist()
+        assert torch.equal(masks[row, 0][keep][:, keep], layout.mask())
+        assert not masks[row, 0][keep][:, ~keep].any(), "no real token sees padding"
+        assert masks[row, 0].any(-1).all(), "no row is empty: its softmax would not be a number"
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_block_mask_of_flex_attention_holds_what_the_dense_mask_does(window: int | None):
+    from torch.nn.attention.flex_attention import create_mask
+
+    nested = (2, Block(((3,), (1, Block(((2,), (4,)))), (0,))), 2)
+    documents = [written(nested).ids, written((4,)).ids]
+    width = max(map(len, documents))
+    ids = torch.tensor([document + [0] * (width - len(document)) for document in documents])
+    real = torch.tensor([[1] * len(document) + [0] * (width - len(document)) for document in documents])
+    arguments = (*pad_layouts(ids, real, TAGS), real, window)
+    mask_mod = block_mask(*arguments).mask_mod
+    assert torch.equal(create_mask(mask_mod, 2, None, width, width, device="cpu"), dense_mask(*arguments))
