@@ -40,12 +40,15 @@ def train(folder: Path, *options: str) -> str:
 def test_recipe_trains_and_leaves_a_checkpoint_that_loads_as_its_base_and_branches(base: Path) -> None:
     log = train(base)
     losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", log)]
-    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
 
     record = json.loads((base / "out/run.json").read_text())
-    assert record["data"]["num_rows"] == 32 and record["versions"]["trl"]
+    assert record["data"]["num_rows"] == 32
+    assert record["versions"]["trl"]
     config = json.loads((base / "out/config.json").read_text())
-    assert config["architectures"] == ["Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
+    assert config["architectures"] == ["Qwen3ForCausalLM"]
+    assert config["model_type"] == "qwen3"
 
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

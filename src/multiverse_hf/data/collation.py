@@ -52,8 +52,11 @@ class DocumentCollator:
         return batch
 
     def _plain_batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad rows without a block. No real token sees padding on its right, so no mask is needed: the mask is all ones,
-        and transformers then takes the causal kernel, at half the price."""
+        """Pad rows without a block.
+
+        No real token sees padding on its right, so no mask is needed: it is all ones, and transformers then takes the
+        causal kernel, at half the price.
+        """
         length = max(len(row["input_ids"]) for row in rows)
         ids = [row["input_ids"] + [self.pad_token_id] * (length - len(row["input_ids"])) for row in rows]
         labels = [row["labels"] + [IGNORE] * (length - len(row["labels"])) for row in rows]

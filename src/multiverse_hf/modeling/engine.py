@@ -200,7 +200,7 @@ class Engine:
         headroom = {id(sequence): self._headroom(sequence) for sequence in self.running}
         tokens, scores = self.sampler(
             logits,
-            [branch.context for _, branch in queries] if self.sampler.needs_context else None,
+            [(len(s.prompt), branch.context) for s, branch in queries] if self.sampler.needs_context else None,
             [self._forbidden(sequence, branch, headroom[id(sequence)]) for sequence, branch in queries],
             [(sequence.key, branch.key, branch.position) for sequence, branch in queries],
         )
@@ -230,8 +230,8 @@ class Engine:
             if branch.blocks:  # as if </Path>
                 self._close(sequence, branch, len(branch.blocks) - 1)
             else:
-                sequence.finish = FinishReason.STOP
-                self._close(sequence, branch, ANSWER, end=token)
+                sequence.finish, sequence.end = FinishReason.STOP, token
+                self._close(sequence, branch, ANSWER)
             return
         self._append(sequence, branch, token, sampled=True)
         if branch not in sequence.live:  # it forked or closed
@@ -341,8 +341,10 @@ class Engine:
         if not self.structured:
             return frozenset()
         structure, options = branch.structure, self.options
-        may_open = may_outline = True
+        may_open = may_outline = may_think = True
         if structure.stage is Stage.TEXT:
+            thinking = 2 * (len(self.tags.newline) + 1)  # both of its tags
+            may_think = self._room(sequence, branch) >= thinking and (headroom is None or headroom > thinking)
             opening = structure.opening_length() + structure.closing_length() + 12
             may_open = structure.depth < options.max_depth and self._room(sequence, branch) > opening
             may_open = may_open and (headroom is None or headroom > len(sequence.live) * 2 * opening)
@@ -351,8 +353,8 @@ class Engine:
             opening = structure.opening_length() + 12
             may_outline = may_outline and (headroom is None or headroom > len(sequence.live) * 2 * opening)
         if options.structure == "guided":
-            return structure.forbidden(may_open, may_outline)
-        return structure.over_limit(may_open, may_outline)
+            return structure.forbidden(may_open, may_outline, may_think)
+        return structure.over_limit(may_open, may_outline, may_think)
 
     def _room(self, sequence: Sequence, branch: Branch) -> int:
         """Positions left to a branch, by the answer's budget and by that of every path it is in."""
@@ -413,17 +415,17 @@ class Engine:
                 sequence.stats.num_closed += bool(branch.blocks)
                 self._close(sequence, branch, ANSWER)
 
-    def _close(self, sequence: Sequence, branch: Branch, until: int, end: int | None = None) -> None:
+    def _close(self, sequence: Sequence, branch: Branch, until: int) -> None:
         """Write the tokens that close a branch until only ``until`` blocks are open around it.
 
-        With :data:`ANSWER` the answer ends, with the token ``end`` if one is given.
+        With :data:`ANSWER` the answer ends, with the end token if the model chose one.
         """
         branch.until = until
         for token in branch.structure.closing_tokens() if self.structured else []:
             self._append(sequence, branch, token)
         if branch in sequence.live:  # outside every block, where nothing is left to close
-            if end is not None:
-                self._append(sequence, branch, end)
+            if sequence.end is not None:
+                self._append(sequence, branch, sequence.end)
             sequence.live.remove(branch)
 
     # Release

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import ModelOutput
 
+from .attention import FOLDED_SDPA
 from .engine import Engine, document_entries
 from .sampling import Sampler
 from .state import GenerationStats, StructureOptions
@@ -41,8 +42,8 @@ class MultiverseGenerateOutput(ModelOutput):
 class DocumentStreamer:
     """Feeds a transformers streamer in document order, as early as the document is settled."""
 
-    def __init__(self, streamer: Any, prompt: torch.Tensor) -> None:
-        self.streamer, self.num_sent = streamer, prompt.shape[-1]
+    def __init__(self, streamer: Any, prompt: torch.Tensor, num_real: int) -> None:
+        self.streamer, self.num_sent = streamer, num_real
         streamer.put(prompt.cpu())
 
     def __call__(self, engine: Engine) -> None:
@@ -54,8 +55,11 @@ class DocumentStreamer:
         for entry in entries[self.num_sent :]:
             self.streamer.put(torch.tensor([sequence.ids[entry]]))
         self.num_sent = max(self.num_sent, len(entries))
-        if not sequence.live:
-            self.streamer.end()
+
+    def end(self, engine: Engine) -> None:
+        """Send what is left."""
+        self(engine)
+        self.streamer.end()
 
 
 def _reject(condition: bool, what: str, instead: str) -> None:
@@ -94,6 +98,8 @@ def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         _reject(getattr(config, name, None) is not None, f"{name}={getattr(config, name, None)!r}", sampling)
     guidance = getattr(config, "guidance_scale", None)
     _reject(guidance is not None and guidance != 1, f"guidance_scale={guidance}", sampling)
+    for name in ("output_scores", "output_attentions", "output_hidden_states"):
+        _reject(bool(getattr(config, name, None)), f"{name}=True", "ask for output_logits")
     _reject(config.use_cache is False, "use_cache=False", "leave the cache on; the engine keeps its own")
     _reject(kwargs.pop("past_key_values", None) is not None, "past_key_values", "pass the whole text as input_ids")
     _reject(kwargs.pop("inputs_embeds", None) is not None, "inputs_embeds", "pass input_ids")
@@ -109,11 +115,11 @@ def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"generate has no option {unknown!r}{hint}")
 
 
-def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[list[int]]:
+def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
     """Take the padding off a batch of prompts.
 
     Raises:
-        ValueError: if a prompt is empty, or the shapes do not agree.
+        ValueError: if a prompt is empty, an id is outside the vocabulary, or the shapes do not agree.
         TypeError: if the ids are not integers.
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2:
@@ -127,14 +133,21 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -
         raise ValueError(
             f"attention_mask {tuple(attention_mask.shape)} and input_ids {tuple(input_ids.shape)} must have one shape"
         )
+    if not len(input_ids):
+        raise ValueError("the batch is empty; give at least one prompt")
     prompts = [row[keep != 0].tolist() for row, keep in zip(input_ids.cpu(), attention_mask.cpu(), strict=True)]
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty; give at least one token")
+        for token in (min(prompt), max(prompt)):
+            if not 0 <= token < vocab_size:
+                raise ValueError(
+                    f"token id {token} is outside the vocabulary of {vocab_size}; use the model's tokenizer"
+                )
     return prompts
 
 
-def bound_length(model: Any, config: GenerationConfig, longest: int, given: dict[str, Any]) -> int:
+def bound_length(model: Any, config: GenerationConfig, longest: int) -> int:
     """Give ``max_new_tokens``: as asked for, within the model's context.
 
     Raises:
@@ -156,12 +169,15 @@ def bound_length(model: Any, config: GenerationConfig, longest: int, given: dict
 
 @contextlib.contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """Decode with sdpa where the model's own attention takes no mask of single tokens (flash, flex)."""
+    """Decode with :func:`~.attention.folded_sdpa`, unless the model was loaded with eager attention.
+
+    Flash and flex kernels take no mask of single tokens; sdpa as transformers calls it copies the keys once per head.
+    """
     own = model.config._attn_implementation
-    if own in ("eager", "sdpa"):
+    if own == "eager":
         yield
         return
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(FOLDED_SDPA)
     try:
         yield
     finally:
@@ -189,19 +205,22 @@ def generate(
     attention_mask = kwargs.pop("attention_mask", None)
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
     check_modes(config, rest)
-    prompts = read_prompts(input_ids, attention_mask)
-    max_new_tokens = bound_length(model, config, max(map(len, prompts)), kwargs)
+    prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().num_embeddings)
+    max_new_tokens = bound_length(model, config, max(map(len, prompts)))
 
     device = input_ids.device
     model._prepare_special_tokens(config, attention_mask is not None, device=device, batch_size=len(prompts))
-    processors = model._get_logits_processor(
-        generation_config=config,
-        input_ids_seq_length=max(map(len, prompts)),
-        prefix_allowed_tokens_fn=prefix_allowed,
-        logits_processor=LogitsProcessorList(logits_processor or []),
-        device=device,
-        model_kwargs={},
-    )
+    processors = {
+        length: model._get_logits_processor(
+            generation_config=config,
+            input_ids_seq_length=length,
+            prefix_allowed_tokens_fn=prefix_allowed,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=device,
+            model_kwargs={},
+        )
+        for length in {len(prompt) for prompt in prompts}
+    }
     criteria = model._get_stopping_criteria(config, StoppingCriteriaList(stopping_criteria or []), tokenizer)
     ours = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)  # the engine holds these itself
     criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, ours))
@@ -210,9 +229,14 @@ def generate(
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer takes one answer, got {len(prompts)}; stream them one at a time")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if config.do_sample else 0
     shows_branches = hasattr(streamer, "on_event")
+    text_streamer = None
+    if streamer is not None and not shows_branches:
+        text_streamer = DocumentStreamer(streamer, input_ids, len(prompts[0]))
     engine = Engine(
         model,
         model.tags,
@@ -224,10 +248,12 @@ def generate(
         max_time=config.max_time,
         keep_logits=bool(config.output_logits and config.return_dict_in_generate),
         on_event=streamer.on_event if shows_branches else None,
-        on_step=DocumentStreamer(streamer, input_ids) if streamer is not None and not shows_branches else None,
+        on_step=text_streamer,
     )
     with decoding_attention(model):
         engine.generate(prompts)
+    if text_streamer is not None:
+        text_streamer.end(engine)
     return _output(engine, input_ids, copies, config)
 
 
@@ -250,8 +276,8 @@ def _output(
         return sequences
     logits = None
     if engine.keep_logits:
-        some = next(logits for s in engine.sequences for logits in s.logits.values())
-        blank = torch.full_like(some, torch.nan)
+        dtype = torch.float64 if engine.model.dtype == torch.float64 else torch.float32
+        blank = torch.full((engine.model.config.vocab_size,), torch.nan, dtype=dtype, device=engine.model.device)
         logits = tuple(
             torch.stack([
                 s.logits.get(order[column], blank) if column < len(order) else blank

@@ -67,6 +67,8 @@ class Structure:
         role, opens = tags.roles[token]
         if event is Event.FORK:
             labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
+            if len({tuple(label) for label in labels}) < len(labels):  # siblings could not be told apart
+                labels = [tags.ordinal(n) for n in range(1, len(labels) + 1)]
             self.labels.append(
                 [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
             )
@@ -132,12 +134,13 @@ class Structure:
 
     # What may come next
 
-    def forbidden(self, may_open: bool = True, may_outline: bool = True) -> frozenset[int]:
+    def forbidden(self, may_open: bool = True, may_outline: bool = True, may_think: bool = True) -> frozenset[int]:
         """Give the control tags the grammar does not allow as the next token.
 
         Args:
             may_open: a block may begin here, as far as the limits go.
             may_outline: a further outline may begin here, as far as the limits go.
+            may_think: thinking may begin here, as far as the limits go.
         """
         key = (
             self.stage,
@@ -145,13 +148,15 @@ class Structure:
             self.thinking,
             may_open,
             may_outline and self.stage is Stage.GOAL,
+            may_think,
             bool(self.outlines),
         )
         if key not in self.tags.forbidden_cache:
-            self.tags.forbidden_cache[key] = frozenset(self.tags.control_ids) - self._allowed(may_open, may_outline)
+            allowed = self._allowed(may_open, may_outline, may_think)
+            self.tags.forbidden_cache[key] = frozenset(self.tags.control_ids) - allowed
         return self.tags.forbidden_cache[key]
 
-    def _allowed(self, may_open: bool, may_outline: bool) -> set[int]:
+    def _allowed(self, may_open: bool, may_outline: bool, may_think: bool) -> set[int]:
         tags, stage = self.tags, self.stage
         allowed: list[int | None] = []
         if stage is Stage.TEXT:
@@ -159,8 +164,10 @@ class Structure:
                 allowed.append(tags.open("goal") if tags.names.parallel is None else tags.open("parallel"))
             if self.depth:
                 allowed.append(tags.close("path"))
-            else:
-                allowed.append(tags.close("think") if self.thinking else tags.open("think"))
+            elif self.thinking:
+                allowed.append(tags.close("think"))
+            elif may_think:
+                allowed.append(tags.open("think"))
         elif stage is Stage.ARMED:
             allowed.append(tags.open("goal"))
         elif stage is Stage.GOAL:
@@ -180,11 +187,13 @@ class Structure:
             allowed.append(tags.close("parallel"))
         return {token for token in allowed if token is not None}
 
-    def over_limit(self, may_open: bool, may_outline: bool) -> frozenset[int]:
+    def over_limit(self, may_open: bool, may_outline: bool, may_think: bool) -> frozenset[int]:
         """Give the tags that would break a limit here, whatever the grammar says (``structure="lenient"``)."""
         tags, over = self.tags, set()
         if not may_open:
             over |= {tags.open("parallel"), tags.open("goal")} if self.stage is not Stage.ARMED else set()
+        if not may_think and not self.thinking:
+            over.add(tags.open("think"))
         if not may_outline and self.stage is Stage.GOAL and self.outlines:
             over.add(tags.open("outline"))
         return frozenset(token for token in over if token is not None)

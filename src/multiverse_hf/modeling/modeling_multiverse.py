@@ -94,11 +94,22 @@ def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
             f"{name} keeps a recurrent state, which paths cannot share and merge; choose a softmax decoder"
         )
     layer_kinds(config)
-    if getattr(config, "rope_parameters", None) is None and getattr(config, "rope_theta", None) is None:
+    has_rotary = (
+        getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
+    )
+    if not has_rotary or getattr(config, "alibi", False):
         raise ValueError(
             f"{name} has no rotary positions; Multiverse lets several tokens stand at one position, which needs them"
         )
     return base
+
+
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """Find the class of a pickled model again, by its base's name."""
+    for base in MODEL_FOR_CAUSAL_LM_MAPPING.values() if name.endswith("ForCausalLM") else ():
+        if isinstance(base, type) and base.__name__ == name:
+            return multiverse_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class MultiverseForCausalLM:

@@ -75,21 +75,24 @@ class Sampler:
     when it was scheduled.
 
     Args:
-        processors: transformers logits processors and warpers, in order.
+        processors: transformers logits processors and warpers, in order, by the length of the prompt, which some of
+            them count from.
         do_sample: draw from the distribution; otherwise take its maximum.
         seed: of the noise.
     """
 
-    def __init__(self, processors: LogitsProcessorList, do_sample: bool, seed: int) -> None:
+    def __init__(self, processors: dict[int, LogitsProcessorList], do_sample: bool, seed: int) -> None:
         self.processors = processors
         self.do_sample = do_sample
         self.seed = seed
-        self.needs_context = any(not isinstance(p, _CONTEXT_FREE) for p in processors)
+        each = [processor for chain in processors.values() for processor in chain]
+        self.has_processors = bool(each)
+        self.needs_context = any(not isinstance(processor, _CONTEXT_FREE) for processor in each)
 
     def __call__(
         self,
         logits: torch.Tensor,
-        contexts: Sequence[Sequence[int]] | None,
+        contexts: Sequence[tuple[int, Sequence[int]]] | None,
         forbidden: Sequence[Collection[int]],
         keys: Sequence[tuple[int, int, int]],
     ) -> tuple[list[int], torch.Tensor]:
@@ -97,7 +100,8 @@ class Sampler:
 
         Args:
             logits: (N, V), float32 or float64; not written to.
-            contexts: for each row the visible ids in document order; needed if ``needs_context``.
+            contexts: for each row the length of its prompt, and its visible ids in document order; needed if
+                ``needs_context``.
             forbidden: for each row, ids that may not be chosen.
             keys: for each row its (sequence, branch, position).
 
@@ -109,30 +113,30 @@ class Sampler:
         """
         spans = _spans(forbidden, logits.device)
         scores = _forbid(logits.clone(), spans)
-        if self.processors:
+        if self.has_processors:
             if self.needs_context:
                 if contexts is None:
                     raise ValueError("these logits processors look at the context; pass contexts")
                 scores = self._process_by_length(scores, contexts)
             else:
-                scores = self.processors(None, scores)
+                scores = next(iter(self.processors.values()))(None, scores)
             scores = _forbid(scores, spans)
         if self.do_sample:
             tokens = self._draw(scores, keys)
         else:
             tokens = argmax(scores)
-            if self.processors:
+            if self.has_processors:
                 empty = torch.isneginf(scores.gather(-1, tokens[:, None])[:, 0])
                 if bool(empty.any()):
                     self._refuse(int(empty.nonzero()[0]), forbidden)
         return tokens.tolist(), scores
 
-    def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Run the processors on rows whose contexts have one length together, as the paths of a block mostly do."""
         processed, begin = [], 0
-        for _, run in itertools.groupby(contexts, key=len):
-            ids = _to_tensor(list(run), scores.device)
-            processed.append(self.processors(ids, scores[begin : begin + len(ids)]))
+        for (prompt_length, _), run in itertools.groupby(contexts, key=lambda row: (row[0], len(row[1]))):
+            ids = _to_tensor([context for _, context in run], scores.device)
+            processed.append(self.processors[prompt_length](ids, scores[begin : begin + len(ids)]))
             begin += len(ids)
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 

@@ -46,7 +46,8 @@ class StructureOptions:
             value = getattr(self, name)
             low = 0 if name == "max_depth" else 1
             optional = name in ("max_path_tokens", "max_total_tokens")
-            if (value is None and not optional) or (value is not None and (not isinstance(value, int) or value < low)):
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            if not fits and not (optional and value is None):
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
 
 
@@ -156,6 +157,7 @@ class Sequence:
     prompt_length: int = 0  # positions the prompt takes
     max_position: int = 0
     finish: FinishReason | None = None
+    end: int | None = None  # the end token the model chose while something was still open
     stats: GenerationStats = field(default_factory=GenerationStats)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)  # log entry -> what it was chosen from
     is_prompt: bool = True  # still reading the prompt

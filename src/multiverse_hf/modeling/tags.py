@@ -296,8 +296,19 @@ def _encode(
             add_generation_prompt=add_generation_prompt and not continues,
             continue_final_message=continues,
         )
-        pieces = text.split(tag_break)
-        return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
-    pieces = "\n".join(m["content"] for m in safe).split(tag_break)
-    ids = tokenizer.encode(pieces[0])
-    return list(ids) + [i for piece in pieces[1:] for i in tokenizer.encode(piece, add_special_tokens=False)]
+        first, *rest = text.split(tag_break)
+        ids = tokenizer.encode(first, add_special_tokens=False)
+    else:
+        first, *rest = "\n".join(m["content"] for m in safe).split(tag_break)
+        ids = tokenizer.encode(first)
+    return [*ids, *(i for piece in rest for i in _encode_inside(tokenizer, piece))]
+
+
+def _encode_inside(tokenizer: Any, piece: str) -> list[int]:
+    """Tokenize what stands in the middle of a text: after a newline, for at the very beginning some tokenizers put a
+    space before it."""
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids = tokenizer.encode("\n" + piece, add_special_tokens=False)
+    if ids[: len(newline)] == newline:
+        return list(ids[len(newline) :])
+    return list(tokenizer.encode(piece, add_special_tokens=False))
