@@ -19,10 +19,10 @@ DEV := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow style quality train-tiny clean
+.PHONY: help venv demo test test-slow style quality train-tiny evaluate-tiny clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(DEV)  ## make .venv with all that development needs
 
@@ -46,7 +46,11 @@ quality: $(DEV)  ## check lint, format and the direction of imports
 
 train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, over an hour)
 	$(BIN)/python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
-	$(BIN)/accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
+	$(BIN)/accelerate launch --num_processes 1 --cpu --mixed_precision no --num_cpu_threads_per_process 1 \
+		recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
+
+evaluate-tiny: $(DEV)  ## measure the embedded model on 500 unseen problems of each kind
+	$(BIN)/python recipes/multiverse-tiny/evaluate.py --model src/multiverse_hf/assets/multiverse-tiny
 
 clean:  ## remove caches and build outputs (.venv stays)
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

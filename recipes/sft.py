@@ -2,8 +2,8 @@
 
     accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
 
-Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-4``. The model computes
-the layout of its rows itself, so the trainer is a stock one.
+Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-4``. The trainer is a stock
+one: the collator lays rows out, and the model would do so itself. Full fine-tuning only, on the chains family.
 """
 
 import json
@@ -52,6 +52,8 @@ def group_by_length(rows: list[dict[str, list[int]]], batch_size: int, bucket_ba
 def main() -> None:
     parser = TrlParser((DataArguments, SFTConfig, ModelConfig))
     data, training, model_args = parser.parse_args_and_config()
+    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("this recipe does full fine-tuning only; leave out use_peft, load_in_4bit and load_in_8bit")
     training.remove_unused_columns = False  # the collator wants `plain`
     training.max_length = None  # rows are whole documents; truncation would cut blocks
     training.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -61,9 +63,10 @@ def main() -> None:
     tags = TagSet.from_tokenizer(tokenizer)
     model = MultiverseForCausalLM.from_pretrained(
         model_args.model_name_or_path,
+        revision=model_args.model_revision,
         tags=tags,
         attn_implementation=model_args.attn_implementation,
-        dtype=torch.float32,
+        dtype=model_args.dtype or "float32",
     )
 
     mixture = ChainsMixture(
@@ -83,6 +86,8 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     trainer.save_model(training.output_dir)
 
+    if not trainer.is_world_process_zero():
+        return
     packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     record = {
         "data": asdict(data)

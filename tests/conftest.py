@@ -25,7 +25,8 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, tests marked for hardware or access that is not here."""
+    """Put replay equality first; skip, with the reason, tests marked for hardware or access that is not here."""
+    items.sort(key=lambda item: item.path.name != "test_replay.py")
     if any("gpu" in item.keywords for item in items):
         import torch
 

@@ -20,8 +20,9 @@ from rich.console import Console
 from transformers import AutoConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
-from multiverse_hf.cli import demo_problems, read_prompt, run
+from multiverse_hf.cli import read_prompt, run
 from multiverse_hf.data.chains import PARALLEL_SUFFIX, Kind
+from multiverse_hf.demo import demo_problems
 from multiverse_hf.display import BranchTree, LiveView, Painter, TextStream, share
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.state import BranchEvent

@@ -7,7 +7,7 @@ operations, every number from 1 to 20 and every running value from 0 to 99. Two 
 
 import random
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 PARALLEL_SUFFIX = "Think step by step and in parallel before answering."
@@ -65,7 +65,7 @@ class Chain:
 class Problem:
     """Chains in one or more groups; one group is a flat problem, or a single one if it has one chain."""
 
-    groups: tuple[tuple[Chain, ...], ...] = field()
+    groups: tuple[tuple[Chain, ...], ...]
 
     def __post_init__(self) -> None:
         names = "".join(chain.name for chain in self.chains)

@@ -66,9 +66,11 @@ class ChainsMixture:
             low = {Kind.SINGLE: 1, Kind.FLAT: 2, Kind.NESTED: 4}[kind]
             num_chains = 1 if kind is Kind.SINGLE else rng.randint(low, max_chains)
             problem = sample_problem(rng, kind, num_chains, max_ops)
-            sequential = rng.random() < self.sequential_share or self.sequential
+            sequential = rng.random() < self.sequential_share
+            plain = not sequential and rng.random() < self.plain_share
+            # decided after the draws, so that the twin sees the very same problems
+            sequential, plain = sequential or self.sequential, plain and not self.sequential
             text = document(problem)
             if sequential:
                 text = parse_document(text).sequential()
-            plain = not sequential and rng.random() < self.plain_share
             yield ChainsRow(problem, problem.prompt(parallel=not sequential), text, plain)

@@ -151,7 +151,7 @@ def folded_sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor,
+    attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: Any,
@@ -164,7 +164,7 @@ def folded_sdpa(
         module: the attention layer.
         query: (B, heads, Q, head_dim).
         key, value: (B, kv_heads, K, head_dim).
-        attention_mask: (B, 1, Q, K) bool, True where a query attends to a key.
+        attention_mask: (B, 1, Q, K) bool, True where a query attends to a key; None for plain causal attention.
         dropout: of the attention weights; decoding has none.
         scaling: of the scores; by default 1 / sqrt(head_dim).
 
@@ -174,6 +174,9 @@ def folded_sdpa(
     batch, heads, queries, _ = query.shape
     groups = heads // key.shape[1]
     folded = query.reshape(batch, key.shape[1], groups * queries, query.shape[-1])
+    if attention_mask is None:
+        shape = (1, 1, queries, key.shape[2])
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(key.shape[2] - queries)
     mask = attention_mask.repeat(1, 1, groups, 1)
     output = torch.nn.functional.scaled_dot_product_attention(folded, key, value, mask, dropout, scale=scaling)
     return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
@@ -205,15 +208,15 @@ class LayoutHook:
         if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
             return (), kwargs  # the caller brought its own mask
         if segment_ids is None:
-            if (
-                input_ids is None
-                or kwargs.get("position_ids") is not None
-                or kwargs.get("past_key_values") is not None
-            ):
+            cache = kwargs.get("past_key_values")
+            goes_on = cache is not None and cache.get_seq_length() > 0
+            if input_ids is None or kwargs.get("position_ids") is not None or goes_on:
                 return (), kwargs
             if not bool((input_ids == self._goal_end).any()):
                 return (), kwargs
             kwargs["position_ids"], segment_ids, visible = pad_layouts(input_ids, mask, self.tags)
+        if visible is None or kwargs.get("position_ids") is None:
+            raise ValueError("a layout is position_ids, segment_ids and visible together; pass all three or none")
         dtype = next(module.parameters()).dtype
         kwargs["attention_mask"] = document_masks(
             module.config, dtype, kwargs["position_ids"], segment_ids, visible, mask

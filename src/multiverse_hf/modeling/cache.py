@@ -40,8 +40,9 @@ class LogLayer(CacheLayerMixin):
             self.values[:, :, cache.write_slice] = value_states
         else:
             rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            self.keys[rows, :, cache.write_columns] = key_states.transpose(1, 2)
-            self.values[rows, :, cache.write_columns] = value_states.transpose(1, 2)
+            columns = cache.write_columns.to(key_states.device)
+            self.keys[rows, :, columns] = key_states.transpose(1, 2)
+            self.values[rows, :, columns] = value_states.transpose(1, 2)
         return self.keys[:, :, : cache.columns], self.values[:, :, : cache.columns]
 
     def resize(self, capacity: int) -> None:

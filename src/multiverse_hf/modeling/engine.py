@@ -34,6 +34,7 @@ class Engine:
         options: structure and limits.
         sampler: chooses tokens.
         max_new_tokens: bound on the length of each answer, in positions.
+        context: positions the model can tell apart; None if there is no bound.
         eos_token_ids: tokens that end a branch.
         stopping_criteria: transformers criteria, asked with each branch's own visible ids.
         max_time: seconds after which every answer is closed.
@@ -49,6 +50,7 @@ class Engine:
         options: StructureOptions,
         sampler: Sampler,
         max_new_tokens: int,
+        context: int | None = None,
         eos_token_ids: Ids[int] = (),
         stopping_criteria: StoppingCriteriaList | None = None,
         max_time: float | None = None,
@@ -57,7 +59,7 @@ class Engine:
         on_step: Callable[["Engine"], None] | None = None,
     ) -> None:
         self.model, self.tags, self.options, self.sampler = model, tags, options, sampler
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.context = max_new_tokens, context
         self.eos = frozenset(eos_token_ids)
         self.criteria = stopping_criteria or StoppingCriteriaList()
         self.deadline = None if max_time is None else time.monotonic() + max_time
@@ -117,6 +119,14 @@ class Engine:
             self._append(sequence, sequence.live[0], token)  # live branches are kept in document order
         self.on_event = on_event
         sequence.prompt_length = sequence.max_position + 1
+        sequence.budget = self.max_new_tokens
+        if self.context is not None:
+            sequence.budget = min(sequence.budget, self.context - sequence.prompt_length)
+            if sequence.budget < 1:
+                raise ValueError(
+                    f"prompt {index} takes {sequence.prompt_length} positions and the model's context has "
+                    f"{self.context}; shorten the prompt"
+                )
         sequence.is_prompt = False
         sequence.stats = GenerationStats(num_steps=-1)  # the prompt's own pass is not counted
         for branch in list(sequence.live):
@@ -342,12 +352,14 @@ class Engine:
             return frozenset()
         structure, options = branch.structure, self.options
         may_open = may_outline = may_think = True
-        if structure.stage is Stage.TEXT:
+        if structure.stage not in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
             thinking = 2 * (len(self.tags.newline) + 1)  # both of its tags
             may_think = self._room(sequence, branch) >= thinking and (headroom is None or headroom > thinking)
             opening = structure.opening_length() + structure.closing_length() + 12
             may_open = structure.depth < options.max_depth and self._room(sequence, branch) > opening
             may_open = may_open and (headroom is None or headroom > len(sequence.live) * 2 * opening)
+            if options.max_path_tokens is not None:  # an empty path has to fit
+                may_open = may_open and options.max_path_tokens >= structure.empty_path_length()
         elif structure.stage is Stage.GOAL:
             may_outline = len(structure.outlines) < options.max_paths
             opening = structure.opening_length() + 12
@@ -358,7 +370,7 @@ class Engine:
 
     def _room(self, sequence: Sequence, branch: Branch) -> int:
         """Positions left to a branch, by the answer's budget and by that of every path it is in."""
-        room = sequence.prompt_length + self.max_new_tokens - branch.position
+        room = sequence.prompt_length + sequence.budget - branch.position
         if self.options.max_path_tokens is not None:
             for block in branch.blocks:
                 room = min(room, block.branch.position + self.options.max_path_tokens - branch.position)
@@ -389,7 +401,7 @@ class Engine:
             self._close(sequence, branch, ANSWER)
         else:
             used = branch.position - sequence.prompt_length
-            if used + (structure.closing_length() if self.structured else 0) >= self.max_new_tokens:
+            if used + (structure.closing_length() if self.structured else 0) >= sequence.budget:
                 sequence.stats.num_closed += depth > 0
                 if depth == 0:
                     sequence.finish = FinishReason.LENGTH

@@ -115,6 +115,14 @@ def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         raise ValueError(f"generate has no option {unknown!r}{hint}")
 
 
+def infer_mask(config: GenerationConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Take leading pad tokens for padding, as transformers does where nothing is said, if they end no answer."""
+    eos = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.pad_token_id is None or config.pad_token_id in eos:
+        return torch.ones_like(input_ids)
+    return (input_ids != config.pad_token_id).long().cummax(dim=-1).values
+
+
 def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int) -> list[list[int]]:
     """Take the padding off a batch of prompts.
 
@@ -147,37 +155,36 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, v
     return prompts
 
 
-def bound_length(model: Any, config: GenerationConfig, longest: int) -> int:
-    """Give ``max_new_tokens``: as asked for, within the model's context.
+def bound_length(config: GenerationConfig, longest: int, has_default_max_length: bool) -> int:
+    """Give ``max_new_tokens``, from ``max_length`` where only that was said.
 
     Raises:
         ValueError: if the prompt leaves no room.
     """
     limit = config.max_new_tokens
     if limit is None:
-        limit = DEFAULT_NEW_TOKENS if config.max_length is None else config.max_length - longest
+        limit = DEFAULT_NEW_TOKENS if has_default_max_length else config.max_length - longest
     if not isinstance(limit, int) or limit < 1:
         raise ValueError(
             f"no room for new tokens: the prompt has {longest}, max_length={config.max_length}, "
             f"max_new_tokens={config.max_new_tokens}; raise max_new_tokens"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context is not None and longest >= context:
-        raise ValueError(f"the prompt has {longest} tokens and the model's context {context}; shorten the prompt")
-    return limit if context is None else min(limit, context - longest)
+    return limit
 
 
 @contextlib.contextmanager
 def decoding_attention(model: Any) -> Iterator[None]:
-    """Decode with :func:`~.attention.folded_sdpa`, unless the model was loaded with eager attention.
+    """Decode with :func:`~.attention.folded_sdpa` where the model's own attention would do the same.
 
-    Flash and flex kernels take no mask of single tokens; sdpa as transformers calls it copies the keys once per head.
+    sdpa as transformers calls it copies the keys once per head. Flash and flex kernels take no mask of single tokens:
+    models loaded with them decode with sdpa, or, where sdpa cannot do what they do, with eager attention.
     """
     own = model.config._attn_implementation
-    if own == "eager":
+    if own in ("eager", FOLDED_SDPA) or not getattr(model, "_supports_attention_backend", False):
         yield
         return
-    model.set_attn_implementation(FOLDED_SDPA)
+    only_eager = not model._supports_sdpa or getattr(model.config, "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if own != "sdpa" and only_eager else FOLDED_SDPA)
     try:
         yield
     finally:
@@ -198,17 +205,24 @@ def generate(
     options = split_options(model, generation_config, kwargs)
     tokenizer = kwargs.pop("tokenizer", None)
     prefix_allowed = kwargs.pop("prefix_allowed_tokens_fn", None)
+    if prefix_allowed is not None:
+        allowed_in_batch = prefix_allowed
+        prefix_allowed = lambda _, ids: allowed_in_batch(0, ids)  # noqa: E731 - rows are branches, of one prompt
     input_ids = kwargs.pop("input_ids", None)
     input_ids = inputs if input_ids is None else input_ids
     if input_ids is None:
         raise ValueError("generate needs input_ids")
     attention_mask = kwargs.pop("attention_mask", None)
+    said = (kwargs, vars(generation_config or GenerationConfig()), vars(model.generation_config))
+    has_default_max_length = all(source.get("max_length") is None for source in said)
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
     check_modes(config, rest)
+    if attention_mask is None and isinstance(input_ids, torch.Tensor):
+        attention_mask = infer_mask(config, input_ids)
     prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().num_embeddings)
-    max_new_tokens = bound_length(model, config, max(map(len, prompts)))
+    max_new_tokens = bound_length(config, input_ids.shape[1], has_default_max_length)
 
-    device = input_ids.device
+    device = model.device
     model._prepare_special_tokens(config, attention_mask is not None, device=device, batch_size=len(prompts))
     processors = {
         length: model._get_logits_processor(
@@ -225,6 +239,8 @@ def generate(
     ours = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)  # the engine holds these itself
     criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, ours))
 
+    if prefix_allowed is not None and len(prompts) > 1:
+        raise ValueError(f"prefix_allowed_tokens_fn takes one prompt, got {len(prompts)}; answer them one at a time")
     copies = config.num_return_sequences or 1
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if streamer is not None and len(prompts) > 1:
@@ -243,6 +259,7 @@ def generate(
         options,
         Sampler(processors, bool(config.do_sample), seed),
         max_new_tokens,
+        context=getattr(model.config, "max_position_embeddings", None),
         eos_token_ids=[] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist(),
         stopping_criteria=criteria,
         max_time=config.max_time,
@@ -277,7 +294,8 @@ def _output(
     logits = None
     if engine.keep_logits:
         dtype = torch.float64 if engine.model.dtype == torch.float64 else torch.float32
-        blank = torch.full((engine.model.config.vocab_size,), torch.nan, dtype=dtype, device=engine.model.device)
+        width = engine.model.get_output_embeddings().weight.shape[0]
+        blank = torch.full((width,), torch.nan, dtype=dtype, device=engine.model.device)
         logits = tuple(
             torch.stack([
                 s.logits.get(order[column], blank) if column < len(order) else blank

@@ -247,11 +247,15 @@ class Structure:
 
     def opening_length(self) -> int:
         """Bound the positions from a block's open tag to the end of an empty path of it, in tokens."""
+        goal = 6 + len(self.tags.ordinal(1))  # <Parallel><Goal><Outline>1:</Outline></Goal>, one token to spare
+        return goal + self.empty_path_length()
+
+    def empty_path_length(self) -> int:
+        """Bound the positions of a path nothing is written in, in tokens."""
         tags = self.tags
-        goal = 6 + len(tags.ordinal(1))
-        return goal + len(tags.path_prefix([])) + MAX_LABEL_TOKENS + len(tags.newline) + 1
+        return len(tags.path_prefix([])) + MAX_LABEL_TOKENS + len(tags.newline) + 1
 
     def closing_tokens_bound(self) -> int:
         """Bound the tokens, over all paths still to come, it takes to close this branch's own path or goal."""
-        path = len(self.tags.path_prefix([])) + MAX_LABEL_TOKENS + len(self.tags.newline) + 1
+        path = self.empty_path_length()
         return self.closing_length(max(self.depth - 1, 0)) + max(len(self.outlines) - 1, 0) * path

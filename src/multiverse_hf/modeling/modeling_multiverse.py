@@ -1,5 +1,6 @@
 """``MultiverseForCausalLM``: any rotary softmax decoder of transformers, with a forward and a generate that branch."""
 
+import copy
 import functools
 from typing import Any
 
@@ -34,6 +35,7 @@ class MultiverseMixin:
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        *,
         streamer: Any | None = None,
         seed: int | None = None,
         **kwargs: Any,
@@ -46,7 +48,8 @@ class MultiverseMixin:
             inputs: (B, L) token ids, also as ``input_ids``; left-padded where ``attention_mask`` says so.
             generation_config: as in transformers; may hold the structure options too.
             logits_processor: see each branch's own visible ids in document order, as on a lone sequence.
-            stopping_criteria: likewise; outside every block they end the answer, inside a path they close it.
+            stopping_criteria: likewise; outside every block they end the answer, inside a path they close it. They are
+                not asked at a token that forks or closes a path.
             streamer: receives the document in document order, as early as it is settled; or, if it has a method
                 ``on_event``, every :class:`~.state.BranchEvent` instead. One prompt only.
             seed: of the sampling noise, which is keyed by (seed, prompt, branch, position): an answer does not
@@ -112,6 +115,24 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfig:
+    """Give a copy of a config that holds the tags.
+
+    Raises:
+        ValueError: if the model has no embeddings for them.
+    """
+    config = copy.deepcopy(config)
+    if tags is not None:
+        config.multiverse = tags.to_dict()
+    highest = max(TagSet.from_dict(config.multiverse).control_ids)
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"the tags go up to id {highest} and the embeddings to {config.vocab_size - 1}; "
+            "resize the embeddings and train the model on tags"
+        )
+    return config
+
+
 class MultiverseForCausalLM:
     """Door to the Multiverse classes, used like ``AutoModelForCausalLM``.
 
@@ -134,11 +155,9 @@ class MultiverseForCausalLM:
             ValueError: if the architecture cannot branch, or no tags are known.
         """
         model_class = multiverse_class(base_class(config))
-        if tags is not None:
-            config.multiverse = tags.to_dict()
-        if getattr(config, "multiverse", None) is None:
+        if tags is None and getattr(config, "multiverse", None) is None:
             raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
-        return model_class._from_config(config, **kwargs)
+        return model_class._from_config(_with_tags(config, tags), **kwargs)
 
     @classmethod
     def from_pretrained(
@@ -163,6 +182,4 @@ class MultiverseForCausalLM:
         model_class = multiverse_class(base_class(config))
         if tags is None and getattr(config, "multiverse", None) is None:
             tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub), names)
-        if tags is not None:
-            config.multiverse = tags.to_dict()
-        return model_class.from_pretrained(path, *args, config=config, **kwargs)
+        return model_class.from_pretrained(path, *args, config=_with_tags(config, tags), **kwargs)

@@ -29,7 +29,8 @@ class StructureOptions:
             ordinary autoregressive decoding.
         max_depth: blocks around any token.
         max_paths: outlines of a block.
-        max_path_tokens: positions along one path, counted from its fork, what is nested in it included.
+        max_path_tokens: positions along one path, counted from its fork, what is nested in it included. Where not even
+            an empty path fits, no block is opened.
         max_total_tokens: tokens of the whole answer, all paths together.
     """
 
@@ -155,6 +156,7 @@ class Sequence:
     pending: list[tuple[int, Branch]] = field(default_factory=list)  # log entries the model has not read yet
     num_computed: int = 0
     prompt_length: int = 0  # positions the prompt takes
+    budget: int = 0  # positions the answer may take
     max_position: int = 0
     finish: FinishReason | None = None
     end: int | None = None  # the end token the model chose while something was still open

@@ -5,7 +5,7 @@ another :class:`TagNames`, not another code path. Imports no torch.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +59,12 @@ class TagNames:
 MULTIVERSE = TagNames()
 NPR = TagNames(think=None, parallel=None, goal="guideline", outline="plan", path="step", conclusion="takeaway")
 PRESETS = {"multiverse": MULTIVERSE, "npr": NPR}
+
+
+def find_preset(vocab: Collection[str]) -> TagNames:
+    """Give the first preset all of whose tags are tokens, :data:`MULTIVERSE` if there is none."""
+    return next((preset for preset in PRESETS.values() if all(tag in vocab for tag in preset.tokens)), MULTIVERSE)
+
 
 # A label as it opens an outline: "1:", "2.1:".
 LABEL = re.compile(r"\s*(\d+(?:\.\d+)*):")
@@ -164,7 +170,7 @@ class TagSet:
             names = PRESETS[names]
         vocab = tokenizer.get_vocab()
         if names is None:
-            names = next((preset for preset in PRESETS.values() if all(t in vocab for t in preset.tokens)), MULTIVERSE)
+            names = find_preset(vocab)
         missing = [tag for tag in names.tokens if tag not in vocab]
         if missing:
             raise ValueError(
@@ -241,7 +247,7 @@ class TagSet:
 def encode_prompt(
     tokenizer: Any,
     prompt: str | Sequence[dict[str, str]],
-    names: TagNames = MULTIVERSE,
+    names: TagNames | None = None,
     add_generation_prompt: bool = True,
     return_tensors: str | None = None,
 ) -> Any:
@@ -253,7 +259,7 @@ def encode_prompt(
     Args:
         tokenizer: a transformers tokenizer.
         prompt: the user's text, or chat messages.
-        names: the tag family.
+        names: the tag family; by default the preset whose tags the tokenizer has.
         add_generation_prompt: end with the opening of the assistant's turn.
         return_tensors: None for a list of ids, ``"pt"`` for a tensor (1, L) int64, as ``generate`` takes it.
 
@@ -265,7 +271,7 @@ def encode_prompt(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is None or 'pt', got {return_tensors!r}")
-    ids = _encode(tokenizer, prompt, names, add_generation_prompt)
+    ids = _encode(tokenizer, prompt, names or find_preset(tokenizer.get_vocab()), add_generation_prompt)
     if return_tensors is None:
         return ids
     import torch
@@ -277,6 +283,9 @@ def _encode(
     tokenizer: Any, prompt: str | Sequence[dict[str, str]], names: TagNames, add_generation_prompt: bool
 ) -> list[int]:
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    for message in messages:
+        if not isinstance(message.get("content"), str):
+            raise TypeError(f"a message's content must be text, got {message.get('content')!r}")
     if not any(str(message.get("content") or "").strip() for message in messages):
         raise ValueError("the prompt is empty; give the problem to answer")
     # Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms. Any

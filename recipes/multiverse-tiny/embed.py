@@ -1,0 +1,77 @@
+"""Put a finished run into the package: weights, tokenizer, and the records that belong to them.
+
+python recipes/multiverse-tiny/embed.py --run runs/multiverse-tiny/parallel --name multiverse-tiny
+"""
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+from transformers import GenerationConfig
+
+ASSETS = Path(__file__).parents[2] / "src/multiverse_hf/assets"
+FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+CARD = """---
+library_name: transformers
+license: apache-2.0
+pipeline_tag: text-generation
+---
+
+# {name}
+
+{what} Trained from nothing by `recipes/multiverse-tiny`, on sums of chains only. Beside this file: `run.json`
+(resolved config, seed, versions, data fingerprint), `train.log` (one JSON record per logging step) and
+`evaluation*.json` (500 unseen problems of each kind, with the command's settings).
+
+```python
+from transformers import AutoTokenizer
+from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
+
+tokenizer = AutoTokenizer.from_pretrained(embedded_model("{name}"))
+model = MultiverseForCausalLM.from_pretrained(embedded_model("{name}"))
+ids = encode_prompt(tokenizer, "A=19-7+12; B=8+15-3; total? {suffix}", return_tensors="pt")
+print(tokenizer.decode(model.generate(ids)[0]))
+```
+"""
+PARALLEL = (
+    "The embedded Multiverse model: it splits its answer into paths, writes them at the same time and merges them."
+)
+TWIN = "The autoregressive twin of multiverse-tiny: it writes the same lines one after the other."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
+    parser.add_argument("--name", required=True, help="of the checkpoint in the package")
+    args = parser.parse_args()
+
+    checkpoints = sorted(args.run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parts[-2][11:]))
+    if not checkpoints or not (args.run / "run.json").is_file():
+        raise SystemExit(f"{args.run} holds no finished run; train it first (recipes/multiverse-tiny/README.md)")
+    evaluations = sorted(args.run.glob("evaluation*.json"))
+    if not evaluations:
+        raise SystemExit(f"{args.run} holds no evaluation*.json; run evaluate.py --output {args.run}/evaluation.json")
+    target = ASSETS / args.name
+    target.mkdir(parents=True, exist_ok=True)
+    for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
+        shutil.copyfile(file, target / file.name)
+    history = json.loads(checkpoints[-1].read_text())["log_history"]
+    (target / "train.log").write_text("".join(json.dumps(record) + "\n" for record in history))
+    generation = GenerationConfig.from_pretrained(args.run)
+    generation.max_new_tokens = 2560
+    generation.save_pretrained(target)
+    sequential = json.loads((args.run / "run.json").read_text())["data"]["sequential"]
+    suffix = (
+        "Think step by step before answering."
+        if sequential
+        else "Think step by step and in parallel before answering."
+    )
+    card = CARD.format(name=args.name, what=TWIN if sequential else PARALLEL, suffix=suffix)
+    (target / "README.md").write_text(card)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    print(f"{target}: {size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

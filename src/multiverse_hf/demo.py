@@ -1,0 +1,153 @@
+"""The demo: problems shown as they are solved, and the same model timed in parallel and one token after another."""
+
+import random
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from multiverse_hf.checkpoints import Answer, Checkpoint, answer_prompt
+from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
+from multiverse_hf.display import LiveView, TextStream
+
+MODES = {"parallel": "guided", "sequential": "off"}  # mode of the demo -> structure
+
+
+def demo_problems(seed: int, num_problems: int) -> list[Problem]:
+    """Draw the problems: first one with eight chains, then a nested one, a small one, and any."""
+    rng = random.Random(seed)
+    fixed = [(Kind.FLAT, MAX_CHAINS), (Kind.NESTED, 6), (Kind.FLAT, 4)]
+    drawn = [(rng.choice([Kind.FLAT, Kind.NESTED]), None) for _ in range(num_problems - len(fixed))]
+    return [sample_problem(rng, kind, num_chains) for kind, num_chains in [*fixed, *drawn][:num_problems]]
+
+
+def show_problems(
+    console: Console,
+    model: Any,
+    checkpoint: Checkpoint,
+    problems: Sequence[Problem],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    pace: float | None,
+) -> None:
+    """Show every problem being solved in parallel: live, or as the document once it is written if ``pace`` is None."""
+    for number, (problem, prompt) in enumerate(zip(problems, prompts, strict=True), start=1):
+        console.print(Text(f"Problem {number}: {problem}\n", "bold"))
+        options = {"structure": "guided", "do_sample": False, "max_new_tokens": max_new_tokens}
+        if pace is None:
+            answer_prompt(model, checkpoint, prompt, TextStream(sys.stdout, checkpoint.decode), **options)
+        else:
+            with LiveView(console, checkpoint.decode, checkpoint.tags, pace) as view:
+                answer_prompt(model, checkpoint, prompt, view, **options)
+        console.print()
+
+
+def time_modes(
+    model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int
+) -> list[dict[str, list[Answer]]]:
+    """Answer every prompt in both modes in turn, greedily and undisturbed by a display, after a warm-up.
+
+    Returns:
+        For each prompt, by mode, the answers of all repeats.
+    """
+    for structure in MODES.values():
+        answer_prompt(model, checkpoint, prompts[0], structure=structure, do_sample=False, max_new_tokens=32)
+    runs: list[dict[str, list[Answer]]] = [{mode: [] for mode in MODES} for _ in prompts]
+    for repeat in range(repeats):
+        for number, prompt in enumerate(prompts):
+            # the mode that goes first alternates, so that neither always finds the machine cooler or the caches warmer
+            for mode in list(MODES) if (repeat + number) % 2 == 0 else reversed(MODES):
+                options = {"structure": MODES[mode], "do_sample": False, "max_new_tokens": max_new_tokens}
+                runs[number][mode].append(answer_prompt(model, checkpoint, prompt, **options))
+    return runs
+
+
+def demo_report(
+    checkpoint: Checkpoint,
+    model: Any,
+    problems: Sequence[Problem],
+    runs: Sequence[dict[str, list[Answer]]],
+    repeats: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Put what was measured into the JSON form."""
+    import torch
+
+    rows = []
+    for problem, modes in zip(problems, runs, strict=True):
+        row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
+        row["answer"] = problem.answer
+        for mode, answers in modes.items():
+            seconds = statistics.median(answer.seconds for answer in answers)
+            correct = is_correct(problem, answers[0].document)
+            row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
+        row["speedup"] = row["sequential"]["seconds"] / row["parallel"]["seconds"]
+        rows.append(row)
+    total: dict[str, Any] = {}
+    for mode in MODES:
+        counts = {key: sum(row[mode]["stats"][key] for row in rows) for key in ("num_tokens", "length", "num_steps")}
+        total[mode] = {
+            "correct": sum(row[mode]["correct"] for row in rows),
+            **counts,
+            "parallelism": counts["num_tokens"] / counts["length"] if counts["length"] else 1.0,
+            "seconds": sum(row[mode]["seconds"] for row in rows),
+        }
+    total["speedup"] = total["sequential"]["seconds"] / total["parallel"]["seconds"]
+    return {
+        "model": checkpoint.name,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seed": seed,
+        "repeats": repeats,
+        "problems": rows,
+        "total": total,
+    }
+
+
+def print_report(console: Console, report: dict[str, Any]) -> None:
+    """Print what was measured as a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    for heading in ("problem", "mode"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("right", "tokens", "length", "# par.", "steps", "seconds", "speedup"):
+        table.add_column(heading, justify="right", no_wrap=True)
+
+    def add(name: str, mode: str, right: str, counts: dict[str, Any], seconds: float, speedup: float) -> None:
+        table.add_row(
+            name if mode == "parallel" else "",
+            mode,
+            right,
+            str(counts["num_tokens"]),
+            str(counts["length"]),
+            f"{counts['parallelism']:.2f}",
+            str(counts["num_steps"]),
+            f"{seconds:.2f}",
+            f"{speedup:.2f}x" if mode == "parallel" else "",
+            style="bold" if name == "total" else None,
+        )
+
+    for row in report["problems"]:
+        name = f"{row['num_chains']} chains" + (", nested" if row["kind"] == Kind.NESTED.value else "")
+        for mode in MODES:
+            run = row[mode]
+            right = "yes" if run["correct"] else "no"
+            add(name, mode, right, run["stats"], run["seconds"], row["speedup"])
+        table.add_section()
+    for mode in MODES:
+        run = report["total"][mode]
+        right = f"{run['correct']}/{len(report['problems'])}"
+        add("total", mode, right, run, run["seconds"], report["total"]["speedup"])
+    console.print(table)
+    threads, repeats = report["threads"], report["repeats"]
+    console.print(
+        f"\n{report['model']}, {report['dtype']}, on {report['device']} with {threads} thread{'s' * (threads > 1)}: "
+        f"both modes answer the same prompts greedily, after a warm-up and without the display; "
+        + ("one run each." if repeats == 1 else f"median of {repeats} runs each."),
+        style="dim",
+    )
