@@ -57,6 +57,8 @@ def main() -> None:
     training.remove_unused_columns = False  # the collator wants `plain`
     training.max_length = None  # rows are whole documents; truncation would cut blocks
     training.dataset_kwargs = {"skip_prepare_dataset": True}
+    if training.resume_from_checkpoint in ("true", "True"):  # the command line gives a string
+        training.resume_from_checkpoint = True
     set_seed(training.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
@@ -84,6 +86,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    model.config.use_cache = True  # the trainer turned it off
     trainer.save_model(training.output_dir)
 
     if not trainer.is_world_process_zero():

@@ -5,6 +5,7 @@ python recipes/multiverse-tiny/embed.py --run runs/multiverse-tiny/parallel --na
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -46,22 +47,29 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the checkpoint in the package")
     args = parser.parse_args()
 
-    checkpoints = sorted(args.run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parts[-2][11:]))
+    checkpoints = sorted(
+        args.run.glob("checkpoint-[0-9]*/trainer_state.json"), key=lambda path: int(path.parts[-2][11:])
+    )
     if not checkpoints or not (args.run / "run.json").is_file():
         raise SystemExit(f"{args.run} holds no finished run; train it first (recipes/multiverse-tiny/README.md)")
     evaluations = sorted(args.run.glob("evaluation*.json"))
     if not evaluations:
         raise SystemExit(f"{args.run} holds no evaluation*.json; run evaluate.py --output {args.run}/evaluation.json")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.name):
+        raise SystemExit(f"--name is one plain word such as multiverse-tiny, got {args.name!r}")
+    history = json.loads(checkpoints[-1].read_text())["log_history"]
+    sequential = json.loads((args.run / "run.json").read_text())["data"]["sequential"]
+    generation = GenerationConfig.from_pretrained(args.run)
+    missing = [name for name in FILES if not (args.run / name).is_file()]
+    if missing:
+        raise SystemExit(f"{args.run} lacks {', '.join(missing)}; train it again")
     target = ASSETS / args.name
     target.mkdir(parents=True, exist_ok=True)
     for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
         shutil.copyfile(file, target / file.name)
-    history = json.loads(checkpoints[-1].read_text())["log_history"]
     (target / "train.log").write_text("".join(json.dumps(record) + "\n" for record in history))
-    generation = GenerationConfig.from_pretrained(args.run)
     generation.max_new_tokens = 2560
     generation.save_pretrained(target)
-    sequential = json.loads((args.run / "run.json").read_text())["data"]["sequential"]
     suffix = (
         "Think step by step before answering."
         if sequential

@@ -112,9 +112,16 @@ def main() -> None:
     parser.add_argument("--structure", default="guided", choices=["guided", "lenient", "off"])
     parser.add_argument("--max-new-tokens", type=int, default=2560)
     parser.add_argument("--batch-size", type=int, default=25)
-    parser.add_argument("--dtype", default="float32", help="torch dtype of the weights")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--seed", type=int, default=1000)
     args = parser.parse_args()
+    for name in ("problems", "batch_size", "max_new_tokens"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {args.output.parent}")
+    if not Path(args.model, "config.json").is_file():
+        parser.error(f"--model: {args.model} holds no checkpoint")
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = MultiverseForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()

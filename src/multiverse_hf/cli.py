@@ -83,7 +83,9 @@ AttentionOption = Annotated[Attention, typer.Option(metavar="KIND", help="Attent
 DeviceOption = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; by default torch's choice.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; by default torch's choice.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 LiveOption = Annotated[
     bool | None, typer.Option("--live/--plain", help="Branches side by side, or plain text; live in a terminal.")

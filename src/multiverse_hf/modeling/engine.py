@@ -380,6 +380,8 @@ class Engine:
         """Tokens left to an answer after all it takes to close it, None without ``max_total_tokens``."""
         if self.options.max_total_tokens is None:
             return None
+        if not self.structured:
+            return self.options.max_total_tokens - (len(sequence.ids) - len(sequence.prompt))
         path_end = len(self.tags.newline) + 1
         cost, blocks = path_end, set()
         for branch in sequence.live:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from .attention import FOLDED_SDPA
 from .engine import Engine, document_entries
 from .sampling import Sampler
 from .state import GenerationStats, StructureOptions
+
+# The attention implementation is a setting of the model: threads take turns, so that none changes it under another.
+_ONE_AT_A_TIME = threading.RLock()
 
 OPTIONS = tuple(f.name for f in dataclasses.fields(StructureOptions))
 DEFAULT_NEW_TOKENS = 20  # as transformers: max_length=20 where nothing is said
@@ -100,7 +104,6 @@ def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     _reject(guidance is not None and guidance != 1, f"guidance_scale={guidance}", sampling)
     for name in ("output_scores", "output_attentions", "output_hidden_states"):
         _reject(bool(getattr(config, name, None)), f"{name}=True", "ask for output_logits")
-    _reject(config.use_cache is False, "use_cache=False", "leave the cache on; the engine keeps its own")
     _reject(kwargs.pop("past_key_values", None) is not None, "past_key_values", "pass the whole text as input_ids")
     _reject(kwargs.pop("inputs_embeds", None) is not None, "inputs_embeds", "pass input_ids")
     _reject(kwargs.pop("negative_prompt_ids", None) is not None, "negative_prompt_ids", sampling)
@@ -213,6 +216,7 @@ def generate(
     if input_ids is None:
         raise ValueError("generate needs input_ids")
     attention_mask = kwargs.pop("attention_mask", None)
+    _reject(kwargs.pop("use_cache", None) is False, "use_cache=False", "leave it on; the engine keeps its own cache")
     said = (kwargs, vars(generation_config or GenerationConfig()), vars(model.generation_config))
     has_default_max_length = all(source.get("max_length") is None for source in said)
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
@@ -241,7 +245,9 @@ def generate(
 
     if prefix_allowed is not None and len(prompts) > 1:
         raise ValueError(f"prefix_allowed_tokens_fn takes one prompt, got {len(prompts)}; answer them one at a time")
-    copies = config.num_return_sequences or 1
+    copies = 1 if config.num_return_sequences is None else config.num_return_sequences
+    if not isinstance(copies, int) or copies < 1:
+        raise ValueError(f"num_return_sequences must be an integer of at least 1, got {copies!r}")
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if streamer is not None and len(prompts) > 1:
         raise ValueError(f"a streamer takes one answer, got {len(prompts)}; stream them one at a time")
@@ -267,7 +273,7 @@ def generate(
         on_event=streamer.on_event if shows_branches else None,
         on_step=text_streamer,
     )
-    with decoding_attention(model):
+    with _ONE_AT_A_TIME, decoding_attention(model):
         engine.generate(prompts)
     if text_streamer is not None:
         text_streamer.end(engine)
@@ -287,8 +293,8 @@ def _output(
     for row, (sequence, order) in enumerate(zip(engine.sequences, orders, strict=True)):
         answers[row, : len(order)] = torch.tensor([sequence.ids[entry] for entry in order], dtype=torch.long)
         sampled[row, width : width + len(order)] = torch.tensor([sequence.sampled[e] for e in order], dtype=torch.bool)
-    prompts = input_ids.repeat_interleave(copies, dim=0)
-    sequences = torch.cat([prompts, answers.to(input_ids.device, input_ids.dtype)], dim=1)
+    prompts = input_ids.repeat_interleave(copies, dim=0).long()
+    sequences = torch.cat([prompts, answers.to(input_ids.device)], dim=1)
     if not config.return_dict_in_generate:
         return sequences
     logits = None

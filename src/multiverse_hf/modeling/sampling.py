@@ -125,10 +125,7 @@ class Sampler:
             tokens = self._draw(scores, keys)
         else:
             tokens = argmax(scores)
-            if self.has_processors:
-                empty = torch.isneginf(scores.gather(-1, tokens[:, None])[:, 0])
-                if bool(empty.any()):
-                    self._refuse(int(empty.nonzero()[0]), forbidden)
+            self._check(scores.gather(-1, tokens[:, None])[:, 0], forbidden)
         return tokens.tolist(), scores
 
     def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
@@ -145,7 +142,7 @@ class Sampler:
         uniform = torch.tensor([(mix(self.seed, *key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
         probabilities = torch.softmax(scores.double(), dim=-1)
         if bool(probabilities.isnan().any()):
-            self._refuse(int(probabilities.isnan().any(-1).nonzero()[0]), None)
+            self._check(scores.max(dim=-1).values, [()] * len(scores))
         cumulative = probabilities.cumsum(-1)
         target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -154,9 +151,18 @@ class Sampler:
         return torch.minimum(tokens, last)
 
     @staticmethod
-    def _refuse(row: int, forbidden: Sequence[Collection[int]] | None) -> None:
-        tags = sorted(forbidden[row]) if forbidden is not None else "the tags the grammar does not allow"
+    def _check(best: torch.Tensor, forbidden: Sequence[Collection[int]]) -> None:
+        """Refuse to choose where the best score of a row is not a finite number."""
+        bad = (~torch.isfinite(best)).nonzero()
+        if not len(bad):
+            return
+        row = int(bad[0])
+        if bool(torch.isneginf(best[row])):
+            raise ValueError(
+                "no token is left to choose: the logits processors leave only ids that structure forbids here "
+                f"({sorted(forbidden[row])}), or none; let them allow what the grammar does, or raise the temperature"
+            )
         raise ValueError(
-            f"no token is left to choose: the logits processors leave only ids that structure forbids here ({tags}); "
-            "use structure='lenient', or let the processor allow what the grammar allows"
+            f"the model's scores are not finite ({best[row].item()}): the checkpoint is damaged, a logits processor "
+            "gave NaN, or the dtype overflows; try dtype=float32"
         )
