@@ -4,8 +4,10 @@
 #   make demo TORCH_PIP_ARGS="--index-url ..."  another build of torch (see CONTRIBUTING.md, "Which torch")
 #   make test PYTEST_ARGS="-n 0 -k layout"      part of the tests
 
-# The first of these that really runs: a version manager's python3.11 may exist and yet refuse to start.
-PYTHON ?= $(or $(shell for py in python3.11 python3; do $$py -c '' 2>/dev/null && echo $$py && break; done),python3)
+# The first of these that really runs and is new enough: a version manager's python3.11 may exist and refuse to start.
+PYTHONS := python3.11 python3.12 python3.13 python3
+IS_NEW := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for py in $(PYTHONS); do $$py -c '$(IS_NEW)' 2>/dev/null && echo $$py && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -58,7 +60,10 @@ clean:  ## remove caches and build outputs (.venv stays)
 
 # torch first and alone: resolved together with the rest, pip may fetch gigabytes of CUDA for a machine without a GPU.
 $(TORCH): constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	@test -n "$(PYTHON)" || { \
+		echo "multiverse_hf needs Python 3.11 or newer, and none of $(PYTHONS) is that." >&2; \
+		echo "Install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c '$(IS_NEW)' 2>/dev/null || { \
 		echo "multiverse_hf needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo not there)." >&2; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@{ test -f $(BIN)/activate && $(PIP) --version >/dev/null 2>&1; } || $(PYTHON) -m venv $(VENV)

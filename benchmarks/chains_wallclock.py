@@ -26,15 +26,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import add_flags, environment, finish, show, spread
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from report import add_flags, count, environment, finish, show, spread
+from transformers import AutoModelForCausalLM
 
-import multiverse_hf
-from multiverse_hf.data.chains import Kind, Problem, is_correct, sample_problem
-from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+from multiverse_hf.checkpoints import (
+    EMBEDDED,
+    Attention,
+    Checkpoint,
+    CommandError,
+    Dtype,
+    load_model,
+    open_checkpoint,
+)
+from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
 from multiverse_hf.modeling.tags import encode_prompt
-
-MODEL = Path(multiverse_hf.__file__).parent / "assets" / "multiverse-tiny"
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,10 @@ class Answer:
     correct: bool
 
 
-def make_sides(model: Path, max_new_tokens: int) -> dict[str, Side]:
+def make_sides(checkpoint: Checkpoint, max_new_tokens: int) -> dict[str, Side]:
     """Load the checkpoint with and without branches."""
-    branching = MultiverseForCausalLM.from_pretrained(str(model)).eval()
-    plain = AutoModelForCausalLM.from_pretrained(str(model)).eval()
+    branching = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, device="cpu", threads=None)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint.path).eval()
 
     def engine(structure: str) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda ids: branching.generate(ids, structure=structure, do_sample=False, max_new_tokens=max_new_tokens)
@@ -127,19 +132,22 @@ def main() -> None:
         epilog="examples:\n    python" + examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder (default: the embedded model)")
-    parser.add_argument("--problems", type=int, default=10, help="problems (default: %(default)s)")
+    parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder (default: the embedded model)")
+    parser.add_argument("--problems", type=count, default=10, help="problems (default: %(default)s)")
     parser.add_argument("--chains", type=int, default=8, help="chains of each problem (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=2560, help="bound on an answer (default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=count, default=2560, help="bound on an answer (default: %(default)s)")
     add_flags(parser, repeats=1)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if not (args.model / "config.json").is_file():
-        parser.error(f"there is no checkpoint at {args.model}; pass --model")
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    sides = make_sides(args.model, args.max_new_tokens)
+    if not 2 <= args.chains <= MAX_CHAINS:
+        parser.error(f"--chains must be from 2 to {MAX_CHAINS}, got {args.chains}")
+    try:
+        checkpoint = open_checkpoint(str(args.model))
+        sides = make_sides(checkpoint, args.max_new_tokens)
+    except CommandError as err:
+        parser.error(str(err))
+    tokenizer = checkpoint.tokenizer
     rng = random.Random(args.seed)
     problems = [sample_problem(rng, Kind.FLAT, args.chains) for _ in range(args.problems)]
     result = {"benchmark": "chains_wallclock", **environment(), "model": args.model.name}

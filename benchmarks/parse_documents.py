@@ -37,6 +37,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--characters", type=int, default=30_000, help="of each document")
     args = parser.parse_args()
+    for name in ("documents", "characters"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     rng = random.Random(0)
     documents = [make_document(rng, args.characters) for _ in range(args.documents)]
     begin, begin_cpu = time.perf_counter(), time.process_time()

@@ -15,14 +15,35 @@ import torch
 import transformers
 
 import multiverse_hf
+from multiverse_hf.checkpoints import CommandError, check_output, write_output
+
+
+def count(text: str) -> int:
+    """Read an argument that counts something."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return number
+
+
+def output_file(text: str) -> Path:
+    """Read the name of a file to write, and try now whether it can be written."""
+    try:
+        check_output(Path(text))
+    except CommandError as err:
+        raise argparse.ArgumentTypeError(str(err)) from err
+    return Path(text)
 
 
 def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     """Add the flags all benchmarks share."""
-    parser.add_argument("--repeats", type=int, default=repeats, help="interleaved repeats (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--repeats", type=count, default=repeats, help="interleaved repeats (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=None, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=None, help="also write the result to this JSON file")
+    parser.add_argument("--output", type=output_file, default=None, help="also write the result to this JSON file")
 
 
 def environment() -> dict[str, Any]:
@@ -60,8 +81,7 @@ def show(value: dict[str, float], unit: str = "") -> str:
 def finish(result: dict[str, Any], output: Path | None) -> None:
     """Print a result as one JSON line, the last one, and store it if asked to."""
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_output(output, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
 
 

@@ -11,17 +11,25 @@ import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, set_seed
+from transformers import set_seed
 from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
 
+from multiverse_hf.checkpoints import (
+    USAGE,
+    CommandError,
+    check_output,
+    load_weights,
+    one_line,
+    open_checkpoint,
+    write_output,
+)
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.data.rows import encode_row
-from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
-from multiverse_hf.modeling.tags import TagSet
 
 
 @dataclass
@@ -49,42 +57,90 @@ def group_by_length(rows: list[dict[str, list[int]]], batch_size: int, bucket_ba
     return order
 
 
-def main() -> None:
-    parser = TrlParser((DataArguments, SFTConfig, ModelConfig))
-    data, training, model_args = parser.parse_args_and_config()
+class Parser(TrlParser):
+    """TRL's parser, which would print the usage of its hundreds of options before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"error: {message}\n")
+
+
+def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
+    """Check what would fail late, or harm a run that is there.
+
+    Raises:
+        CommandError: with the way out.
+    """
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("this recipe does full fine-tuning only; leave out use_peft, load_in_4bit and load_in_8bit")
+        raise CommandError("this recipe does full fine-tuning only; leave out use_peft, load_in_4bit and load_in_8bit")
+    counts = {"bucket_batches": data.bucket_batches}
+    counts |= {n: getattr(training, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    for name, count in counts.items():
+        if count < 1:
+            raise CommandError(f"{name} must be at least 1, got {count}")
+    if training.learning_rate < 0:
+        raise CommandError(f"learning_rate must be at least 0, got {training.learning_rate}")
+    if training.max_steps < 1 and training.num_train_epochs <= 0:
+        raise CommandError(f"num_train_epochs must be above 0, got {training.num_train_epochs}; or give max_steps")
+
+    output, resume = Path(training.output_dir), training.resume_from_checkpoint
+    check_output(output, is_folder=True)
+    if resume:
+        start = output if resume is True else Path(resume)
+        if not any(start.glob("checkpoint-*" if resume is True else "trainer_state.json")):
+            raise CommandError(f"{start} holds no checkpoint to resume from; leave out resume_from_checkpoint")
+    elif (output / "run.json").exists():
+        raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
+    elif any(output.glob("checkpoint-*")):
+        raise CommandError(
+            f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
+            "output_dir, or move it away"
+        )
+
+
+def main() -> None:
+    parser = Parser((DataArguments, SFTConfig, ModelConfig))
+    try:
+        data, training, model_args = parser.parse_args_and_config()
+    except Exception as err:  # a config file is input: yaml, TRL and transformers raise errors of their own
+        parser.error(one_line(err))
     training.remove_unused_columns = False  # the collator wants `plain`
     training.max_length = None  # rows are whole documents; truncation would cut blocks
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     if training.resume_from_checkpoint in ("true", "True"):  # the command line gives a string
         training.resume_from_checkpoint = True
-    set_seed(training.seed)
+    try:
+        mixture = ChainsMixture(
+            num_rows=data.num_rows,
+            seed=data.rows_seed,
+            sequential=data.sequential,
+            sequential_share=data.sequential_share,
+            plain_share=data.plain_share,
+            ramp=data.ramp,
+        )
+        check_arguments(data, training, model_args)
+        set_seed(training.seed)
+        checkpoint = open_checkpoint(model_args.model_name_or_path or "", model_args.model_revision)
+        tokenizer, tags = checkpoint.tokenizer, checkpoint.tags
+        if tokenizer.pad_token_id is None:
+            raise CommandError(f"{checkpoint.name} has no padding token; name one in its tokenizer_config.json")
+        model = load_weights(checkpoint, model_args.dtype or "float32", model_args.attn_implementation)
+    except (CommandError, ValueError) as err:
+        parser.error(str(err))
 
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path)
-    tags = TagSet.from_tokenizer(tokenizer)
-    model = MultiverseForCausalLM.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        tags=tags,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype or "float32",
-    )
-
-    mixture = ChainsMixture(
-        data.num_rows, data.rows_seed, data.sequential, data.sequential_share, data.plain_share, data.ramp
-    )
     rows = [encode_row(tokenizer, tags, row.prompt, row.document, row.plain) for row in mixture]
     order = group_by_length(rows, training.per_device_train_batch_size, data.bucket_batches, data.rows_seed)
     dataset = Dataset.from_list([rows[i] for i in order])
 
-    trainer = SFTTrainer(
-        model=model,
-        args=training,
-        train_dataset=dataset,
-        data_collator=DocumentCollator(tags, tokenizer.pad_token_id),
-        processing_class=tokenizer,
-    )
+    try:
+        trainer = SFTTrainer(
+            model=model,
+            args=training,
+            train_dataset=dataset,
+            data_collator=DocumentCollator(tags, tokenizer.pad_token_id),
+            processing_class=tokenizer,
+        )
+    except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, an evaluation
+        parser.error(one_line(err))
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     model.config.use_cache = True  # the trainer turned it off
     trainer.save_model(training.output_dir)
@@ -100,7 +156,7 @@ def main() -> None:
         "metrics": result.metrics,
         "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
     }
-    Path(training.output_dir, "run.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
+    write_output(Path(training.output_dir, "run.json"), json.dumps(record, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":

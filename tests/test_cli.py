@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,9 +20,10 @@ from rich.console import Console
 from transformers import AutoConfig, Qwen3Config
 from transformers.utils import logging as transformers_logging
 
+from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.cli import read_prompt, run
 from multiverse_hf.data.chains import PARALLEL_SUFFIX, Kind
-from multiverse_hf.demo import demo_problems
+from multiverse_hf.demo import demo_problems, time_modes
 from multiverse_hf.display import BranchTree, LiveView, Painter, TextStream, share
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.state import BranchEvent
@@ -76,6 +77,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def endless(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint without an end token: an untrained model seldom chooses it, this one never ends by itself."""
+    path = Path(shutil.copytree(folder, tmp_path_factory.mktemp("endless") / "model"))
+    edit_config(path, eos_token_id=None, max_position_embeddings=100_000)
+    (path / "generation_config.json").write_text("{}", encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def damaged(folder: Path, tmp_path: Path) -> Path:
     """A copy of the checkpoint, to be spoilt."""
@@ -107,8 +117,65 @@ def test_json_is_one_object_and_plain_prints_its_document(
     assert answer["stats"]["length"] <= 40
     assert answer["stats"]["finish_reason"] in ("stop", "length")
     plain = multiverse("generate", *options, stdin="A=5+6; B=7+8; total?\n")
-    assert (plain.returncode, plain.stderr) == (0, "")
+    assert (plain.returncode, plain.stderr == "") == (0, answer["stats"]["finish_reason"] == "stop")
     assert plain.stdout == answer["document"] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-new-tokens", "5"], ["length 5", "--max-new-tokens", "raise"]),
+        (["--max-total-tokens", "5"], ["--max-total-tokens", "raise"]),
+        (["--max-time", "0"], ["--max-time", "raise"]),
+        (["--max-new-tokens", "40"], ["the model's context ends", "shorten"]),
+    ],
+)
+def test_an_answer_that_was_cut_off_says_so_beside_it(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, endless: Path, options: list[str], words: list[str]
+):
+    if "context" in words[0]:
+        endless = Path(shutil.copytree(endless, tmp_path / "short"))
+        edit_config(endless, max_position_embeddings=30)
+    done = call(capfd, "generate", "x", "--model", str(endless), "--plain", "--suffix", "none", *options)
+    assert done.returncode == 0
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("note: ")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+FLAT, NESTED = "A=19-7+12; B=8+15-3; C=5+6; total?", "(A=5+6; B=7+8) (C=9-2; D=4+4) total?"
+
+
+def test_paths_that_were_cut_off_are_told_of(capfd: pytest.CaptureFixture[str]):
+    done = call(capfd, "generate", FLAT, "--plain", "--max-path-tokens", "20")
+    assert done.returncode == 0
+    assert "paths were cut off; raise --max-path-tokens" in done.stderr
+    assert call(capfd, "generate", "A=5+6; B=7+8; total?", "--plain").stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("prompt", "option", "limit", "of"),
+    [
+        (FLAT, "--max-paths", 2, "max_width"),
+        (NESTED, "--max-depth", 1, "depth"),
+        (FLAT, "--max-depth", 0, "num_forks"),
+        (FLAT, "--max-new-tokens", 80, "length"),
+        (FLAT, "--max-total-tokens", 150, "num_tokens"),
+        (FLAT, "--max-path-tokens", 20, None),
+    ],
+)
+def test_limits_hold_in_lenient_mode(
+    capfd: pytest.CaptureFixture[str], prompt: str, option: str, limit: int, of: str | None
+):
+    command = ["generate", prompt, "--structure", "lenient", "--greedy", "--json", option]
+    held = json.loads(call(capfd, *command, str(limit)).stdout)["stats"]
+    free = json.loads(call(capfd, *command, "1000").stdout)["stats"]  # what the model does by itself
+    assert free["malformed"] == free["num_closed"] == 0
+    if of is None:
+        assert held["num_closed"] > 0
+        assert held["num_tokens"] < free["num_tokens"]
+    else:
+        assert held[of] <= limit < free[of]
 
 
 def test_tags_in_a_prompt_cannot_fork(folder: Path, capfd: pytest.CaptureFixture[str]):
@@ -137,6 +204,7 @@ def test_demo_reports_both_modes_on_the_same_problems(folder: Path, capfd: pytes
     report = json.loads(done.stdout)
     assert [problem["num_chains"] for problem in report["problems"]] == [8, 6]
     assert all(not row["sequential"]["stats"]["num_forks"] for row in report["problems"])
+    assert report["repeats"] == 3
     total = report["total"]
     assert total["speedup"] == pytest.approx(total["sequential"]["seconds"] / total["parallel"]["seconds"])
 
@@ -148,7 +216,19 @@ def test_demo_prints_a_table_within_80_columns(folder: Path, capsys: pytest.Capt
     assert "sequential" in table
     assert "total" in table
     assert "float32, on cpu" in table
+    assert "median of 3 runs each, in turns" in " ".join(table.split())
     assert max(map(len, table.split("\n\n")[0].splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("repeats", "num_rounds"), [(None, 1), (2, 2)])
+def test_the_demo_repeats_no_longer_than_its_time_unless_told_to(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, repeats: int | None, num_rounds: int
+):
+    checkpoint = open_checkpoint(str(folder))
+    model = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, "cpu", None)
+    monkeypatch.setattr("multiverse_hf.demo.MOST_SECONDS", 0)
+    (runs,) = time_modes(model, checkpoint, [checkpoint.encode("x")], 4, repeats)
+    assert {mode: len(answers) for mode, answers in runs.items()} == {"parallel": num_rounds, "sequential": num_rounds}
 
 
 def test_demo_problems_have_a_nested_one_and_one_of_eight_chains():
@@ -192,14 +272,37 @@ def test_a_prompt_over_the_context_is_refused(folder: Path, capfd: pytest.Captur
         (["generate", "x", "--attn", "flash"], ["flash", "sdpa"]),
         (["generate", "x", "--max-new-tokens", "0"], ["--max-new-tokens", "1"]),
         (["generate", "x", "--temperature", "0"], ["--temperature", "--greedy"]),
+        (["generate", "x", "--temperature", "1e-45"], ["--temperature", "1e-45", "--greedy"]),
         (["generate", "x", "--top-p", "1.5"], ["--top-p"]),
         (["generate", "x", "--greedy", "--temperature", "1"], ["--greedy"]),
         (["generate", "x", "--json", "--live"], ["--json", "--live"]),
         (["generate", "x", "--model", "./no-such-model"], ["./no-such-model", "owner/name"]),
+        (["generate", "x", "--model", ""], ["name is empty"]),
+        (["generate", "x", "--model", "a" * 5000], ["no model folder aaa"]),
+        (["generate", "x", "--model", "~nobody-there/x"], ["no model folder ~nobody-there/x"]),
     ],
 )
 def test_bad_usage_is_answered_in_one_line(capfd: pytest.CaptureFixture[str], arguments: list[str], words: list[str]):
     assert_error(call(capfd, *arguments), 2, *words)
+
+
+def test_closed_streams_are_an_error_of_one_line(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", None)  # what Python makes of >&-
+        code = run(["generate", "x", "--model", str(folder), "--json"])
+    captured = capfd.readouterr()
+    done = subprocess.CompletedProcess([], code, captured.out, captured.err)
+    assert_error(done, 2, "standard output is closed")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", None)
+        assert_error(call(capfd, "generate", "--model", str(folder)), 2, "no prompt")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None)
+        assert run(["generate", "x", "--model", "./no-such-model"]) == 2
+        sys.stderr.close()
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_repository_that_cannot_be_reached_is_an_error_of_one_line(capfd: pytest.CaptureFixture[str]):
@@ -218,22 +321,6 @@ def truncate_weights(path: Path) -> None:
 
 def scramble_weights(path: Path) -> None:
     (path / "model.safetensors").write_bytes(b"\xff" * 4096)
-
-
-def drop_weights(path: Path) -> None:
-    (path / "model.safetensors").unlink()
-
-
-def break_config(path: Path) -> None:
-    (path / "config.json").write_text('{"model_type": "qwen3",', encoding="utf-8")
-
-
-def drop_config(path: Path) -> None:
-    (path / "config.json").unlink()
-
-
-def break_tokenizer(path: Path) -> None:
-    (path / "tokenizer.json").write_text("{}", encoding="utf-8")
 
 
 def edit_config(path: Path, **values: object) -> None:
@@ -271,21 +358,62 @@ def drop_tags(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
+def drop(*names: str) -> Callable[[Path], None]:
+    def spoil(path: Path) -> None:
+        for name in names:
+            (path / name).unlink()
+
+    return spoil
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_text(text, encoding="utf-8")
+
+
+def swap_tags(path: Path) -> None:
+    tags = json.loads((path / "config.json").read_text(encoding="utf-8"))["multiverse"]
+    ids = tags["ids"]
+    edit_config(path, multiverse=tags | {"ids": ids | {"<Goal>": ids["<Path>"], "<Path>": ids["<Goal>"]}})
+
+
+def remove_layer(path: Path) -> None:
+    edit_config(path, num_hidden_layers=1, layer_types=["full_attention"])
+
+
+BREAK_CONFIG = write("config.json", '{"model_type": "qwen3",')
+GENERATION = "generation_config.json"
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (truncate_weights, ["weights", "again"]),
         (scramble_weights, ["weights", "again"]),
-        (drop_weights, ["weights"]),
-        (break_config, ["config", "again"]),
-        (drop_config, ["config.json"]),
-        (break_tokenizer, ["tokenizer", "again"]),
+        (drop("model.safetensors"), ["weights"]),
+        (BREAK_CONFIG, ["config", "again"]),
+        (drop("config.json"), ["config.json"]),
+        (write("tokenizer.json", "{}"), ["tokenizer", "again"]),
         (add_layer, ["lacks", "layers.2"]),
         (widen, ["shapes", "mlp"]),
         (make_encoder_decoder, ["encoder-decoder"]),
         (make_recurrent, ["cannot branch", "mamba"]),
         (invent_architecture, ["qwen99", "upgrade"]),
         (drop_tags, ["no token for <Think>"]),
+        (swap_tags, ["<Goal>", "config", "tokenizer"]),
+        (remove_layer, ["no place", "layers.1"]),
+        (drop("tokenizer.json"), ["no tokenizer.json"]),
+        (drop("tokenizer_config.json"), ["no tokenizer_config.json"]),
+        (drop("tokenizer.json", "tokenizer_config.json"), ["no tokenizer.json"]),
+        (write("config.json", "null"), ["config.json", "null", "again"]),
+        (write("tokenizer_config.json", "[]"), ["tokenizer_config.json", "[]", "again"]),
+        (write(GENERATION, "{"), [GENERATION, "line 1", "again"]),
+        (write(GENERATION, "null"), [GENERATION, "null", "again"]),
+        (write(GENERATION, '{"eos_token_id": "x"}'), [GENERATION, "'x'", "eos_token_id"]),
+        (write(GENERATION, '{"eos_token_id": [2, 99999]}'), [GENERATION, "99999", "eos_token_id"]),
+        (write(GENERATION, '{"num_beams": 4}'), ["cannot answer", "num_beams=4"]),
+        (write("chat_template.jinja", "{% for x"), ["chat template", "again"]),
+        (write("chat_template.jinja", "{{ raise_exception('no users') }}"), ["chat template", "no users"]),
+        (write("chat_template.jinja", "{# nothing #}"), ["no token"]),
     ],
 )
 def test_a_checkpoint_that_cannot_serve_is_refused_in_one_line(
@@ -295,14 +423,15 @@ def test_a_checkpoint_that_cannot_serve_is_refused_in_one_line(
     assert_error(call(capfd, "generate", "x", "--model", str(damaged)), 2, *words)
 
 
-def test_a_device_that_is_not_there_is_refused(capfd: pytest.CaptureFixture[str], folder: Path):
-    assert_error(call(capfd, "generate", "x", "--model", str(folder), "--device", "gpu7"), 2, "gpu7", "--device cpu")
+@pytest.mark.parametrize("device", ["gpu7", "meta"])
+def test_a_device_that_is_not_there_is_refused(capfd: pytest.CaptureFixture[str], folder: Path, device: str):
+    assert_error(call(capfd, "generate", "x", "--model", str(folder), "--device", device), 2, device, "--device cpu")
 
 
 def test_a_traceback_is_shown_when_asked_for(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, damaged: Path
 ):
-    break_config(damaged)
+    BREAK_CONFIG(damaged)
     asked = call(capfd, "generate", "x", "--model", str(damaged), "--traceback")
     monkeypatch.setenv("MULTIVERSE_TRACEBACK", "1")
     for done in (asked, call(capfd, "generate", "x", "--model", str(damaged))):
@@ -311,13 +440,9 @@ def test_a_traceback_is_shown_when_asked_for(
 
 
 @pytest.fixture
-def long_run(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+def long_run(endless: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that writes for long, once its first byte is out."""
-    # an untrained model seldom ends; without an end token it never does
-    config = Path(shutil.copytree(folder, tmp_path / "endless"))
-    edit_config(config, eos_token_id=None, max_position_embeddings=100_000)
-    (config / "generation_config.json").write_text("{}", encoding="utf-8")
-    arguments = ["generate", "x", "--model", str(config), "--max-new-tokens", "90000", "--structure", "off"]
+    arguments = ["generate", "x", "--model", str(endless), "--max-new-tokens", "90000", "--structure", "off"]
     process = subprocess.Popen(
         [*COMMAND, *arguments],
         stdin=subprocess.DEVNULL,

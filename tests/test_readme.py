@@ -1,9 +1,13 @@
 """What the README shows is run as it stands."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -25,3 +29,25 @@ def test_every_file_the_readme_names_is_there() -> None:
     assert paths
     for path in paths:
         assert (root / path).exists(), path
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("newest", ["python3.12", "python3.13", None])
+def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path: Path, newest: str | None) -> None:
+    for name in ("python3.11", "python3.12", "python3.13", "python3"):
+        command = f'exec {sys.executable} "$@"' if name == newest else "exit 1"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    environment.pop("PYTHON", None)
+    # -n: says what it would run. Without it only where it fails before it installs.
+    command = ["make", *(["-n"] if newest else []), "venv", f"VENV={tmp_path / 'venv'}"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60
+    )
+    if newest:
+        assert f"{newest} -m venv" in done.stdout, done.stderr
+    else:
+        assert done.returncode != 0
+        assert "needs Python 3.11 or newer" in done.stderr
+        assert "PYTHON=/path/to/python3.11" in done.stderr

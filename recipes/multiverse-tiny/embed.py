@@ -11,6 +11,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
+from multiverse_hf.checkpoints import CommandError, check_output, one_line, output_folder
+
 ASSETS = Path(__file__).parents[2] / "src/multiverse_hf/assets"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 CARD = """---
@@ -47,36 +49,42 @@ def main() -> None:
     parser.add_argument("--name", required=True, help="of the checkpoint in the package")
     args = parser.parse_args()
 
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.name):
+        parser.error(f"--name is one plain word such as multiverse-tiny, got {args.name!r}")
     checkpoints = sorted(
         args.run.glob("checkpoint-[0-9]*/trainer_state.json"), key=lambda path: int(path.parts[-2][11:])
     )
     if not checkpoints or not (args.run / "run.json").is_file():
-        raise SystemExit(f"{args.run} holds no finished run; train it first (recipes/multiverse-tiny/README.md)")
+        parser.error(f"{args.run} holds no finished run; train it first (recipes/multiverse-tiny/README.md)")
     evaluations = sorted(args.run.glob("evaluation*.json"))
     if not evaluations:
-        raise SystemExit(f"{args.run} holds no evaluation*.json; run evaluate.py --output {args.run}/evaluation.json")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", args.name):
-        raise SystemExit(f"--name is one plain word such as multiverse-tiny, got {args.name!r}")
-    history = json.loads(checkpoints[-1].read_text())["log_history"]
-    sequential = json.loads((args.run / "run.json").read_text())["data"]["sequential"]
-    generation = GenerationConfig.from_pretrained(args.run)
+        parser.error(f"{args.run} holds no evaluation*.json; run evaluate.py --output {args.run}/evaluation.json")
     missing = [name for name in FILES if not (args.run / name).is_file()]
     if missing:
-        raise SystemExit(f"{args.run} lacks {', '.join(missing)}; train it again")
+        parser.error(f"{args.run} lacks {', '.join(missing)}; train it again")
     target = ASSETS / args.name
-    target.mkdir(parents=True, exist_ok=True)
-    for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
-        shutil.copyfile(file, target / file.name)
-    (target / "train.log").write_text("".join(json.dumps(record) + "\n" for record in history))
+    try:
+        check_output(target, is_folder=True)
+        history = json.loads(checkpoints[-1].read_bytes())["log_history"]
+        sequential = json.loads((args.run / "run.json").read_bytes())["data"]["sequential"]
+        generation = GenerationConfig.from_pretrained(args.run)
+    except CommandError as err:
+        parser.error(str(err))
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        parser.error(f"{args.run} has damaged records ({one_line(err)}); train it again")
     generation.max_new_tokens = 2560
-    generation.save_pretrained(target)
     suffix = (
         "Think step by step before answering."
         if sequential
         else "Think step by step and in parallel before answering."
     )
     card = CARD.format(name=args.name, what=TWIN if sequential else PARALLEL, suffix=suffix)
-    (target / "README.md").write_text(card)
+    with output_folder(target) as folder:
+        for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
+            shutil.copyfile(file, folder / file.name)
+        (folder / "train.log").write_text("".join(json.dumps(record) + "\n" for record in history))
+        (folder / "README.md").write_text(card)
+        generation.save_pretrained(folder)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{target}: {size / 1e6:.2f} MB")
 

@@ -14,33 +14,42 @@ import random
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-from transformers import AutoTokenizer
-
+from multiverse_hf.checkpoints import (
+    FAILURE,
+    Attention,
+    CommandError,
+    Dtype,
+    check_output,
+    load_model,
+    one_line,
+    open_checkpoint,
+    write_output,
+)
 from multiverse_hf.data.chains import Kind, Problem, is_correct, sample_problem
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import encode_prompt
 
 
 def training_problems(model: str) -> set[str]:
-    """Give the problems a run was trained on, from its ``run.json``; none if there is no such file."""
+    """Give the problems a run was trained on, from its ``run.json``; none if there is no such file.
+
+    Raises:
+        CommandError: if the file is not what sft.py writes.
+    """
     record = Path(model, "run.json")
     if not record.is_file():
         return set()
-    data = json.loads(record.read_text())["data"]
-    mixture = ChainsMixture(
-        data["num_rows"],
-        data["rows_seed"],
-        data["sequential"],
-        data["sequential_share"],
-        data["plain_share"],
-        data["ramp"],
-    )
+    try:
+        data = json.loads(record.read_bytes())["data"]
+        names = {field.name for field in fields(ChainsMixture)} & data.keys()
+        mixture = ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names})
+    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        raise CommandError(f"{record} names no training rows ({err!r}); move it away if it is not of sft.py") from err
     return {str(row.problem) for row in mixture}
 
 
@@ -102,6 +111,16 @@ def measure(model, tokenizer, problems: list[Problem], suffix: str, batch_size: 
     }
 
 
+def commit() -> str | None:
+    """Give the commit measured; None outside a checkout."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return done.stdout.strip() or None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
@@ -118,34 +137,39 @@ def main() -> None:
     for name in ("problems", "batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output: there is no folder {args.output.parent}")
-    if not Path(args.model, "config.json").is_file():
-        parser.error(f"--model: {args.model} holds no checkpoint")
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = MultiverseForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
-    seen = training_problems(args.model)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        if args.output:
+            check_output(args.output)
+        seen = training_problems(args.model)
+        checkpoint = open_checkpoint(args.model)
+        tokenizer = checkpoint.tokenizer
+        if tokenizer.pad_token is None:
+            raise CommandError(f"{args.model} has no padding token; name one in its tokenizer_config.json")
+        model = load_model(checkpoint, Dtype(args.dtype), Attention.SDPA, device="cpu", threads=None)
+    except CommandError as err:
+        parser.error(str(err))
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output"},
         "decoding": "greedy",
         "versions": {name: version(name) for name in ("torch", "transformers")}
         | {"python": platform.python_version()},
-        "commit": commit or None,
+        "commit": commit(),
         "training_problems_left_out": len(seen),
         "results": {},
     }
     for kind in args.kinds:
         problems = list(unseen(Kind(kind), args.problems, args.seed, seen))
-        result = measure(
-            model, tokenizer, problems, args.suffix, args.batch_size,
-            structure=args.structure, max_new_tokens=args.max_new_tokens,
-        )  # fmt: skip
+        try:
+            result = measure(
+                model, tokenizer, problems, args.suffix, args.batch_size,
+                structure=args.structure, max_new_tokens=args.max_new_tokens,
+            )  # fmt: skip
+        except ValueError as err:  # a generation config that cannot branch, weights that give NaN
+            parser.exit(FAILURE, f"error: {args.model} cannot answer: {one_line(err)}\n")
         report["results"][kind] = result
         print(kind, json.dumps(result))
     if args.output:
-        args.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_output(args.output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

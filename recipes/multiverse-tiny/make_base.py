@@ -11,6 +11,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
+from multiverse_hf.checkpoints import CommandError, check_output, output_folder
 from multiverse_hf.data.chains import Kind, document, sample_problem
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
@@ -18,6 +19,7 @@ from multiverse_hf.modeling.tags import TagSet
 # Numbers are cut into pairs of digits from the right, with their sign: "+15", "1|32". One token is then one term of a
 # chain, and adding two numbers never has to carry across tokens within a step.
 PIECES = r"[+-]?\d{1,2}(?=(?:\d{2})*(?!\d))| ?[A-Za-z]{2,}|[A-Za-z]|\s|[^\sA-Za-z\d]"
+MIN_VOCAB_SIZE = 256 + 3 + 12  # bytes, special tokens and tags
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
     "{% if not (loop.last and continue_final_message | default(false)) %}{{ '<|im_end|>\n' }}{% endif %}{% endfor %}"
@@ -73,6 +75,21 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    for name in ("hidden_size", "intermediate_size", "layers", "heads", "head_dim"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    if args.head_dim % 2:
+        parser.error(f"--head-dim must be even, for rotary positions; got {args.head_dim}")
+    if args.vocab_size < MIN_VOCAB_SIZE:
+        parser.error(f"--vocab-size must be at least {MIN_VOCAB_SIZE}, got {args.vocab_size}")
+    if not 0 <= args.seed < 2**63:
+        parser.error(f"--seed must be at least 0 and below 2**63, got {args.seed}")
+    if (args.output / "run.json").exists():
+        parser.error(f"--output: {args.output} holds a trained model; choose another folder")
+    try:
+        check_output(args.output, is_folder=True)
+    except CommandError as err:
+        parser.error(str(err))
 
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer(args.vocab_size)
@@ -94,8 +111,9 @@ def main() -> None:
     model = MultiverseForCausalLM.from_config(config, TagSet.from_tokenizer(tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    with output_folder(args.output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{args.output}: {model.num_parameters() / 1e6:.2f} M parameters, {len(tokenizer)} tokens")
 
 

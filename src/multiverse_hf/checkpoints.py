@@ -1,15 +1,19 @@
-"""Checkpoints as the commands use them: opened with every fault told in a line, loaded, and asked for an answer.
+"""Checkpoints as commands and recipes use them: opened with every fault told in a line, loaded, asked for an answer.
 
-torch and transformers are imported inside functions, so that ``--help`` answers at once.
+And files as recipes write them: whole or not at all, tried before the work begins. torch and transformers are imported
+inside functions, so that ``--help`` answers at once.
 """
 
+import contextlib
+import json
 import logging
 import os
 import re
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +24,11 @@ from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while running, Ctrl-C
+# Files of a checkpoint that hold one JSON object if they are there. transformers takes a generation config that it
+# cannot parse for none at all, and fails deep inside on other JSON.
+_JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+# One of these holds the vocabulary. Without any, transformers makes up an empty tokenizer.
+_VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
 class Dtype(StrEnum):
@@ -57,14 +66,26 @@ class Checkpoint:
     tokenizer: Any
     tags: TagSet
     hidden: frozenset[int]  # ids that are not part of an answer's text: end and padding tokens
+    revision: str = "main"
 
     def encode(self, prompt: str) -> list[int]:
         """Tokenize a prompt.
 
         Raises:
-            CommandError: if it does not fit the context.
+            CommandError: if the checkpoint's chat template fails, or the prompt does not fit the context.
         """
-        ids = encode_prompt(self.tokenizer, prompt, self.tags.names)
+        try:
+            ids = encode_prompt(self.tokenizer, prompt, self.tags.names)
+        except Exception as err:  # a chat template is a program of the checkpoint's and may raise anything
+            raise CommandError(
+                f"the chat template of {self.name} cannot take the prompt: {one_line(err).rstrip('.')}; "
+                "copy or download the checkpoint again"
+            ) from err
+        if not ids:
+            raise CommandError(
+                f"the tokenizer and chat template of {self.name} make no token of the prompt; "
+                "copy or download the checkpoint again"
+            )
         context = getattr(self.config, "max_position_embeddings", None)
         if context is not None and len(ids) >= context:
             raise CommandError(f"the prompt has {len(ids)} tokens, the model's context {context}; shorten the prompt")
@@ -93,7 +114,7 @@ class Answer:
 
     def to_dict(self) -> dict[str, Any]:
         """Give the JSON form."""
-        names = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth")
+        names = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
         stats = {name: getattr(self.stats, name) for name in names}
         stats |= {"finish_reason": str(self.stats.finish_reason), "malformed": self.stats.malformed}
         last = re.search(r"^Answer:[ \t]*(\S[^\n]*?)\s*\Z", self.document, re.MULTILINE)
@@ -126,51 +147,114 @@ def one_line(error: BaseException | str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def open_checkpoint(name: str | None) -> Checkpoint:
-    """Read a checkpoint's config and tokenizer, and check that the model can branch.
+def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
+    """Read a checkpoint's config and tokenizer, and check that they fit each other and the model can branch.
+
+    Args:
+        name: folder or repository; None for the embedded checkpoint.
+        revision: of a repository.
 
     Raises:
         CommandError: if there is none, it cannot be read, or it is of a kind that cannot branch.
     """
     if name is None and not (EMBEDDED / "config.json").is_file():
         raise CommandError("this installation has no built-in model; choose one with --model FOLDER or REPO", FAILURE)
-    path = Path(name).expanduser() if name is not None else EMBEDDED
-    shown = name or "multiverse-tiny"
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-        raise CommandError(f"no model folder {name}; give an existing folder, or a repository as owner/name")
-    if path.exists() and not (path / "config.json").is_file():
-        raise CommandError(f"{name} holds no config.json; --model takes the folder of a checkpoint")
-    from transformers import AutoConfig, AutoTokenizer
+    shown = "multiverse-tiny" if name is None else name
+    try:
+        path = EMBEDDED if name is None else Path(name).expanduser()
+        is_local = path.exists()
+    except (OSError, RuntimeError) as err:  # longer than a path may be; or in the home of a user nobody knows
+        raise CommandError(
+            f"no model folder {one_line(shown, 80)} ({one_line(err, 80).rstrip('.')}); give an existing one"
+        ) from err
+    if not shown.strip():
+        raise CommandError("the model's name is empty; give a folder, or a repository as owner/name")
+    if is_local:
+        _check_folder(path, shown)
+    elif shown.startswith((".", "/", "~")) or shown.count("/") != 1:
+        raise CommandError(f"no model folder {shown}; give an existing folder, or a repository as owner/name")
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from multiverse_hf.modeling.modeling_multiverse import base_class
 
-    source = str(path) if path.exists() else name
+    source = str(path) if is_local else shown
     try:
         # False, not the default: a checkpoint's own code is never run here, and nobody is asked whether it may be
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as err:  # a checkpoint is input: whatever reading it raises is to be said in a line
-        raise _unreadable(shown, "config", err, is_local=path.exists()) from err
+        raise _unreadable(shown, "config", err, is_local) from err
     try:
         base_class(config)
     except ValueError as err:
         raise CommandError(f"{shown} cannot branch: {one_line(err)}") from err
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
     except Exception as err:
-        raise _unreadable(shown, "tokenizer", err, is_local=path.exists()) from err
+        raise _unreadable(shown, "tokenizer", err, is_local) from err
+    try:
+        generation = GenerationConfig.from_pretrained(source, revision=revision)
+    except OSError:  # there need not be one
+        generation = GenerationConfig.from_model_config(config)
+    except Exception as err:
+        raise _unreadable(shown, "generation config", err, is_local) from err
     try:
         stored = getattr(config, "multiverse", None)
-        tags = TagSet.from_tokenizer(tokenizer) if stored is None else TagSet.from_dict(stored)
+        tags = None if stored is None else TagSet.from_dict(stored)
+        spelled = TagSet.from_tokenizer(tokenizer, tags and tags.names)
     except ValueError as err:
         raise CommandError(f"{shown} is not a Multiverse model: {one_line(err)}") from err
+    tags = tags or spelled
+    _check_tags(shown, tags, spelled)
     if max(tags.control_ids) >= config.vocab_size:
         raise CommandError(
             f"{shown} has tags up to id {max(tags.control_ids)} but embeddings for {config.vocab_size} tokens only; "
             "resize the embeddings and train the model on tags"
         )
+    ends = generation.eos_token_id if isinstance(generation.eos_token_id, list) else [generation.eos_token_id]
+    for end in ends:
+        if end is not None and (not isinstance(end, int) or not 0 <= end < config.vocab_size):
+            raise CommandError(
+                f"{shown} names the end token {end!r}, which is none of its {config.vocab_size} token ids; "
+                "mend eos_token_id in its generation_config.json"
+            )
     # by id, not by skip_special_tokens: some tokenizers hold the tags to be special as well
     hidden = frozenset(tokenizer.all_special_ids) - frozenset(tags.control_ids)
-    return Checkpoint(shown, source, config, tokenizer, tags, hidden)
+    return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    """Check that a checkpoint's files are there and hold what they should, as far as transformers says it badly."""
+    if not (folder / "config.json").is_file():
+        raise CommandError(f"{name} holds no config.json; give the folder of a checkpoint")
+    # without its config a tokenizer is taken for the architecture's usual one, which may cut text in other places
+    has_tokenizer = any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
+    if not has_tokenizer or not (folder / "tokenizer_config.json").is_file():
+        lacking = "tokenizer_config.json" if has_tokenizer else "tokenizer.json"
+        raise CommandError(f"{name} holds no {lacking}; save the model's tokenizer there, or download it again")
+    for file in (folder / each for each in _JSON_FILES):
+        try:
+            value = json.loads(file.read_bytes()) if file.exists() else {}
+        except (OSError, ValueError) as err:
+            raise _unreadable(name, file.name, err, is_local=True) from err
+        if not isinstance(value, dict):
+            raise _unreadable(
+                name, file.name, ValueError(f"it holds {json.dumps(value):.40}, not an object"), is_local=True
+            )
+
+
+def _check_tags(name: str, stored: TagSet, spelled: TagSet) -> None:
+    """Check that the ids the config holds are those of the tokenizer beside it."""
+    for what in ("ids", "newline", "colon", "digits"):
+        ours, theirs = getattr(stored, what), getattr(spelled, what)
+        if ours == theirs:
+            continue
+        if isinstance(ours, dict):
+            what = next(text for text in theirs if ours.get(text) != theirs[text])
+            ours, theirs = ours.get(what), theirs[what]
+        raise CommandError(
+            f"{name} is not of one piece: {what} is token {ours} to its config and {theirs} to its tokenizer; "
+            "keep config.json and tokenizer of one model together"
+        )
 
 
 def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> CommandError:
@@ -184,29 +268,41 @@ def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> Comma
         return CommandError(f"no model {name}, neither as a folder nor on the Hub; check the name, or log in")
     if kind := re.search(r"model type `([^`]*)` but Transformers does not recognize", reason):
         return CommandError(f"this transformers does not know {name}'s architecture {kind[1]}; upgrade transformers")
+    if isinstance(error, ImportError) or "attn_implementation" in reason:  # how it was to be loaded, not what is there
+        return CommandError(f"cannot load {name} like this: {reason}")
     return CommandError(f"cannot read the {part} of {name}: {reason}; copy or download the checkpoint again")
 
 
 def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, device: str, threads: int | None) -> Any:
-    """Read the weights onto a device.
+    """Read the weights onto a device, to answer prompts.
 
     Raises:
         CommandError: if they are damaged or incomplete, or there is no such device.
     """
     import torch
 
-    from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
-
     if threads is not None:
         torch.set_num_threads(threads)
     target = _find_device(device)
+    return load_weights(checkpoint, dtype.value, attention.value).eval().to(target)
+
+
+def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
+    """Read the weights, every one of them, and no others.
+
+    Raises:
+        CommandError: if they are damaged or incomplete.
+    """
+    from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+
     try:
         model, info = MultiverseForCausalLM.from_pretrained(
             checkpoint.path,
+            revision=checkpoint.revision,
             config=checkpoint.config,
             tags=checkpoint.tags,
-            dtype=dtype.value,
-            attn_implementation=attention.value,
+            dtype=dtype,
+            attn_implementation=attention,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are told of below, by name
         )
@@ -221,7 +317,12 @@ def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, devic
         raise CommandError(
             f"{checkpoint.name} lacks {len(missing)} weights, {missing[0]} among them; download the checkpoint again"
         )
-    return model.eval().to(target)
+    if unexpected := sorted(info["unexpected_keys"]):
+        raise CommandError(
+            f"{checkpoint.name} has weights that its config has no place for, {unexpected[0]} among them; "
+            "keep config.json and weights of one model together"
+        )
+    return model
 
 
 def _find_device(name: str) -> Any:
@@ -232,7 +333,7 @@ def _find_device(name: str) -> Any:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)  # whether it is there
+        torch.zeros(1, device=device).item()  # whether it is there and computes, which the meta device does not
     except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise CommandError(f"no device {name!r} here; use --device cpu, cuda, cuda:0, ... or auto") from err
     return device
@@ -241,17 +342,66 @@ def _find_device(name: str) -> Any:
 def answer_prompt(
     model: Any, checkpoint: Checkpoint, prompt: Sequence[int], streamer: Any = None, **options: Any
 ) -> Answer:
-    """Answer one prompt, given as token ids, and take the time."""
+    """Answer one prompt, given as token ids, and take the time.
+
+    Raises:
+        CommandError: if the model or its generation config does not serve.
+    """
     import torch
 
     ids = torch.tensor([list(prompt)], device=model.device)
     begin = time.perf_counter()
-    output = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        streamer=streamer,
-        return_dict_in_generate=True,
-        **{name: value for name, value in options.items() if value is not None},
-    )
+    try:
+        output = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=streamer,
+            return_dict_in_generate=True,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except ValueError as err:  # the commands check their own options: what is left is the checkpoint's
+        raise CommandError(f"{checkpoint.name} cannot answer: {one_line(err).rstrip('.')}") from err
     seconds = time.perf_counter() - begin  # the ids came back to the host, so the device is done
     return Answer(checkpoint.decode(output.sequences[0, len(prompt) :].tolist()), output.stats[0], seconds)
+
+
+# Files that recipes and benchmarks write
+
+
+def check_output(path: Path, is_folder: bool = False) -> None:
+    """Try now whether a file, or files in a folder, can be written: long work should not fail at its end.
+
+    Makes the folders on the way.
+
+    Raises:
+        CommandError: if it cannot.
+    """
+    if not is_folder and path.exists() and not path.is_file():
+        if path.is_dir():
+            raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
+        return  # a device or a pipe
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as err:
+        raise CommandError(f"cannot write {path}: {err.strerror or err}; name a place that can be written to") from err
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file whole or not at all: an interrupted write leaves the old one."""
+    if path.exists() and not path.is_file():  # a device or a pipe is not to be replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    with output_folder(path.resolve().parent) as folder:  # resolved, so that a link stays one
+        (folder / path.resolve().name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write files to; once all are written they move to ``folder``, in place of older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as part:
+        yield Path(part)
+        for file in sorted(Path(part).iterdir()):
+            file.replace(folder / file.name)

@@ -34,10 +34,13 @@ from multiverse_hf.checkpoints import (
     quiet,
 )
 from multiverse_hf.data.chains import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
-from multiverse_hf.demo import demo_problems, demo_report, print_report, show_problems, time_modes
+from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
 
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
+# The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
+MIN_TEMPERATURE = 1e-6
+LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 
 # typer has no public name for the base of what it raises on bad usage, in some versions click's and in some its own.
 _UsageException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -139,7 +142,7 @@ def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
         except OSError as err:
             raise CommandError(f"cannot read {source}: {err.strerror or err}; check the path") from err
     elif prompt is None or prompt == "-":
-        if prompt is None and sys.stdin.isatty():
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):  # None: closed by the shell
             raise CommandError("no prompt; give it as an argument, with --file, or on standard input")
         source, data = "standard input", sys.stdin.buffer.read()
     else:
@@ -240,8 +243,11 @@ def generate(
       multiverse generate --model ./my-checkpoint --temperature 0.6 --seed 1 "..."
     """
     shows_live = wants_live(live, as_json)
-    if temperature is not None and not 0 < temperature < float("inf"):
-        raise CommandError(f"--temperature must be above 0, got {temperature}; for the likeliest token use --greedy")
+    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise CommandError(
+            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
+            "for the likeliest token use --greedy"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
     if temperature is not None or top_p is not None:
@@ -276,7 +282,29 @@ def generate(
             answer = answer_prompt(loaded, checkpoint, ids, view, **options)
         console.print(_summary(answer), style="dim")
     else:
-        answer_prompt(loaded, checkpoint, ids, TextStream(sys.stdout, checkpoint.decode), **options)
+        answer = answer_prompt(loaded, checkpoint, ids, TextStream(sys.stdout, checkpoint.decode), **options)
+        room = (getattr(checkpoint.config, "max_position_embeddings", None) or float("inf")) - len(ids)
+        if note := _cut_off(answer, room, max_new_tokens):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:
+    """Say what cut an answer off and how to have more of it; None if it is whole.
+
+    Args:
+        answer: the answer.
+        room: positions that the context leaves after the prompt.
+        max_new_tokens: as asked for.
+    """
+    stats = answer.stats
+    if stats.finish_reason == "stop":
+        if not stats.num_closed:
+            return None
+        return f"{stats.num_closed} of the paths were cut off; raise --max-path-tokens or --max-new-tokens"
+    if stats.finish_reason == "length" and max_new_tokens >= room:
+        return f"the answer was cut off at length {stats.length}, where the model's context ends; shorten the prompt"
+    option = LIMITS.get(stats.finish_reason, stats.finish_reason)
+    return f"the answer was cut off at length {stats.length} by {option}; raise it"
 
 
 def _summary(answer: Answer) -> Text:
@@ -293,8 +321,13 @@ def demo(
     problems: Annotated[int, typer.Option(min=1, metavar="N", help="How many problems.")] = 3,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the problems.")] = 0,
     repeats: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Timed runs of each problem and mode; the median counts.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Timed runs of each problem and mode; by default {REPEATS}, fewer on a slow machine.",
+        ),
+    ] = None,
     pace: Annotated[float, typer.Option(min=1, metavar="N", help="Steps a second the live view shows at most.")] = 60,
     model: ModelOption = None,
     max_new_tokens: MaxNewTokensOption = 2048,
@@ -311,7 +344,7 @@ def demo(
     \b
     Examples:
       multiverse demo
-      multiverse demo --problems 8 --seed 1 --repeats 3
+      multiverse demo --problems 8 --seed 1 --repeats 5
       multiverse demo --json
     """
     shows_live = wants_live(live, as_json)
@@ -326,7 +359,7 @@ def demo(
         show_problems(console, loaded, checkpoint, chosen, prompts, max_new_tokens, pace if shows_live else None)
     with waiting("timing both modes without the display"):
         runs = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats)
-    report = demo_report(checkpoint, loaded, chosen, runs, repeats, seed)
+    report = demo_report(checkpoint, loaded, chosen, runs, seed)
     if as_json:
         print_json(report)
     else:
@@ -335,6 +368,11 @@ def demo(
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and give its exit code."""
+    if sys.stderr is None:  # closed by the shell: what is said there is for nobody, and should not land elsewhere
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    if sys.stdout is None:
+        print("error: standard output is closed; send it to a file or to another program", file=sys.stderr)
+        return USAGE
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark

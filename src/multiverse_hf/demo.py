@@ -3,6 +3,7 @@
 import random
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sam
 from multiverse_hf.display import LiveView, TextStream
 
 MODES = {"parallel": "guided", "sequential": "off"}  # mode of the demo -> structure
+REPEATS = 3  # the fewest whose median passes over a run that something else on the machine slowed down
+MOST_SECONDS = 20  # of timing; past them no further repeat begins, unless so many were asked for
 
 
 def demo_problems(seed: int, num_problems: int) -> list[Problem]:
@@ -47,9 +50,16 @@ def show_problems(
 
 
 def time_modes(
-    model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int
+    model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int | None
 ) -> list[dict[str, list[Answer]]]:
     """Answer every prompt in both modes in turn, greedily and undisturbed by a display, after a warm-up.
+
+    Args:
+        model: the model.
+        checkpoint: what it was loaded from.
+        prompts: token ids.
+        max_new_tokens: bound on the length of an answer.
+        repeats: rounds over all prompts; None for :data:`REPEATS`, or as many as begin within :data:`MOST_SECONDS`.
 
     Returns:
         For each prompt, by mode, the answers of all repeats.
@@ -57,7 +67,10 @@ def time_modes(
     for structure in MODES.values():
         answer_prompt(model, checkpoint, prompts[0], structure=structure, do_sample=False, max_new_tokens=32)
     runs: list[dict[str, list[Answer]]] = [{mode: [] for mode in MODES} for _ in prompts]
-    for repeat in range(repeats):
+    begin = time.monotonic()
+    for repeat in range(repeats or REPEATS):
+        if repeats is None and repeat and time.monotonic() - begin > MOST_SECONDS:
+            break
         for number, prompt in enumerate(prompts):
             # the mode that goes first alternates, so that neither always finds the machine cooler or the caches warmer
             for mode in list(MODES) if (repeat + number) % 2 == 0 else reversed(MODES):
@@ -71,7 +84,6 @@ def demo_report(
     model: Any,
     problems: Sequence[Problem],
     runs: Sequence[dict[str, list[Answer]]],
-    repeats: int,
     seed: int,
 ) -> dict[str, Any]:
     """Put what was measured into the JSON form."""
@@ -104,7 +116,7 @@ def demo_report(
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "seed": seed,
-        "repeats": repeats,
+        "repeats": len(runs[0]["parallel"]),
         "problems": rows,
         "total": total,
     }
@@ -148,6 +160,6 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     console.print(
         f"\n{report['model']}, {report['dtype']}, on {report['device']} with {threads} thread{'s' * (threads > 1)}: "
         f"both modes answer the same prompts greedily, after a warm-up and without the display; "
-        + ("one run each." if repeats == 1 else f"median of {repeats} runs each."),
+        + ("one run each." if repeats == 1 else f"median of {repeats} runs each, in turns."),
         style="dim",
     )
