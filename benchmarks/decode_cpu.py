@@ -2,32 +2,30 @@
 
 A random Qwen2 of 0.24 B parameters in bfloat16 continues a prompt of 256 tokens that ends inside a goal with p
 outlines. The model writes ``</Goal>``, p paths of 64 tokens each (forced start and ``</Path>`` included) and the
-conclusion. What it writes is random, the structure is forced by a logits processor. Three sides, interleaved step by
-step, on the same weights:
+conclusion. What it writes is random, the structure is forced by a logits processor. All sides run in one process, in
+turns, on the same weights:
 
-- engine: ``model.generate`` of multiverse_hf.
+- engine: :class:`MultiverseEngine`, which packs the weights where the CPU gains by it.
+- generate: ``model.generate`` of multiverse_hf, which leaves the weights as they are.
 - transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
-- bare: the engine's forward passes in a loop without engine and interpreter: the same queries, mask shapes and log
-  cache, and the argmax of every row.
+- bare: the engine's forward passes in a loop without engine and interpreter: the same weights, queries, mask shapes
+  and cache, and the argmax of every row.
 
 With ``--write-goal`` the prompt ends before ``<Parallel>``: the outlines, which are sequential on every side, are then
 written and counted as well. That is the losing case: many short paths, and each outline costs a step per token.
 
-Time includes the prompt's own pass unless it says "decode". "Least time of each step" adds up, over the steps, the
-least time any repeat took for that step: near what an undisturbed machine would take, given some repeats.
+Time includes the prompt's own pass unless it says "decode". Ratios are of the medians over all repeats.
 
     python benchmarks/decode_cpu.py
     python benchmarks/decode_cpu.py --paths 1 2 4 8 16 --repeats 5 --output benchmarks/results/decode_cpu.json
     python benchmarks/decode_cpu.py --paths 8 --write-goal --threads 1
-    python benchmarks/decode_cpu.py --paths 16 --skip transformers      # the engine's overhead alone, quickly
+    python benchmarks/decode_cpu.py --paths 16 --skip transformers generate     # the engine's overhead alone, quickly
 """
 
 import argparse
 import statistics
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,12 +33,14 @@ import torch
 from report import add_flags, environment, finish, show, spread
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
 
-from multiverse_hf.modeling.cache import LogCache
+from multiverse_hf.modeling.cache import SCRATCH, LogCache
+from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.decoding import PACKED, Piece, Step, attend_sdpa, can_pack
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.sampling import argmax
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
-SIDES = ("transformers", "engine", "bare")
+SIDES = ("transformers", "generate", "engine", "bare")
 VOCAB = 32_000
 EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
 
@@ -113,7 +113,8 @@ class Workload:
     processor: ForceBlock
     num_paths: int
     num_tokens: int  # of the answer, end token included
-    calls: list[tuple[int, int, int]] = field(default_factory=list)  # of the engine: queries, columns, rows of logits
+    calls: list[tuple[int, int, int, bool]] = field(default_factory=list)  # of the engine: queries, columns, rows of
+    # logits, and whether attention was plainly causal
 
 
 def make_workload(tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens: int, write_goal: bool) -> Workload:
@@ -134,96 +135,48 @@ def make_workload(tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens:
 
 @dataclass
 class Run:
-    """What one side did: forward passes, the prompt's included, and the time each one's turn took."""
+    """What one side did: seconds in all, and of each forward pass the time since the one before it."""
 
     num_tokens: int
     seconds: float
-    turns: list[float]  # seconds from the end of one forward pass to the end of the next, the prompt's first
+    turns: list[float]
 
     @property
     def decode_seconds(self) -> float:
         return self.seconds - self.turns[0]
 
 
-@dataclass
-class Runner:
-    """One side while it runs."""
-
-    call: Callable[[], int]
-    share: int
-    gate: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
-    turns: list[float] = field(default_factory=list)
-    resumed: float = 0.0
-    rest: float = 0.0  # after the last forward pass
-    num_tokens: int = 0
-    error: Exception | None = None
+def timed(model: PreTrainedModel, call: Callable[[], int]) -> Run:
+    """Time a call and its forward passes."""
+    ends: list[float] = []
+    hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
+    begin = time.perf_counter()
+    num_tokens = call()
+    seconds = time.perf_counter() - begin
+    hook.remove()
+    return Run(num_tokens, seconds, [end - last for last, end in zip([begin, *ends], ends, strict=False)])
 
 
-class Relay:
-    """Runs the sides at the same time, one at a time: after its share of forward passes a side waits for the others.
-
-    So what else goes on on the machine, which may double the time of a step for some seconds, meets all of them alike.
-    Every side has a thread; time counts only while it has its turn. Forward hooks count the passes.
-    """
-
-    def __init__(self, models: Iterable[PreTrainedModel]) -> None:
-        self.handles = [model.register_forward_hook(self._passed) for model in models]
-        self.runners: dict[int, Runner] = {}  # by thread
-        self.ring: deque[Runner] = deque()
-
-    def run(self, calls: dict[str, tuple[Callable[[], int], int]]) -> dict[str, Run]:
-        """Time calls, each with its share: forward passes in one turn. A call gives the number of tokens it wrote."""
-        runners = {side: Runner(call, share) for side, (call, share) in calls.items()}
-        self.ring = deque(runners.values())
-        threads = [threading.Thread(target=self._go, args=(runner,)) for runner in runners.values()]
-        for thread in threads:
-            thread.start()
-        self.ring[0].gate.release()
-        for thread in threads:
-            thread.join()
-        self.runners.clear()
-        for runner in runners.values():
-            if runner.error is not None:
-                raise runner.error
-        return {side: Run(r.num_tokens, sum(r.turns) + r.rest, r.turns) for side, r in runners.items()}
-
-    def _go(self, runner: Runner) -> None:
-        self.runners[threading.get_ident()] = runner
-        runner.gate.acquire()
-        runner.resumed = time.perf_counter()
-        try:
-            runner.num_tokens = runner.call()
-        except Exception as err:  # raised again in the main thread
-            runner.error = err
-        runner.rest = time.perf_counter() - runner.resumed
-        self.ring.remove(runner)
-        if self.ring:
-            self.ring[0].gate.release()
-
-    def _passed(self, *_: Any) -> None:
-        runner = self.runners.get(threading.get_ident())
-        if runner is None:  # a warm-up
-            return
-        runner.turns.append(time.perf_counter() - runner.resumed)
-        if len(runner.turns) % runner.share == 0 and len(self.ring) > 1:
-            self.ring.rotate(-1)
-            self.ring[0].gate.release()
-            runner.gate.acquire()
-        runner.resumed = time.perf_counter()
-
-
-def run_engine(model: PreTrainedModel, work: Workload) -> int:
-    """Write the block with the engine; check that it came out as forced."""
-    output = model.generate(
-        work.prompt,
-        logits_processor=LogitsProcessorList([work.processor]),
-        max_new_tokens=4096,
-        return_dict_in_generate=True,
-    )
-    (stats,) = output.stats
+def check(stats: Any, work: Workload) -> int:
+    """Check that the block came out as forced; give its number of tokens."""
     if (stats.num_forks, stats.max_width, stats.num_tokens) != (1, work.num_paths, work.num_tokens):
         raise RuntimeError(f"expected {work.num_tokens} tokens, one fork of {work.num_paths} paths; got {stats}")
     return stats.num_tokens
+
+
+def run_engine(engine: MultiverseEngine, work: Workload) -> int:
+    """Write the block with the engine."""
+    (result,) = engine.generate([work.prompt], logits_processor=[work.processor], max_new_tokens=4096)
+    return check(result.stats, work)
+
+
+def run_generate(model: PreTrainedModel, work: Workload) -> int:
+    """Write the block with ``model.generate``."""
+    processors = LogitsProcessorList([work.processor])
+    output = model.generate(
+        work.prompt, logits_processor=processors, max_new_tokens=4096, return_dict_in_generate=True
+    )
+    return check(output.stats[0], work)
 
 
 def run_transformers(model: PreTrainedModel, work: Workload, num_tokens: int) -> int:
@@ -242,66 +195,71 @@ def run_transformers(model: PreTrainedModel, work: Workload, num_tokens: int) ->
 @torch.no_grad()
 def run_bare(model: PreTrainedModel, work: Workload) -> int:
     """Make the engine's model calls again, with nothing around them but what a loop needs."""
-    cache = LogCache(model.config.num_hidden_layers, work.calls[-1][1])
-    mask = torch.ones(1, 1, max(queries for queries, _, _ in work.calls), work.calls[-1][1], dtype=torch.bool)
+    own, model.config._attn_implementation = model.config._attn_implementation, PACKED
+    columns = work.calls[-1][1]
+    cache = LogCache(model.config.num_hidden_layers, columns)
+    mask = torch.zeros(1, 1, max(queries for queries, _, _, _ in work.calls), columns, dtype=model.dtype)
     tokens, begin = work.prompt[0], 0
-    for queries, columns, rows in work.calls:
+    for queries, end, rows, causal in work.calls:
         ids = tokens[torch.arange(queries) % len(tokens)]
-        cache.prepare([begin], [begin + queries], ids.device)
+        cache.prepare([(SCRATCH + begin, SCRATCH + end)], ids.device)
+        piece = Piece(slice(0, queries), slice(SCRATCH, SCRATCH + end), None if causal else slice(0, end), causal)
         output = model(
             input_ids=ids[None],
-            position_ids=torch.arange(begin, begin + queries)[None],
-            attention_mask=mask[:, :, :queries, :columns],
+            position_ids=torch.arange(begin, end)[None],
+            attention_mask=mask[:, :, :queries, :end],
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=torch.arange(queries - rows, queries),
+            multiverse_step=Step([piece], attend_sdpa),
         )
-        tokens, begin = argmax(output.logits[0].float()), begin + queries
+        tokens, begin = argmax(output.logits[0].float()), end
         tokens.tolist()  # a loop has to look at what it wrote
+    model.config._attn_implementation = own
     return work.num_tokens
 
 
-def record_calls(model: PreTrainedModel, work: Workload) -> None:
+def record_calls(model: PreTrainedModel, engine: MultiverseEngine, work: Workload) -> None:
     """Run the engine once and keep the shapes of its model calls."""
 
     def keep(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs["attention_mask"]
-        work.calls.append((kwargs["input_ids"].shape[1], mask.shape[-1], len(kwargs["logits_to_keep"])))
+        (piece,) = kwargs["multiverse_step"].pieces
+        columns = piece.keys.stop - piece.keys.start
+        work.calls.append((kwargs["input_ids"].shape[1], columns, len(kwargs["logits_to_keep"]), piece.causal))
 
     hook = model.register_forward_pre_hook(keep, with_kwargs=True)
-    run_engine(model, work)
+    run_engine(engine, work)
     hook.remove()
 
 
 def measure(
     models: tuple[PreTrainedModel, PreTrainedModel], work: Workload, args: argparse.Namespace
 ) -> dict[str, list[Run]]:
-    """Run the sides ``--repeats`` times; transformers makes as many forward passes a turn as keep it abreast."""
+    """Run the sides ``--repeats`` times in turns, each time beginning with another."""
     parallel, plain = models
-    record_calls(parallel, work)
-    share = max(1, round(work.num_tokens / len(work.calls)))
-    calls = {
-        "transformers": (lambda: run_transformers(plain, work, work.num_tokens), share),
-        "engine": (lambda: run_engine(parallel, work), 1),
-        "bare": (lambda: run_bare(parallel, work), 1),
-    }
-    calls = {side: call for side, call in calls.items() if side not in args.skip}
-    run_bare(parallel, work)
-    run_transformers(plain, work, 8)
-    relay = Relay(models)
-    runs: dict[str, list[Run]] = {side: [] for side in calls}
-    for _ in range(args.repeats):
-        for side, run in relay.run(calls).items():
-            runs[side].append(run)
-        calls = dict(reversed(calls.items()))  # another side has the first turn
-    for handle in relay.handles:
-        handle.remove()
+    with MultiverseEngine(parallel, max_cache_tokens=work.prompt.shape[1] + work.num_tokens) as engine:
+        record_calls(parallel, engine, work)
+        calls = {
+            "transformers": (plain, lambda: run_transformers(plain, work, work.num_tokens)),
+            "engine": (parallel, lambda: run_engine(engine, work)),
+            "bare": (parallel, lambda: run_bare(parallel, work)),
+        }
+        calls = {side: call for side, call in calls.items() if side not in args.skip}
+        run_bare(parallel, work)
+        run_transformers(plain, work, 8)
+        runs: dict[str, list[Run]] = {side: [] for side in calls}
+        order = list(calls)
+        for _ in range(args.repeats):
+            for side in order:
+                runs[side].append(timed(*calls[side]))
+            order = order[1:] + order[:1]
+    if "generate" not in args.skip:  # the engine's weights are packed as long as it lives
+        runs["generate"] = [timed(parallel, lambda: run_generate(parallel, work)) for _ in range(args.repeats)]
     return runs
 
 
-def quiet_seconds(runs: list[Run]) -> float:
-    """Add up, over the forward passes of one decode, the least time any repeat took for each: nearly undisturbed."""
-    return sum(min(turns) for turns in zip(*(run.turns[1:] for run in runs), strict=True))
+def median(runs: list[Run], decode: bool = False) -> float:
+    return statistics.median(run.decode_seconds if decode else run.seconds for run in runs)
 
 
 def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
@@ -311,28 +269,25 @@ def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
         raise RuntimeError(f"every side has to write {work.num_tokens} tokens, got {wrong}")
     result: dict[str, Any] = {"paths": work.num_paths, "tokens": work.num_tokens}
     for side, of in runs.items():
-        passes = {len(run.turns) for run in of}
-        if len(passes) > 1:
-            raise RuntimeError(f"{side} took different numbers of forward passes: {sorted(passes)}")
         result[side] = {
-            "forward_passes": passes.pop(),
+            "forward_passes": len(of[0].turns),
             "tokens_per_s": spread([run.num_tokens / run.seconds for run in of]),
             "decode_tokens_per_s": spread([run.num_tokens / run.decode_seconds for run in of]),
             "ms_per_step": spread([1000 * statistics.median(run.turns[1:]) for run in of]),
         }
-    if "engine" in runs and "transformers" in runs:
-        pairs = list(zip(runs["engine"], runs["transformers"], strict=True))
-        result["speedup"] = spread([slow.seconds / fast.seconds for fast, slow in pairs])
-        result["decode_speedup"] = spread([slow.decode_seconds / fast.decode_seconds for fast, slow in pairs])
-        quiet = quiet_seconds(runs["transformers"]) / quiet_seconds(runs["engine"])
-        result["quiet_decode_speedup"] = round(quiet, 2)
+    for side in ("engine", "generate"):
+        if side in runs and "transformers" in runs:
+            plain = runs["transformers"]
+            result[f"{side}_speedup"] = round(median(plain) / median(runs[side]), 2)
+            result[f"{side}_decode_speedup"] = round(median(plain, True) / median(runs[side], True), 2)
     if "engine" in runs and "bare" in runs:
         if result["engine"]["forward_passes"] != result["bare"]["forward_passes"]:
             raise RuntimeError("the bare loop has to make the engine's forward passes")
-        pairs = list(zip(runs["engine"], runs["bare"], strict=True))
-        result["overhead_percent"] = spread([100 * (e.seconds / b.seconds - 1) for e, b in pairs])
-        quiet = quiet_seconds(runs["engine"]) / quiet_seconds(runs["bare"])
-        result["quiet_overhead_percent"] = round(100 * (quiet - 1), 2)
+        result["overhead_percent"] = round(100 * (median(runs["engine"]) / median(runs["bare"]) - 1), 2)
+        least = [min(run.seconds for run in runs[side]) for side in ("engine", "bare")]
+        result["least_overhead_percent"] = round(100 * (least[0] / least[1] - 1), 2)
+        if "transformers" in runs:
+            result["bare_speedup"] = round(median(runs["transformers"]) / median(runs["bare"]), 2)
     return result
 
 
@@ -344,13 +299,19 @@ def print_result(result: dict[str, Any]) -> None:
             row = result[side]
             speed, step = show(row["tokens_per_s"], " tok/s"), show(row["ms_per_step"], " ms/step")
             print(f"  {side:13} {row['forward_passes']:5} forward passes   {speed:32} {step}")
-    if "speedup" in result:
-        quiet = result["quiet_decode_speedup"]
-        print(f"  engine/transformers {show(result['speedup'], 'x')}")
-        print(f"    decode only {show(result['decode_speedup'], 'x')}, least time of each step {quiet:.2f}x")
+    for side in ("engine", "generate"):
+        if f"{side}_speedup" in result:
+            print(
+                f"  {side} {result[f'{side}_speedup']:.2f}x as fast as transformers "
+                f"(decode only {result[f'{side}_decode_speedup']:.2f}x)"
+            )
     if "overhead_percent" in result:
-        quiet = result["quiet_overhead_percent"]
-        print(f"  engine over bare loop {show(result['overhead_percent'], ' %')}, least time of each step {quiet} %")
+        print(
+            f"  engine over bare loop {result['overhead_percent']} % "
+            f"(least time of each {result['least_overhead_percent']} %)"
+        )
+    if "bare_speedup" in result:
+        print(f"  bare loop {result['bare_speedup']:.2f}x as fast as transformers")
 
 
 def main() -> None:
@@ -374,7 +335,7 @@ def main() -> None:
     models = make_models(tags, args.seed)
     result = {"benchmark": "decode_cpu", **environment()}
     num_parameters = sum(parameter.numel() for parameter in models[0].parameters())
-    result |= {"parameters": num_parameters, "dtype": "bfloat16", "attention": models[0].config._attn_implementation}
+    result |= {"parameters": num_parameters, "dtype": "bfloat16", "weights_packed": can_pack(models[0])}
     result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "goal_written": args.write_goal}
     print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
     print(f"{result['versions']}, commit {result['commit']}")

@@ -1,11 +1,14 @@
 """Tiny random models, a tag set without a tokenizer, and processors that force a structure."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 from transformers import AutoConfig, LogitsProcessor, PreTrainedModel
 
-from multiverse_hf.modeling.layout import build_layout
+from multiverse_hf.modeling.layout import Event, Scanner, build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
@@ -217,6 +220,18 @@ def spell(label: tuple[int, ...], tags: TagSet = TAGS) -> list[int]:
     return [token for char in text for token in tags.digits[char]] + tags.colon
 
 
+@contextlib.contextmanager
+def exact_softmax() -> Iterator[None]:
+    """Keep a softmax over float64 in float64: eager attention in transformers asks for float32 whatever the dtype."""
+    softmax = torch.nn.functional.softmax
+
+    def exact(input, *args, dtype=None, **kwargs):
+        return softmax(input, *args, dtype=torch.float64 if input.dtype == torch.float64 else dtype, **kwargs)
+
+    with patch.object(torch.nn.functional, "softmax", exact):
+        yield
+
+
 def replay_error(model: PreTrainedModel, output, prompt_width: int, attention_mask: torch.Tensor) -> float:
     """Largest difference between the logits each token was chosen from and those of one pass over the document."""
     sequences, sampled = output.sequences, output.sampled_mask
@@ -239,6 +254,19 @@ def replay_error(model: PreTrainedModel, output, prompt_width: int, attention_ma
 
 def layout_of(ids: list[int], tags: TagSet = TAGS):
     return build_layout(ids, tags)
+
+
+def longest_path(ids: list[int], tags: TagSet = TAGS) -> int:
+    """Give the most positions any path takes, counted from its fork, with what is nested in it."""
+    scanner, forks, longest = Scanner(tags), [], 0
+    for token, position in zip(ids, build_layout(ids, tags).position_ids.tolist(), strict=True):
+        event = scanner.feed(token)
+        longest = max([longest, *(position - fork for fork in forks)])
+        if event is Event.FORK:
+            forks.append(position)
+        elif event is Event.REDUCE:
+            forks.pop()
+    return longest
 
 
 def left_pad(prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:

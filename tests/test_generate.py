@@ -1,17 +1,12 @@
-"""What ``generate`` does: DESIGN's table of rules, sampling, streaming, and what it refuses."""
+"""What ``generate`` does: DESIGN's table of rules, sampling and streaming."""
 
-import copy
 import functools
-import io
-import json
-import pickle
 from collections import Counter
 
 import pytest
 import torch
 from helpers import (
     COLON,
-    DIGITS,
     EOS,
     FIRST_TEXT,
     NEWLINE,
@@ -20,16 +15,12 @@ from helpers import (
     Forced,
     answer,
     documents,
-    left_pad,
     text_of,
-    tiny_config,
 )
 from helpers import tiny_model as new_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
@@ -37,8 +28,8 @@ from transformers import (
 )
 
 from multiverse_hf.documents import parse_document
+from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import build_layout
-from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.state import FinishReason
 
 PROMPT = [50, 51, 52]
@@ -210,7 +201,12 @@ def test_an_error_in_a_processor_reaches_the_caller_and_the_model_goes_on_workin
 # Every guided answer parses, within its limits
 
 
-budget = st.one_of(st.none(), st.integers(1, 80))
+MIN_PATH = Structure(TAGS).empty_path_length()
+limits_of_all_kinds = {
+    "max_new_tokens": st.integers(2, 120),  # two close the thinking that a prompt may end in
+    "max_total_tokens": st.one_of(st.none(), st.integers(2, 80)),
+    "max_path_tokens": st.one_of(st.none(), st.integers(MIN_PATH, 80)),
+}
 
 
 def guided_answers(seed: int, prompt: list[int], thinks: bool = True, **limits):
@@ -234,9 +230,7 @@ def guided_answers(seed: int, prompt: list[int], thinks: bool = True, **limits):
 @given(
     seed=st.integers(0, 2**32),
     think=st.booleans(),
-    max_new_tokens=st.integers(1, 120),
-    max_total_tokens=budget,
-    max_path_tokens=budget,
+    **limits_of_all_kinds,
     max_paths=st.integers(1, 4),
     max_depth=st.integers(0, 3),
 )
@@ -252,19 +246,39 @@ def test_guided_answers_of_random_models_parse_under_any_limits(seed, think, **l
 
 
 @settings(max_examples=40)
-@given(
-    seed=st.integers(0, 2**32),
-    max_new_tokens=st.integers(1, 120),
-    max_total_tokens=budget,
-    max_path_tokens=budget,
-)
-def test_limits_are_never_passed_from_a_plain_prompt(seed, **limits):
-    output, answers = guided_answers(seed, PROMPT, thinks=False, **limits)  # of thinking, see the test below
+@given(seed=st.integers(0, 2**32), think=st.booleans(), **limits_of_all_kinds)
+def test_limits_are_never_passed(seed, think, **limits):
+    output, answers = guided_answers(seed, [*PROMPT, *([OPEN("think")] if think else [])], **limits)
     for document, stats in zip(answers, output.stats, strict=True):
         assert stats.length <= limits["max_new_tokens"]
         assert stats.num_tokens <= (limits["max_total_tokens"] or stats.num_tokens)
-        assert stats.length == build_layout(document, TAGS).length - len(PROMPT)
-        assert stats.num_tokens == len(document) - len(PROMPT)
+        assert stats.length == build_layout(document, TAGS).length - len(PROMPT) - think
+        assert stats.num_tokens == len(document) - len(PROMPT) - think
+
+
+@pytest.mark.parametrize("limit", ["max_new_tokens", "max_total_tokens", "max_path_tokens"])
+def test_an_answer_that_just_fits_is_not_cut(limit):
+    output, document = forced(NESTED)
+    (stats,) = output.stats
+    positions = build_layout(document, TAGS).position_ids
+    fork, last = document.index(CLOSE("goal")), len(document) - 1 - document[::-1].index(OPEN("conclusion"))
+    reduce = last - len(TAGS.conclusion_prefix()[: TAGS.conclusion_prefix().index(OPEN("conclusion"))])
+    longest = int(positions[reduce] - positions[fork]) - 1
+    fits = {"max_new_tokens": stats.length, "max_total_tokens": stats.num_tokens, "max_path_tokens": longest}[limit]
+    again, same = forced(NESTED, **{limit: fits})
+    assert same == document
+    assert again.stats == output.stats
+    cut, shorter = forced(NESTED, **{limit: fits - 1})
+    assert shorter != document
+    assert cut.stats[0].num_closed or cut.stats[0].finish_reason != "stop"
+    parse_document(text_of(shorter))
+
+
+def test_a_block_that_a_budget_has_no_room_for_ends_the_answer_and_is_not_written():
+    output, document = forced((3, Forced(paths=((1,), (1,))), 1), max_new_tokens=10)
+    (stats,) = output.stats
+    assert (stats.finish_reason, stats.num_forks) == ("length", 0)
+    assert document == document[: len(PROMPT) + 3], "the text before the block, and no half of it"
 
 
 @pytest.mark.parametrize("limit", ["max_new_tokens", "max_total_tokens"])
@@ -331,10 +345,40 @@ def test_without_return_dict_the_ids_alone_are_returned():
     assert torch.equal(plain, model.generate(input_ids=ids, generation_config=GenerationConfig(max_new_tokens=9)))
 
 
+OPEN_OUTLINE = [*PROMPT, OPEN("parallel"), OPEN("goal"), OPEN("outline"), 60]
+
+
+def closing_length(prompt: list[int]) -> int:
+    structure = Structure(TAGS)
+    for token in prompt:
+        structure.feed(token)
+    return structure.closing_positions()
+
+
 def test_logits_can_be_asked_for_where_a_limit_leaves_nothing_to_choose():
-    prompt = [*PROMPT, OPEN("parallel"), OPEN("goal"), OPEN("outline"), 60]
-    output = answer(tiny_model("qwen2"), [prompt], max_new_tokens=1)
-    parse_document(text_of(documents(output, [prompt])[0]))
+    output = answer(tiny_model("qwen2"), [OPEN_OUTLINE], max_new_tokens=closing_length(OPEN_OUTLINE))
+    assert not output.sampled_mask.any()
+    parse_document(text_of(documents(output, [OPEN_OUTLINE])[0]))
+
+
+@pytest.mark.parametrize("limit", ["max_new_tokens", "max_total_tokens"])
+def test_a_prompt_whose_blocks_a_limit_leaves_no_room_to_close_is_refused_with_the_numbers(limit):
+    need = closing_length(OPEN_OUTLINE)
+    with pytest.raises(ValueError, match=f"take {need} .* {need - 1} are left"):
+        answer(tiny_model("qwen2"), [OPEN_OUTLINE], **{limit: need - 1})
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_paths", 1), ("max_depth", 0)])
+def test_a_prompt_whose_blocks_break_a_limit_is_refused(limit, value):
+    outlines = [OPEN("outline"), 60, CLOSE("outline")] * 2
+    prompt = [*PROMPT, OPEN("parallel"), OPEN("goal"), *outlines, CLOSE("goal"), 60]
+    with pytest.raises(ValueError, match=f"{limit}={value}.*raise {limit}"):
+        answer(tiny_model("qwen2"), [prompt], **{limit: value})
+
+
+def test_paths_too_short_for_any_are_refused():
+    with pytest.raises(ValueError, match=f"at least {MIN_PATH} tokens"):
+        answer(tiny_model("qwen2"), [PROMPT], max_path_tokens=MIN_PATH - 1)
 
 
 # Sampling
@@ -533,9 +577,8 @@ def test_a_streamer_of_a_left_padded_prompt_receives_the_whole_document():
 
 
 def test_a_streamer_ends_even_where_nothing_is_left_to_choose():
-    prompt = [*PROMPT, OPEN("parallel"), OPEN("goal"), OPEN("outline"), 60]
-    collect = Collect()
-    sequences = tiny_model("qwen2").generate(torch.tensor([prompt]), streamer=collect, max_new_tokens=1)
+    collect, room = Collect(), closing_length(OPEN_OUTLINE)
+    sequences = tiny_model("qwen2").generate(torch.tensor([OPEN_OUTLINE]), streamer=collect, max_new_tokens=room)
     assert [token for put in collect.puts for token in put] == sequences[0].tolist()
     assert collect.num_ends == 1
 
@@ -577,58 +620,6 @@ def test_a_streamer_of_branches_receives_events_in_a_sensible_order():
         assert events[close - 1].token == CLOSE("path")
 
 
-# What is refused
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"max_path_token": 3}, "did you mean max_path_tokens"),
-        ({"max_new_token": 3}, "did you mean max_new_tokens"),
-        ({"strukture": "off"}, "did you mean structure"),
-        ({"num_beams": 2}, "beam search"),
-        ({"assistant_model": "anything"}, "assisted decoding"),
-        ({"prompt_lookup_num_tokens": 3}, "assisted decoding"),
-        ({"guidance_scale": 2.0}, "guidance_scale"),
-        ({"use_cache": False}, "use_cache"),
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds"),
-        ({"structure": "sometimes"}, "'guided', 'lenient' or 'off'"),
-        ({"max_paths": 0}, "max_paths must be an integer of at least 1"),
-        ({"max_paths": 2.5}, "max_paths must be an integer"),
-        pytest.param({"max_paths": True}, "max_paths must be an integer"),
-        ({"max_depth": -1}, "max_depth must be an integer of at least 0"),
-        ({"max_total_tokens": 0}, "max_total_tokens must be an integer of at least 1"),
-        ({"max_path_tokens": "many"}, "max_path_tokens must be an integer"),
-        ({"max_new_tokens": 0}, "max_new_tokens"),
-        ({"attention_mask": torch.ones(1, 5)}, "must have one shape"),
-        ({"attention_mask": torch.zeros(1, 3)}, "prompt 0 is empty"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_a_bad_option_is_refused_with_the_way_out(options, message):
-    with pytest.raises(ValueError, match=message):
-        tiny_model("qwen2").generate(torch.tensor([PROMPT]), **options)
-
-
-@pytest.mark.parametrize(
-    ("ids", "error", "message"),
-    [
-        (torch.zeros(1, 0, dtype=torch.long), ValueError, "prompt 0 is empty"),
-        (torch.tensor(PROMPT), ValueError, "shape"),
-        ([PROMPT], ValueError, "return_tensors"),
-        (torch.tensor([[1.0, 2.0]]), TypeError, "integers"),
-        (torch.tensor([[True]]), TypeError, "integers"),
-        (torch.full((1, 2048), 60), ValueError, "context"),
-        (torch.full((1, 5000), 60), ValueError, "context"),
-        (None, ValueError, "input_ids"),
-    ],
-    ids=["empty", "one dimension", "a list", "floats", "bools", "fills the context", "over the context", "none"],
-)
-def test_a_bad_prompt_is_refused_with_the_way_out(ids, error, message):
-    with pytest.raises(error, match=message):
-        tiny_model("qwen2").generate(ids, max_new_tokens=3)
-
-
 @pytest.mark.parametrize("do_sample", [True, False])
 def test_a_processor_that_allows_nothing_is_reported(do_sample):
     class Nothing(LogitsProcessor):
@@ -637,82 +628,3 @@ def test_a_processor_that_allows_nothing_is_reported(do_sample):
 
     with pytest.raises(ValueError, match="no token is left"):
         answer(tiny_model("qwen2"), [PROMPT], logits_processor=[Nothing()], do_sample=do_sample)
-
-
-# The checkpoint
-
-
-def test_a_saved_checkpoint_is_one_of_its_base_architecture_and_loads_back(tmp_path):
-    model = new_tiny_model("qwen3", dtype=torch.float32)
-    model.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert (config["architectures"], config["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
-    again = MultiverseForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert again.tags == model.tags
-    ids = torch.tensor([documents(answer(model, [PROMPT], {tuple(PROMPT): NESTED}), [PROMPT])[0]])
-    with torch.no_grad():
-        logits = model(ids).logits
-        assert torch.equal(again(ids).logits, logits)
-        base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
-        assert type(base).__module__.startswith("transformers.")
-        assert torch.equal(base(ids[:, :4]).logits, model(ids[:, :4]).logits)
-        assert not torch.allclose(base(ids).logits, logits), "the plain model does not know of paths"
-
-
-def test_a_model_can_be_copied_and_its_state_saved():
-    model = new_tiny_model("qwen3")
-    ids = torch.tensor([documents(answer(model, [PROMPT], {tuple(PROMPT): NESTED}), [PROMPT])[0]])
-    twin = copy.deepcopy(model)
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    fresh = new_tiny_model("qwen3", seed=1)
-    fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue())))
-    with torch.no_grad():
-        logits = model(ids).logits
-        assert torch.equal(twin(ids).logits, logits)
-        assert torch.equal(fresh(ids).logits, logits)
-    assert pickle.loads(pickle.dumps(model.tags)) == model.tags
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("mamba", "mamba2", "qwen3_next", "jamba", "bamba", "falcon_h1", "rwkv", "recurrent_gemma"),
-        *("t5", "gpt2", "opt", "bloom", "mpt", "bert"),
-    ],
-)
-def test_an_architecture_that_cannot_branch_is_refused_with_the_reason(name, tmp_path):
-    config = AutoConfig.for_model(name)
-    with pytest.raises(ValueError, match=r"recurrent state|layers; Multiverse|encoder-decoder|rotary") as from_config:
-        MultiverseForCausalLM.from_config(config, TAGS)
-    assert name in str(from_config.value)
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"recurrent state|layers; Multiverse|encoder-decoder|rotary"):
-        MultiverseForCausalLM.from_pretrained(tmp_path)
-
-
-def test_a_rotary_architecture_that_is_set_to_alibi_is_refused():
-    config = AutoConfig.for_model("falcon", alibi=True, num_hidden_layers=1, hidden_size=64, num_attention_heads=2)
-    config.vocab_size = 96
-    with pytest.raises(ValueError, match="rotary"):
-        MultiverseForCausalLM.from_config(config, TAGS)
-
-
-def test_a_config_without_tags_is_refused():
-    with pytest.raises(ValueError, match="no tag set"):
-        MultiverseForCausalLM.from_config(tiny_config("qwen3"))
-
-
-def test_flash_attention_is_refused_for_a_document_with_paths():
-    model = new_tiny_model("qwen2", dtype=torch.float32)
-    (document,) = documents(answer(model, [PROMPT], {tuple(PROMPT): NESTED}), [PROMPT])
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="cannot mask sibling paths"):
-        model(torch.tensor([document]))
-
-
-def test_left_pad_and_digits_of_the_helpers_agree_with_the_tags():
-    ids, mask = left_pad([[1], [2, 3]])
-    assert ids.tolist() == [[PAD, 1], [2, 3]]
-    assert mask.tolist() == [[0, 1], [1, 1]]
-    assert TAGS.ordinal(12) == [DIGITS["1"], DIGITS["2"], COLON]

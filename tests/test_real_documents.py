@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import LogitsProcessor, PreTrainedTokenizerFast, Qwen2Config
 
 from multiverse_hf.data.rows import IGNORE, document_labels
-from multiverse_hf.documents import parse_document
+from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
@@ -91,7 +91,14 @@ def follow(text: str, prompt_text: str = "", **options):
     return ids, documents(output, [prompt])[0], replay_error(model, output, len(prompt), mask), output.stats[0]
 
 
-@pytest.mark.parametrize("path", sorted(SAMPLES, key=lambda path: path.stat().st_size)[:2], ids=lambda path: path.stem)
+# the two shortest always, the rest where there is time
+WHOLE = [
+    pytest.param(path, marks=[pytest.mark.slow] if place > 1 else [], id=path.stem)
+    for place, path in enumerate(sorted(SAMPLES, key=lambda path: path.stat().st_size))
+]
+
+
+@pytest.mark.parametrize("path", WHOLE)
 def test_a_published_document_is_written_back_by_the_engine_and_replays(path):
     text = path.read_text()
     ids, written, error, stats = follow(text)
@@ -117,12 +124,14 @@ def test_the_last_block_of_a_published_document_is_written_back_after_all_before
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
-def test_any_published_document_survives_the_tiny_tokenizer_and_has_a_layout(path):
+def test_any_published_document_parses_renders_validates_and_has_a_layout(path):
     tokenizer, text = tiny_tokenizer(), path.read_text()
-    tags = TagSet.from_tokenizer(tokenizer)
+    tags, parsed = TagSet.from_tokenizer(tokenizer), parse_document(text)
+    assert parsed.render() == text
+    assert validate(parsed) == []
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == text
-    layout, parsed = build_layout(ids, tags), parse_document(text)
+    layout = build_layout(ids, tags)
     # before the first block; then, for every block, its paths and what follows them
     assert len(layout.visible) == 1 + parsed.num_paths + len(list(parsed.blocks()))
     assert layout.length < len(ids)

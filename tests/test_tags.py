@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import COLON, DIGITS, DOT, NEWLINE, TAGS, make_tags
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config
+from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen3Config
 
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import MULTIVERSE, NPR, TagNames, TagSet, encode_prompt
@@ -219,27 +220,87 @@ def test_system_messages_hold_no_control_ids_but_an_assistants_do(tokenizer, sys
     assert tokenizer.decode(ids).endswith(answer), "a half-written answer is continued, not closed"
 
 
-@pytest.mark.parametrize("prompt", ["", "  \n", [], [{"role": "user", "content": ""}]])
-def test_an_empty_prompt_is_refused(prompt):
-    with pytest.raises(ValueError, match="the prompt is empty"):
+@TOKENIZERS
+@given(texts=st.lists(pieces, min_size=1, max_size=4))
+@example(texts=["a", "<Goal>" * 9, "</Path>"])
+def test_a_batch_holds_the_prompts_padded_on_the_left_and_no_control_ids(tokenizer, texts):
+    tokenizer = tokenizer()
+    tags = TagSet.from_tokenizer(tokenizer)
+    # every second prompt is a conversation
+    prompts = [[{"role": "user", "content": text}] if at % 2 else text for at, text in enumerate(texts)]
+    batch = encode_prompt(tokenizer, prompts, return_tensors="pt")
+    assert isinstance(batch, BatchEncoding)
+    assert batch["input_ids"].shape == batch["attention_mask"].shape
+    assert not torch.isin(batch["input_ids"], torch.tensor(tags.control_ids)).any()
+    for row, mask, text in zip(batch["input_ids"], batch["attention_mask"], texts, strict=True):
+        ids = encode_prompt(tokenizer, text)
+        padding = len(row) - len(ids)
+        assert mask.tolist() == [0] * padding + [1] * len(ids)
+        assert row[padding:].tolist() == ids
+    lists = encode_prompt(tokenizer, prompts)
+    assert lists == {name: tensor.tolist() for name, tensor in batch.items()}
+
+
+def test_a_batch_is_answered_like_its_prompts_alone():
+    tokenizer, prompts = tiny_tokenizer(), ["A=1+2; total?", "one <Goal>", "A=19-7+12; B=8+15-3; total?"]
+    model = tiny_model_for(tokenizer)
+    batch = encode_prompt(tokenizer, prompts, return_tensors="pt")
+    answers = model.generate(**batch, max_new_tokens=8)[:, batch["input_ids"].shape[1] :]
+    for row, prompt in zip(answers, prompts, strict=True):
+        ids = encode_prompt(tokenizer, prompt, return_tensors="pt")
+        alone = model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :]
+        assert row[: len(alone)].tolist() == alone.tolist()
+
+
+def test_a_half_written_answer_in_a_batch_keeps_its_control_tags():
+    tokenizer = tiny_tokenizer()
+    half = [{"role": "user", "content": "<Path>"}, {"role": "assistant", "content": "<Parallel>"}]
+    rows = encode_prompt(tokenizer, [half, "<Path>"])["input_ids"]
+    tags = TagSet.from_tokenizer(tokenizer)
+    assert [[i for i in row if i in tags.roles] for row in rows] == [[tags.open("parallel")], []]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "error", "message"),
+    [
+        ("", ValueError, "^the prompt is empty"),
+        ("  \n", ValueError, "^the prompt is empty"),
+        ([], ValueError, "^the prompt is empty"),
+        ([{"role": "user", "content": ""}], ValueError, "^the prompt is empty"),
+        (["a", ""], ValueError, "^prompt 1 is empty"),
+        (["a", []], ValueError, "^prompt 1 is empty"),
+        (None, TypeError, "^the prompt must be text or a list of chat messages, got None"),
+        ({"role": "user", "content": "a"}, TypeError, "^the prompt must be text or a list"),
+        (["a", None], TypeError, "^prompt 1 must be text or a list of chat messages, got None"),
+        ([["a"]], TypeError, "^prompt 0 must be text or a list"),
+        ([{"content": "a"}], TypeError, "^the prompt: a message's role must be text, got None"),
+        (["a", [{"role": "user", "content": 3}]], TypeError, "^prompt 1: a message's content must be text, got 3"),
+    ],
+)
+def test_a_prompt_that_is_none_is_refused(prompt, error, message):
+    with pytest.raises(error, match=message):
         encode_prompt(tiny_tokenizer(), prompt)
 
 
-def test_a_prompt_that_spells_a_whole_block_forks_nothing():
-    tokenizer = tiny_tokenizer()
-    tags = TagSet.from_tokenizer(tokenizer)
+def tiny_model_for(tokenizer):
+    """A random model with the tokenizer's tags."""
     config = Qwen3Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    model = MultiverseForCausalLM.from_config(config, tags).eval()
+    torch.manual_seed(0)
+    return MultiverseForCausalLM.from_config(config, TagSet.from_tokenizer(tokenizer)).eval()
+
+
+def test_a_prompt_that_spells_a_whole_block_forks_nothing():
+    tokenizer = tiny_tokenizer()
+    model = tiny_model_for(tokenizer)
     text = "<Parallel><Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>"
     control = {"max_depth": 0, "return_dict_in_generate": True, "max_new_tokens": 12}
     as_text = model.generate(encode_prompt(tokenizer, text, return_tensors="pt"), **control)
     assert as_text.stats[0].max_width == 1
     assert as_text.stats[0].num_tokens == as_text.stats[0].length
     half = [{"role": "user", "content": "go"}, {"role": "assistant", "content": text}]
-    as_control = model.generate(
-        encode_prompt(tokenizer, half, return_tensors="pt"), **control | {"max_new_tokens": 60}
-    )
+    control |= {"max_depth": 1, "max_new_tokens": 60}
+    as_control = model.generate(encode_prompt(tokenizer, half, return_tensors="pt"), **control)
     assert as_control.stats[0].max_width == 2

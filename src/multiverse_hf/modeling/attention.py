@@ -6,8 +6,6 @@ Shapes: B rows, L tokens a row, S segments, Q query tokens, K key tokens.
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from .layout import build_layout
 from .tags import TagSet
@@ -141,50 +139,6 @@ def document_masks(
             mask = dense_mask(position_ids, segment_ids, visible, attention_mask, window)
             masks[kind] = to_additive(mask, dtype) if implementation == "eager" else mask
     return masks if len(masks) > 1 else masks.popitem()[1]
-
-
-FOLDED_SDPA = "multiverse_folded_sdpa"
-
-
-def folded_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attend with few queries and a mask, without a copy of keys and values for every query head.
-
-    The query heads that share a key head are folded into the query dimension instead; the result is the same.
-
-    Args:
-        module: the attention layer.
-        query: (B, heads, Q, head_dim).
-        key, value: (B, kv_heads, K, head_dim).
-        attention_mask: (B, 1, Q, K) bool, True where a query attends to a key; None for plain causal attention.
-        dropout: of the attention weights; decoding has none.
-        scaling: of the scores; by default 1 / sqrt(head_dim).
-
-    Returns:
-        (B, Q, heads, head_dim), and no weights.
-    """
-    batch, heads, queries, _ = query.shape
-    groups = heads // key.shape[1]
-    folded = query.reshape(batch, key.shape[1], groups * queries, query.shape[-1])
-    if attention_mask is None:
-        shape = (1, 1, queries, key.shape[2])
-        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril(key.shape[2] - queries)
-    mask = attention_mask.repeat(1, 1, groups, 1)
-    output = torch.nn.functional.scaled_dot_product_attention(folded, key, value, mask, dropout, scale=scaling)
-    return output.reshape(batch, heads, queries, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(FOLDED_SDPA, folded_sdpa)
-# The engine always brings a mask of its own; the entry only says that the implementation takes the masks of sdpa.
-AttentionMaskInterface.register(FOLDED_SDPA, sdpa_mask)
 
 
 class LayoutHook:

@@ -1,29 +1,32 @@
 """The cache: one append-only log of keys and values per sequence, whatever branches write to it.
 
 Keys carry their rotary position, so their physical order does not matter. A fork or a reduce therefore moves nothing:
-it makes a row of visibility, which log entries a branch sees. Column 0 of every sequence is scratch: padding queries
-write there and read there, and no real token ever sees it.
+it makes a row of visibility, which log entries a branch sees.
+
+All logs live in one pool of slots that is allocated once. Each has an extent of the pool, next to those of others,
+which grows in place while it can, moves when it cannot, and is given back when its sequence ends or is preempted.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-SCRATCH = 1  # columns before the first log entry
-GROWTH = 256  # columns; a log grows by half of itself, rounded up to this
+SCRATCH = 1  # slots before the first extent: padding queries write there and read there
 
 
 class LogLayer(CacheLayerMixin):
-    """Keys and values of one layer, each (sequences, kv_heads, capacity, head_dim)."""
+    """Keys and values of one layer, each (1, kv_heads, capacity, head_dim)."""
 
     def __init__(self, cache: "LogCache") -> None:
         super().__init__()
         self.cache = cache
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        shape = (key_states.shape[0], key_states.shape[1], self.cache.capacity)
+        # zeros, not empty: what a mask hides is still multiplied by zero, and zero times NaN is NaN
+        shape = (1, key_states.shape[1], self.cache.capacity)
         self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
         self.values = value_states.new_zeros(*shape, value_states.shape[-1])
         self.is_initialized = True
@@ -31,19 +34,22 @@ class LogLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write (sequences, kv_heads, queries, head_dim) at the step's columns; give all columns in use."""
+        """Write (1, kv_heads, queries, head_dim) to the step's slots; give what the step reads."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        cache = self.cache
-        if cache.write_slice is not None:
-            self.keys[:, :, cache.write_slice] = key_states
-            self.values[:, :, cache.write_slice] = value_states
+        write, read = self.cache.write, self.cache.read
+        if isinstance(write, slice):
+            self.keys[:, :, write] = key_states
+            self.values[:, :, write] = value_states
         else:
-            rows = torch.arange(len(key_states), device=key_states.device)[:, None]
-            columns = cache.write_columns.to(key_states.device)
-            self.keys[rows, :, columns] = key_states.transpose(1, 2)
-            self.values[rows, :, columns] = value_states.transpose(1, 2)
-        return self.keys[:, :, : cache.columns], self.values[:, :, : cache.columns]
+            self.keys.index_copy_(2, write, key_states)
+            self.values.index_copy_(2, write, value_states)
+        return self.keys[:, :, read], self.values[:, :, read]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the contents of ``length`` slots, which may overlap."""
+        for states in (self.keys, self.values) if self.is_initialized else ():
+            states[:, :, target : target + length] = states[:, :, source : source + length].clone()
 
     def resize(self, capacity: int) -> None:
         """Move to a larger allocation."""
@@ -51,69 +57,159 @@ class LogLayer(CacheLayerMixin):
             self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, capacity - self.keys.shape[2]))
             self.values = torch.nn.functional.pad(self.values, (0, 0, 0, capacity - self.values.shape[2]))
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop the sequences that are not in ``rows``."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.columns, 0
+        return self.cache.read.stop - self.cache.read.start, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.columns
+        return self.cache.read.stop - self.cache.read.start
 
     def get_max_length(self) -> int:
         return -1
 
 
-class LogCache(Cache):
-    """The logs of a batch of sequences.
+@dataclass(slots=True)
+class Extent:
+    """Neighbouring slots of one log.
 
-    Before each forward, :meth:`prepare` says which log entries its queries are.
+    Attributes:
+        base: the first slot.
+        size: how many.
+        used: how many hold a log entry, or are about to.
+    """
+
+    base: int
+    size: int
+    used: int
+
+    @property
+    def end(self) -> int:
+        return self.base + self.size
+
+
+class LogCache(Cache):
+    """The pool of all logs.
 
     Args:
         num_layers: layers of the model.
-        capacity: log entries to make room for at first.
+        capacity: log entries to make room for, of all sequences together.
+        growable: allocate a larger pool when this one is full; otherwise :meth:`reserve` says no.
     """
 
-    def __init__(self, num_layers: int, capacity: int) -> None:
+    def __init__(self, num_layers: int, capacity: int, growable: bool = False) -> None:
         self.capacity = SCRATCH + capacity
-        self.columns = SCRATCH
-        self.write_slice: slice | None = None
-        self.write_columns: torch.Tensor | None = None
+        self.growable = growable
+        self.extents: dict[int, Extent] = {}  # by the sequence's number
+        self.write: slice | torch.Tensor = slice(0, 0)  # slots of the next forward's queries
+        self.read = slice(0, 0)  # slots the next forward gets to see
         super().__init__(layers=[LogLayer(self) for _ in range(num_layers)])
 
-    def prepare(self, begins: list[int], ends: list[int], device: torch.device) -> None:
-        """Say that the next forward's queries are log entries ``begins[i]`` to ``ends[i]`` of sequence ``i``.
+    @property
+    def num_used(self) -> int:
+        """Log entries held."""
+        return sum(extent.used for extent in self.extents.values())
 
-        Shorter rows are padded on the right; their padding goes to the scratch column.
+    @property
+    def num_free(self) -> int:
+        """Log entries there is still room for, after moving logs together if need be."""
+        return self.capacity - SCRATCH - self.num_used
+
+    def prepare(self, slots: list[tuple[int, int]], device: torch.device, read: slice | None = None) -> None:
+        """Say where the next forward's queries go.
+
+        Args:
+            slots: the first slot and the one past the last, of each run of queries.
+            read: what attention gets to see; by default the whole pool as far as any log reaches.
         """
-        self.columns = SCRATCH + max(ends)
-        if self.columns > self.capacity:
-            self.capacity = -(-max(self.columns, self.capacity * 3 // 2) // GROWTH) * GROWTH
-            for layer in self.layers:
-                layer.resize(self.capacity)
-        if len(set(begins)) == 1 and len(set(ends)) == 1:
-            self.write_slice = slice(SCRATCH + begins[0], SCRATCH + ends[0])
-            return
-        self.write_slice = None
-        length = max(end - begin for begin, end in zip(begins, ends, strict=True))
-        columns = np.zeros((len(begins), length), dtype=np.int64)
-        for row, (begin, end) in enumerate(zip(begins, ends, strict=True)):
-            columns[row, : end - begin] = np.arange(SCRATCH + begin, SCRATCH + end)
-        self.write_columns = torch.from_numpy(columns).to(device)
+        if len(slots) == 1:
+            self.write = slice(*slots[0])
+        else:
+            self.write = torch.from_numpy(np.concatenate([np.arange(*run) for run in slots])).to(device)
+        self.read = read or slice(0, max(end for _, end in slots))
 
-    def keep(self, rows: list[int]) -> None:
-        """Release all sequences but ``rows``."""
+    def reserve(self, owner: int, need: int, wish: int = 0) -> bool:
+        """Make room for ``need`` entries of a log, and for up to ``wish`` where that is free.
+
+        Returns:
+            False if the pool has no room for it; nothing has changed then.
+        """
+        extent = self.extents.get(owner)
+        if extent is not None and extent.size >= need:
+            extent.used = max(extent.used, need)
+            return True
+        wish = max(need, wish)
+        held = extent.used if extent is not None else 0
+        if need - held > self.num_free:
+            if not self.growable:
+                return False
+            self._enlarge(wish)
+        gaps = self._gaps()
+        if extent is not None:
+            behind = next((size for base, size in gaps if base == extent.end), 0)
+            if extent.size + behind >= need:
+                extent.size, extent.used = min(extent.size + behind, wish), need
+                return True
+        fitting = [gap for gap in gaps if gap[1] >= wish] or [max(gaps, key=lambda gap: gap[1], default=(0, 0))]
+        base, size = fitting[0]
+        if size < need:
+            base, size = self._compact(owner)
+        if extent is not None and base != extent.base:
+            for layer in self.layers:
+                layer.move(extent.base, base, extent.used)
+        self.extents[owner] = Extent(base, min(size, wish), need)
+        return True
+
+    def release(self, owner: int) -> None:
+        """Give a log's slots back."""
+        self.extents.pop(owner, None)
+
+    def _gaps(self) -> list[tuple[int, int]]:
+        """Give (first slot, length) of what no log has, in order."""
+        gaps, at = [], SCRATCH
+        for extent in sorted(self.extents.values(), key=lambda extent: extent.base):
+            if extent.base > at:
+                gaps.append((at, extent.base - at))
+            at = extent.end
+        if at < self.capacity:
+            gaps.append((at, self.capacity - at))
+        return gaps
+
+    def _compact(self, owner: int) -> tuple[int, int]:
+        """Move all logs together, without spare room, that of ``owner`` last; give the extent left for it."""
+        at, order = SCRATCH, sorted(self.extents, key=lambda key: self.extents[key].base)
+        own = self.extents.get(owner)
+        saved = [
+            (layer, layer.keys[:, :, own.base : own.base + own.used].clone(),
+             layer.values[:, :, own.base : own.base + own.used].clone())
+            for layer in (self.layers if own is not None else ()) if layer.is_initialized
+        ]  # fmt: skip
+        for key in order:
+            extent = self.extents[key]
+            if key == owner:
+                continue
+            if extent.base != at:
+                for layer in self.layers:
+                    layer.move(extent.base, at, extent.used)
+            extent.base, extent.size = at, extent.used
+            at = extent.end
+        if own is not None:
+            for layer, keys, values in saved:
+                layer.keys[:, :, at : at + own.used] = keys
+                layer.values[:, :, at : at + own.used] = values
+            own.base = at
+        return at, self.capacity - at
+
+    def _enlarge(self, room: int) -> None:
+        """Allocate a pool with ``room`` slots more, and at least half as large again."""
+        self.capacity += max(room, self.capacity // 2)
         for layer in self.layers:
-            layer.keep(rows)
+            layer.resize(self.capacity)
 
     @staticmethod
     def fork(sees: np.ndarray, num_paths: int) -> list[np.ndarray]:
         """Fork a branch: every path sees what it saw. No key or value moves.
 
         Args:
-            sees: (capacity,) bool, the log entries the branch sees.
+            sees: (entries,) bool, the log entries the branch sees.
             num_paths: how many paths.
         """
         return [sees.copy() for _ in range(num_paths)]
@@ -121,4 +217,16 @@ class LogCache(Cache):
     @staticmethod
     def reduce(paths: list[np.ndarray]) -> np.ndarray:
         """Merge paths: what follows sees all that any of them saw. No key or value moves."""
-        return np.logical_or.reduce(paths)
+        size = max(map(len, paths))
+        return np.logical_or.reduce([np.pad(path, (0, size - len(path))) for path in paths])
+
+
+@torch.no_grad()
+def bytes_per_entry(model: Any) -> int:
+    """Measure what one log entry takes, in bytes: keys and values of all layers, by reading one token."""
+    cache = DynamicCache()
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    return sum(
+        states.numel() * states.element_size() for layer in cache.layers for states in (layer.keys, layer.values)
+    )

@@ -1,45 +1,67 @@
 """The engine: all branches of all sequences take one step together.
 
-Every sequence has one append-only log. A step reads the log entries that are new, whichever branches wrote them, as
-query positions of one forward pass; then every live branch chooses its next token; then the interpreter says what the
-token does. Fork and reduce only make rows of visibility and set positions.
+Every sequence has one append-only log. A step reads log entries that are new, whichever branches wrote them, as query
+positions of one forward pass; then every live branch chooses its next token; then the interpreter says what the token
+does. Fork and reduce only make rows of visibility and set positions. Sequences enter and leave at any step.
 """
 
+import bisect
+import contextlib
+import itertools
+import threading
 import time
-from collections.abc import Callable
-from collections.abc import Sequence as Ids
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import StoppingCriteriaList
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .attention import SLIDING, layer_kinds, to_additive
-from .cache import SCRATCH, LogCache
+from .cache import LogCache
+from .decoding import PACKED, Piece, Step, attend_eager, attend_sdpa
 from .interpreter import Stage, Structure
 from .layout import Event
-from .sampling import Sampler, mix, sequence_key
-from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Segment, Sequence, StructureOptions
+from .sampling import TokenScores, mix, score_tokens
+from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
 
 ANSWER = -1  # as `until`: close the whole answer
+DEFAULT_CHUNK = 512
+
+# The attention implementation is a setting of the model: threads take turns, so that none changes it under another.
+_ONE_AT_A_TIME = threading.RLock()
+
+
+@dataclass(slots=True)
+class Reading:
+    """Log entries of one sequence that a step reads: ``first`` to ``end``, packed as ``queries`` of its row."""
+
+    sequence: Sequence
+    entries: list[tuple[int, np.ndarray]]  # each with what it sees
+    queries: slice
+    first: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Nothing is left to read: the sequence's branches choose their next tokens."""
+        return len(self.entries) == len(self.sequence.pending)
 
 
 class Engine:
-    """Writes the answers of one batch of prompts.
+    """Writes the answers to requests, step by step, in the thread that calls it.
 
     Args:
         model: a causal LM of transformers whose backbone takes positions, a 4-D mask and a cache.
         tags: the control tags.
-        options: structure and limits.
-        sampler: chooses tokens.
-        max_new_tokens: bound on the length of each answer, in positions.
-        context: positions the model can tell apart; None if there is no bound.
-        eos_token_ids: tokens that end a branch.
-        stopping_criteria: transformers criteria, asked with each branch's own visible ids.
-        max_time: seconds after which every answer is closed.
-        keep_logits: keep the logits each token was chosen from.
-        on_event: called with every :class:`BranchEvent`.
+        cache: the pool of logs.
+        max_num_seqs: sequences that may run at once; others wait, first come, first served.
+        prefill_chunk: prompt tokens read in one step, all sequences together, so that a long prompt does not hold up
+            those that are writing.
+        decoding: ``"packed"`` reads all sequences in one pass; ``"simple"`` each in a pass of its own, with the
+            model's own attention: slower, needs nothing of the model, and the oracle of the other.
         on_step: called after every step.
     """
 
@@ -47,91 +69,145 @@ class Engine:
         self,
         model: Any,
         tags: TagSet,
-        options: StructureOptions,
-        sampler: Sampler,
-        max_new_tokens: int,
-        context: int | None = None,
-        eos_token_ids: Ids[int] = (),
-        stopping_criteria: StoppingCriteriaList | None = None,
-        max_time: float | None = None,
-        keep_logits: bool = False,
-        on_event: Callable[[BranchEvent], None] | None = None,
-        on_step: Callable[["Engine"], None] | None = None,
+        cache: LogCache,
+        max_num_seqs: int = 256,
+        prefill_chunk: int = DEFAULT_CHUNK,
+        decoding: str = "packed",
+        on_step: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.tags, self.options, self.sampler = model, tags, options, sampler
-        self.max_new_tokens, self.context = max_new_tokens, context
-        self.eos = frozenset(eos_token_ids)
-        self.criteria = stopping_criteria or StoppingCriteriaList()
-        self.deadline = None if max_time is None else time.monotonic() + max_time
-        self.keep_logits = keep_logits
-        self.on_event, self.on_step = on_event, on_step
-        self.needs_context = sampler.needs_context or bool(self.criteria)
-        self.structured = options.structure != "off"
+        self.model, self.tags, self.cache = model, tags, cache
+        self.max_num_seqs, self.prefill_chunk, self.on_step = max_num_seqs, prefill_chunk, on_step
+        self.context = getattr(model.config, "max_position_embeddings", None)
         self.kinds = layer_kinds(model.config)
-        self.sequences: list[Sequence] = []
+        self.window = model.config.sliding_window if SLIDING in self.kinds else None
+        self.is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
+        own = model.config._attn_implementation
+        # flash and flex kernels take no mask of single tokens
+        can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
+        self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
+        self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
-        self.cache: LogCache | None = None
+        self.num_steps = self.num_preemptions = 0
+        self._arrivals = itertools.count()
+
+    # Requests
+
+    def add(self, request: Request) -> Sequence:
+        """Put a request in the queue: :meth:`begin` and :meth:`enqueue`."""
+        sequence = self.begin(request)
+        self.enqueue(sequence)
+        return sequence
+
+    def enqueue(self, sequence: Sequence) -> None:
+        """Put a sequence in the queue, in its order of arrival."""
+        bisect.insort(self.waiting, sequence, key=lambda each: each.arrival)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Have a sequence end at the next step, with its branches closed; what is written stays. Any thread may."""
+        sequence.is_cancelled = True
+
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished."""
+        return bool(self.waiting or self.running)
 
     @torch.no_grad()
-    def generate(self, prompts: Ids[Ids[int]]) -> list[Sequence]:
-        """Answer every prompt.
-
-        Args:
-            prompts: token ids, without padding; one that contains or ends inside a block is gone on with.
+    def step(self) -> list[Sequence]:
+        """Take one step: admit, prepare, forward, sample, interpret, release.
 
         Returns:
-            The finished sequences, in order.
+            The sequences that ended, those that failed among them: their ``error`` says why.
         """
-        seen: dict[tuple[int, ...], int] = {}
-        for index, prompt in enumerate(prompts):
-            occurrence = seen[tuple(prompt)] = seen.get(tuple(prompt), -1) + 1
-            self.sequences.append(self._admit(index, list(prompt), sequence_key(prompt, occurrence)))
-        room = min(self.max_new_tokens * (4 if self.structured else 1), 2048)
-        self.cache = LogCache(self.model.config.num_hidden_layers, max(map(len, prompts)) + room)
-        self.running = list(self.sequences)
-        self._release()
-        while self.running:
-            self.step()
-        return self.sequences
-
-    def step(self) -> None:
-        """Take one step: prepare, forward, sample, interpret, release."""
-        queries = [(sequence, branch) for sequence in self.running for branch in sequence.live]
-        logits = self._forward(queries)
-        self._choose(queries, logits)
         self._enforce()
+        done = self._release()
+        self._admit()
+        batch = self._schedule()
+        if batch:
+            queries, logits = self._forward(batch)
+            self._choose(queries, logits)
+            self.num_steps += 1
         if self.on_step is not None:
-            self.on_step(self)
-        self._release()
+            self.on_step()
+        return done + self._release()
 
-    # Admit
+    # Begin
 
-    def _admit(self, index: int, prompt: list[int], key: int) -> Sequence:
-        """Start a sequence: its prompt goes through the interpreter like any other text, so that one which ends inside
-        blocks leaves the branches it ends in: the open path, and its siblings still to come."""
-        capacity = len(prompt) + min(self.max_new_tokens * 2, 2048) + 8
+    def begin(self, request: Request) -> Sequence:
+        """Start a sequence, in any thread.
+
+        Its prompt goes through the interpreter like any other text, so that one which ends inside blocks leaves the
+        branches it ends in: the open path, and its siblings still to come.
+
+        Raises:
+            ValueError: if it can never be answered within its limits, the model's context or the cache.
+        """
+        capacity = len(request.prompt) + 64
         root = Segment()
-        sequence = Sequence(index, prompt, key, root, [], np.zeros(capacity, dtype=np.int64), [])
+        sequence = Sequence(request, next(self._arrivals), root, np.zeros(capacity, dtype=np.int64))
         sees = np.zeros(capacity, dtype=bool)
         sequence.live = [Branch(Structure(self.tags), root, 0, sees, [], mix(0), "", [])]
-        on_event, self.on_event = self.on_event, None
-        for token in prompt:
+        for token in request.prompt:
             self._append(sequence, sequence.live[0], token)  # live branches are kept in document order
-        self.on_event = on_event
         sequence.prompt_length = sequence.max_position + 1
-        sequence.budget = self.max_new_tokens
-        if self.context is not None:
-            sequence.budget = min(sequence.budget, self.context - sequence.prompt_length)
-            if sequence.budget < 1:
-                raise ValueError(
-                    f"prompt {index} takes {sequence.prompt_length} positions and the model's context has "
-                    f"{self.context}; shorten the prompt"
-                )
+        self._set_limits(sequence)
         sequence.is_prompt = False
-        sequence.stats = GenerationStats(num_steps=-1)  # the prompt's own pass is not counted
+        # the prompt's own pass is not counted
+        sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
+        sequence.stats.depth = max(branch.structure.depth for branch in sequence.live)
         for branch in list(sequence.live):
             self._start(sequence, branch)
         return sequence
+
+    def _set_limits(self, sequence: Sequence) -> None:
+        """Find what an answer may take, and refuse what can never fit."""
+        request, length = sequence.request, sequence.prompt_length
+        options = request.options
+        sequence.budget = request.max_new_tokens
+        if self.context is not None:
+            sequence.budget = min(sequence.budget, self.context - length)
+            if sequence.budget < 1:
+                raise ValueError(
+                    f"prompt {request.index} takes {length} positions and the model's context has {self.context}; "
+                    "shorten the prompt"
+                )
+        sequence.total = request.max_total_tokens
+        room = self.cache.capacity - len(request.prompt) - 1
+        if not self.cache.growable and room < sequence.total:
+            if room < 1:
+                raise ValueError(
+                    f"prompt {request.index} has {len(request.prompt)} tokens and the engine's cache holds "
+                    f"{self.cache.capacity - 1}; shorten it, or raise max_cache_tokens"
+                )
+            sequence.total, sequence.total_reason = room, FinishReason.CACHE
+        if not request.structured:
+            return
+        least = Structure(self.tags).empty_path_length()
+        if options.max_path_tokens is not None and options.max_path_tokens < least:
+            raise ValueError(
+                f"max_path_tokens={options.max_path_tokens} leaves no room for a path; it takes at least "
+                f"{least} tokens to begin and end one"
+            )
+        paths = [block.structure.scanner.open_blocks[-1].num_paths for b in sequence.live for block in b.blocks]
+        depth = max(branch.structure.depth for branch in sequence.live)
+        for name, found in (("max_paths", max(paths, default=0)), ("max_depth", depth)):
+            if found > getattr(options, name):
+                raise ValueError(
+                    f"prompt {request.index} ends in blocks that break {name}={getattr(options, name)} "
+                    f"({found}); raise {name}"
+                )
+        positions = max(b.position - length + b.structure.closing_positions() for b in sequence.live)
+        if positions > sequence.budget:
+            raise ValueError(
+                f"prompt {request.index} ends inside blocks that take {positions} positions to close, and "
+                f"{sequence.budget} are left; raise max_new_tokens or shorten the prompt"
+            )
+        tokens = self._closing_cost(sequence)
+        if tokens > sequence.total:
+            raise ValueError(
+                f"prompt {request.index} ends inside blocks that take {tokens} tokens to close, and "
+                f"{sequence.total} are left; raise {sequence.total_reason}"
+            )
 
     def _start(self, sequence: Sequence, branch: Branch) -> None:
         """Write what is left of a branch's forced start, unless it has begun otherwise."""
@@ -149,116 +225,262 @@ class Engine:
                 self._append(sequence, branch, token)
         self._settle(sequence, branch)
 
+    # Admit and schedule
+
+    def _admit(self) -> None:
+        """Let waiting sequences in, in order of arrival, while there is room for what they have to read."""
+        for sequence in [each for each in self.waiting if each.live]:
+            if len(self.running) == self.max_num_seqs:
+                return
+            length = len(sequence.ids)
+            spare = 16 * len(self.running)  # so that those who run are not preempted at once
+            if self.running and not self.cache.growable and length + spare > self.cache.num_free:
+                return
+            if not self.cache.reserve(sequence.arrival, length, length + 256):
+                return
+            self.waiting.remove(sequence)
+            if len(sequence.pending) < length:  # it was preempted
+                sequence.pending = log_visibility(sequence)
+            sequence.is_reading = True
+            bisect.insort(self.running, sequence, key=lambda each: each.arrival)
+
+    def _schedule(self) -> list[Reading]:
+        """Say which log entries of which sequences this step reads, with room in the cache for each."""
+        counts: dict[Sequence, int] = {}
+        chunk = self.prefill_chunk
+        for sequence in list(self.running):
+            if sequence not in self.running:  # preempted for the sake of one before it
+                continue
+            count = len(sequence.pending)
+            if sequence.is_reading:
+                # what the live branches choose their first tokens from is read in one step, the last one
+                before = min(branch.segment.entries[-1] for branch in sequence.live) - sequence.num_computed
+                if count > chunk and before > 0:
+                    count = min(chunk, before)
+                chunk = max(chunk - count, 0)
+            if count and self._reserve(sequence, sequence.num_computed + count):
+                counts[sequence] = count
+        batch, begin = [], 0
+        for sequence in self.running:
+            if count := counts.get(sequence, 0):
+                first = sequence.num_computed
+                queries = slice(begin, begin + count)
+                batch.append(Reading(sequence, sequence.pending[:count], queries, first, first + count))
+                begin += count
+        return batch
+
+    def _reserve(self, sequence: Sequence, length: int) -> bool:
+        """Make room in the cache, preempting the last come if need be; say no if that was this one itself."""
+        while not self.cache.reserve(sequence.arrival, length, length + length // 2 + 64):
+            victim = self.running.pop()
+            self.cache.release(victim.arrival)
+            victim.num_computed = 0
+            victim.pending.clear()
+            self.enqueue(victim)
+            self.num_preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
     # Prepare and forward
 
-    def _forward(self, queries: list[tuple[Sequence, Branch]]) -> torch.Tensor:
-        """Read every log entry that is new; give (len(queries), V), the logits each branch chooses its token from."""
-        begins, ends = [s.num_computed for s in self.running], [len(s.ids) for s in self.running]
-        width, columns = max(e - b for b, e in zip(begins, ends, strict=True)), SCRATCH + max(ends)
-        mask = np.zeros((len(self.running), width, columns), dtype=bool)
-        ids, positions = np.zeros(mask.shape[:2], dtype=np.int64), np.zeros(mask.shape[:2], dtype=np.int64)
-        last: dict[int, tuple[int, int]] = {}  # id of a branch -> where its last new entry stands in the batch
-        for row, (sequence, begin, end) in enumerate(zip(self.running, begins, ends, strict=True)):
-            ids[row, : end - begin] = sequence.ids[begin:end]
-            positions[row, : end - begin] = sequence.positions[begin:end]
-            for query, (entry, branch) in enumerate(sequence.pending):
-                mask[row, query, SCRATCH : SCRATCH + entry + 1] = branch.sees[: entry + 1]
-                last[id(branch)] = row, query
-            mask[row, end - begin :, 0] = True
-            sequence.pending.clear()
-            sequence.num_computed = end
-            sequence.stats.num_steps += 1
-        places = [last[id(branch)] for _, branch in queries]
-        needed = sorted({query for _, query in places})
-        kept = {query: number for number, query in enumerate(needed)}
+    def _forward(self, batch: list[Reading]) -> tuple[list[tuple[Sequence, Branch]], torch.Tensor]:
+        """Read log entries.
+
+        Returns:
+            The branches that choose a token now, N of them, and the (N, V) logits they choose it from.
+        """
+        with _ONE_AT_A_TIME, self._attention():
+            logits = self._forward_packed(batch) if self.is_packed else self._forward_simple(batch)
+        queries: list[tuple[Sequence, Branch]] = []
+        for reading in batch:
+            sequence = reading.sequence
+            sequence.num_computed = reading.end
+            if reading.is_last:
+                sequence.is_reading = False
+                sequence.stats.num_steps += 1
+                queries += [(sequence, branch) for branch in sequence.live]
+            del sequence.pending[: len(reading.entries)]
+        return queries, logits if logits.dtype == torch.float64 else logits.float()
+
+    def _forward_packed(self, batch: list[Reading]) -> torch.Tensor:
+        """Read the entries of all sequences in one row."""
         device = self.model.device
-        self.cache.prepare(begins, ends, device)
+        ids, positions, slots, pieces, rows = [], [], [], [], []
+        for reading in batch:
+            sequence, first, end = reading.sequence, reading.first, reading.end
+            base = self.cache.extents[sequence.arrival].base
+            ids += sequence.ids[first:end]
+            positions.append(sequence.positions[first:end])
+            slots.append((base + first, base + end))
+            causal = sequence.root.block is None and (self.window is None or end <= self.window)
+            mask = None if causal else slice(0, end)
+            pieces.append(Piece(reading.queries, slice(base, base + end), mask, causal))
+            if reading.is_last:
+                shift = reading.queries.start - first
+                rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
+        self.cache.prepare(slots, device)
         output = self.model(
-            input_ids=torch.from_numpy(ids).to(device),
-            position_ids=torch.from_numpy(positions).to(device),
-            attention_mask=self._masks(mask, positions, ends),
+            input_ids=torch.tensor(ids, device=device)[None],
+            position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
+            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if not piece.causal]),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(needed, device=device),
+            logits_to_keep=torch.tensor(rows or [0], device=device),
+            multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
         )
-        rows = torch.tensor([row * len(needed) + kept[query] for row, query in places], device=device)
-        logits = output.logits.flatten(0, 1).index_select(0, rows)  # five times as fast as indexing by pairs
-        return logits if logits.dtype == torch.float64 else logits.float()
+        return output.logits[0]
 
-    def _masks(self, mask: np.ndarray, positions: np.ndarray, ends: list[int]) -> Any:
-        """Give the model's ``attention_mask``: one tensor, or one for each kind of layer."""
+    def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
+        """Read the entries of each sequence in a pass of its own, as anyone would."""
+        device, logits = self.model.device, []
+        for reading in batch:
+            sequence, first, end = reading.sequence, reading.first, reading.end
+            base = self.cache.extents[sequence.arrival].base
+            self.cache.prepare([(base + first, base + end)], device, slice(base, base + end))
+            alone = Reading(sequence, reading.entries, slice(0, end - first), first, end)
+            rows = [branch.segment.entries[-1] - first for branch in sequence.live] if reading.is_last else [0]
+            output = self.model(
+                input_ids=torch.tensor(sequence.ids[first:end], device=device)[None],
+                position_ids=torch.from_numpy(sequence.positions[first:end])[None].to(device),
+                attention_mask=self._masks([alone]),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(rows, device=device),
+            )
+            logits += [output.logits[0]] if reading.is_last else []
+        return torch.cat(logits) if logits else output.logits[0]
+
+    @contextlib.contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Have the model attend as the engine decodes, for one pass."""
+        own = self.configs[0]._attn_implementation
+        name = PACKED if self.is_packed else "eager" if self.is_eager else "sdpa"
+        for config in self.configs:
+            config._attn_implementation = name
+        try:
+            yield
+        finally:
+            for config in self.configs:
+                config._attn_implementation = own
+
+    def _masks(self, batch: list[Reading]) -> Any:
+        """Give the model's ``attention_mask``: one tensor (1, 1, queries, entries), or one for each kind of layer."""
+        shape = (max(r.queries.stop for r in batch), max(r.end for r in batch)) if batch else (1, 1)
+        mask = np.zeros(shape, dtype=bool)
+        for reading in batch:
+            begin = reading.queries.start
+            for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
+                entries = list(run)
+                last, seen = entries[-1][0], entries[-1][1]
+                rows = mask[begin : begin + len(entries), : last + 1]
+                rows[:] = seen[: last + 1]
+                if len(entries) > 1:
+                    rows &= np.arange(last + 1) <= np.array([entry for entry, _ in entries])[:, None]
+                begin += len(entries)
         masks = {}
         for kind in self.kinds:
             allowed = mask
-            if kind == SLIDING:
-                keys = np.zeros((len(self.running), mask.shape[2]), dtype=np.int64)
-                for row, sequence in enumerate(self.running):
-                    keys[row, SCRATCH : SCRATCH + ends[row]] = sequence.positions[: ends[row]]
-                near = positions[:, :, None] - keys[:, None, :] < self.model.config.sliding_window
-                near[:, :, :SCRATCH] = True
-                allowed = mask & near
-            tensor = torch.from_numpy(allowed)[:, None].to(self.model.device)
-            if self.model.config._attn_implementation == "eager":
-                tensor = to_additive(tensor, self.model.dtype)
-            masks[kind] = tensor
+            if kind == SLIDING and batch:
+                allowed = mask.copy()
+                for reading in batch:
+                    positions = reading.sequence.positions[: reading.end]
+                    near = positions[reading.first :, None] - positions < self.window
+                    allowed[reading.queries, : reading.end] &= near
+            tensor = torch.from_numpy(allowed)[None, None].to(self.model.device)
+            masks[kind] = to_additive(tensor, self.model.dtype) if self.is_packed or self.is_eager else tensor
         return masks if len(masks) > 1 else masks.popitem()[1]
 
     # Sample and interpret
 
     def _choose(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> None:
         """Choose the next token of every branch and do what it says."""
-        headroom = {id(sequence): self._headroom(sequence) for sequence in self.running}
-        tokens, scores = self.sampler(
-            logits,
-            [(len(s.prompt), branch.context) for s, branch in queries] if self.sampler.needs_context else None,
-            [self._forbidden(sequence, branch, headroom[id(sequence)]) for sequence, branch in queries],
-            [(sequence.key, branch.key, branch.position) for sequence, branch in queries],
-        )
-        for row, ((sequence, branch), token) in enumerate(zip(queries, tokens, strict=True)):
-            if self.keep_logits:
-                sequence.logits[len(sequence.ids)] = logits[row]
-            self._take(sequence, branch, token, scores[row])
+        begin = 0
+        for _, run in itertools.groupby(queries, key=lambda query: query[0].request.sampler.group):
+            rows = list(run)
+            self._choose_group(rows, logits[begin : begin + len(rows)])
+            begin += len(rows)
 
-    def _enforce(self) -> None:
-        """Hold the limits that concern an answer as a whole."""
-        late = self.deadline is not None and time.monotonic() >= self.deadline
-        for sequence in self.running:
-            if late and sequence.live:
-                self._finish(sequence, FinishReason.TIME)
-            headroom = self._headroom(sequence)
-            if headroom is not None and sequence.live and headroom < len(sequence.live):
-                self._finish(sequence, FinishReason.TOTAL)
-            sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
-
-    def _take(self, sequence: Sequence, branch: Branch, token: int, scores: torch.Tensor) -> None:
-        """Do what a chosen token says."""
-        if branch not in sequence.live:  # closed by a sibling's limit in this very step
-            sequence.logits.pop(len(sequence.ids), None)
+    def _choose_group(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> None:
+        """Choose tokens of branches whose requests sample alike."""
+        sampler = queries[0][0].request.sampler
+        sequences = list(dict.fromkeys(sequence for sequence, _ in queries))
+        try:
+            tokens, scores = sampler(
+                logits,
+                [(len(s.request.prompt), b.context) for s, b in queries] if sampler.needs_context else None,
+                [self._forbidden(sequence, branch) for sequence, branch in queries],
+                [(s.request.sampler.seed, s.request.key, b.key, b.position) for s, b in queries],
+            )
+        except Exception as err:
+            if len(sequences) == 1:
+                self._fail(sequences[0], err)
+                return
+            for each in sequences:  # only the one it concerns shall fail
+                rows = [row for row, (sequence, _) in enumerate(queries) if sequence is each]
+                self._choose_group([queries[row] for row in rows], logits[rows])
             return
-        if token in self.eos and self.structured and branch.structure.closing_tokens():
-            sequence.logits.pop(len(sequence.ids), None)
+        wanted = max((s.request.num_logprobs for s in sequences if s.request.num_logprobs is not None), default=None)
+        likely = None if wanted is None else score_tokens(logits, tokens, wanted)
+        for row, ((sequence, branch), token) in enumerate(zip(queries, tokens, strict=True)):
+            if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
+                continue
+            kept = logits[row] if sequence.request.keep_logits else None
+            likelihood = likely[row] if likely is not None and sequence.request.num_logprobs is not None else None
+            try:
+                self._take(sequence, branch, token, scores[row], kept, likelihood)
+            except Exception as err:  # of a stopping criterion or a streamer: the others go on
+                self._fail(sequence, err)
+
+    def _take(
+        self,
+        sequence: Sequence,
+        branch: Branch,
+        token: int,
+        scores: torch.Tensor,
+        logits: torch.Tensor | None,
+        likelihood: TokenScores | None,
+    ) -> None:
+        """Do what a chosen token says."""
+        request, entry = sequence.request, len(sequence.ids)
+        if token in request.eos and request.structured and branch.structure.closing_tokens():
             if branch.blocks:  # as if </Path>
                 self._close(sequence, branch, len(branch.blocks) - 1)
             else:
                 sequence.finish, sequence.end = FinishReason.STOP, token
                 self._close(sequence, branch, ANSWER)
             return
-        self._append(sequence, branch, token, sampled=True)
-        if branch not in sequence.live:  # it forked or closed
+        limit = self._limit(sequence, branch, token)
+        if limit is not None:
+            self._stop(sequence, branch, *limit)
             return
-        if token in self.eos:
+        if logits is not None:
+            sequence.logits[entry] = logits
+        if likelihood is not None:
+            sequence.scores[entry] = likelihood
+        self._append(sequence, branch, token, sampled=True)
+        if branch.segment.ended:  # it forked or closed
+            return
+        if token in request.eos:
             sequence.finish = FinishReason.STOP
-            sequence.live.remove(branch)
-        elif self.criteria and bool(self._ask_criteria(branch, scores)):
+            self._end(sequence, branch)
+        elif request.criteria and self._ask_criteria(request, branch, scores):
             if branch.blocks:
+                sequence.stats.num_closed += 1
                 self._close(sequence, branch, len(branch.blocks) - 1)
             else:
                 self._finish(sequence, FinishReason.CRITERIA)
         else:
             self._settle(sequence, branch)
 
-    def _ask_criteria(self, branch: Branch, scores: torch.Tensor) -> bool:
-        return bool(self.criteria(torch.tensor([branch.context], device=self.model.device), scores[None]).all())
+    def _ask_criteria(self, request: Request, branch: Branch, scores: torch.Tensor) -> bool:
+        """Ask the stopping criteria about a branch; any of them may stop it, as in transformers."""
+        ids = torch.tensor([branch.context], device=self.model.device)
+        return any(
+            # a stop string is looked for in the path's own text
+            bool(criterion(ids[:, branch.own :] if isinstance(criterion, StopStringCriteria) else ids, scores[None]))
+            for criterion in request.criteria
+        )
 
     def _append(self, sequence: Sequence, branch: Branch, token: int, sampled: bool = False) -> None:
         """Write a token at the end of a branch and interpret it."""
@@ -268,16 +490,19 @@ class Engine:
         sequence.ids.append(token)
         sequence.positions[entry] = branch.position
         sequence.sampled.append(sampled)
-        sequence.pending.append((entry, branch))
+        sequence.labels.append(branch.label)
+        sequence.pending.append((entry, branch.sees))
         sequence.max_position = max(sequence.max_position, branch.position)
         branch.segment.entries.append(entry)
         branch.sees[entry] = True
         branch.position += 1
-        if self.needs_context:
+        request = sequence.request
+        if request.needs_context:
             branch.context.append(token)
-        if self.on_event is not None:
-            self.on_event(BranchEvent(sequence.index, "token", branch.label, token, sampled))
-        if not self.structured:
+        if request.on_event is not None:
+            scores = sequence.scores.get(entry)
+            self._emit(sequence, "token", branch.label, token, sampled, 0, branch.position - 1, scores)
+        if not request.structured:
             return
         malformed = branch.structure.malformed
         event = branch.structure.feed(token)
@@ -287,12 +512,19 @@ class Engine:
         elif event is not Event.TEXT:
             self._path_closed(sequence, branch)
 
+    def _emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
+        """Tell the request's listener, but not of its own prompt."""
+        request = sequence.request
+        if request.on_event is not None and not sequence.is_prompt:
+            request.on_event(BranchEvent(request.index, kind, *args, **kwargs))
+
     def _fork(self, sequence: Sequence, branch: Branch) -> None:
         """Make one branch per outline, each with its forced start."""
         structure = branch.structure
         num_paths = structure.scanner.open_blocks[-1].num_paths
         block = Block(structure, branch, num_open=num_paths)
         branch.segment.block = block
+        branch.segment.ended = True
         sees = LogCache.fork(branch.sees, num_paths)
         block.paths = [Segment() for _ in range(num_paths)]
         block.tails = [[] for _ in range(num_paths)]
@@ -300,16 +532,16 @@ class Engine:
             Branch(
                 structure.for_path(path), block.paths[path], branch.position, sees[path], list(branch.context),
                 mix(branch.key, path + 1), f"{branch.label}.{path + 1}".lstrip("."), [*branch.blocks, block],
-                path, branch.until,
+                path, branch.until, own=len(branch.context),
             )
             for path in range(num_paths)
         ]  # fmt: skip
         at = sequence.live.index(branch)
         sequence.live[at : at + 1] = paths
         sequence.stats.num_forks += 1
+        sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
         sequence.stats.depth = max(sequence.stats.depth, structure.depth)
-        if self.on_event is not None:
-            self.on_event(BranchEvent(sequence.index, "fork", branch.label, num_paths=num_paths))
+        self._emit(sequence, "fork", branch.label, num_paths=num_paths)
         if not sequence.is_prompt:
             for path in paths:
                 self._start(sequence, path)
@@ -320,112 +552,122 @@ class Engine:
         block = branch.blocks[-1]
         fork = block.branch
         at = sequence.live.index(branch)
+        branch.segment.ended = True
         block.num_open -= 1
         block.max_position = max(block.max_position, branch.position - 1)
         block.sees.append(branch.sees)
         block.tails[branch.path] = branch.context[len(fork.context) :]
-        if self.on_event is not None:
-            self.on_event(BranchEvent(sequence.index, "close", branch.label))
+        self._emit(sequence, "close", branch.label)
         if block.num_open:
             del sequence.live[at]
             return
         block.reduced = Segment()
-        capacity = len(sequence.positions)
-        sees = LogCache.reduce([np.pad(path, (0, capacity - len(path))) for path in block.sees])
+        sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
         context = fork.context + [token for tail in block.tails for token in tail]
         reduced = Branch(
             block.structure.after_reduce(), block.reduced, block.max_position + 1, sees, context,
-            fork.key, fork.label, fork.blocks, fork.path, fork.until, block,
+            fork.key, fork.label, fork.blocks, fork.path, fork.until, block, fork.own,
         )  # fmt: skip
         block.sees, block.tails = [], []
         sequence.live[at] = reduced
-        if self.on_event is not None:
-            self.on_event(BranchEvent(sequence.index, "reduce", fork.label))
+        self._emit(sequence, "reduce", fork.label)
         if not sequence.is_prompt:
             self._start(sequence, reduced)
 
+    def _grow(self, sequence: Sequence) -> None:
+        """Make room in a sequence's arrays."""
+        extra = len(sequence.positions) // 2 + 64
+        sequence.positions = np.pad(sequence.positions, (0, extra))
+        for branch in sequence.live:
+            branch.sees = np.pad(branch.sees, (0, extra))
+
     # Limits
 
-    def _forbidden(self, sequence: Sequence, branch: Branch, headroom: int | None) -> frozenset[int]:
-        """Give the control tags a branch may not choose now."""
-        if not self.structured:
+    def _forbidden(self, sequence: Sequence, branch: Branch) -> frozenset[int]:
+        """Give the control tags a branch may not choose now. Budgets are not among the reasons: a model kept from
+        opening a block it wants to open writes what it never learned to."""
+        structure, options = branch.structure, sequence.request.options
+        if not sequence.request.structured:
             return frozenset()
-        structure, options = branch.structure, self.options
-        may_open = may_outline = may_think = True
-        if structure.stage not in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
-            thinking = 2 * (len(self.tags.newline) + 1)  # both of its tags
-            may_think = self._room(sequence, branch) >= thinking and (headroom is None or headroom > thinking)
-            opening = structure.opening_length() + structure.closing_length() + 12
-            may_open = structure.depth < options.max_depth and self._room(sequence, branch) > opening
-            may_open = may_open and (headroom is None or headroom > len(sequence.live) * 2 * opening)
-            if options.max_path_tokens is not None:  # an empty path has to fit
-                may_open = may_open and options.max_path_tokens >= structure.empty_path_length()
-        elif structure.stage is Stage.GOAL:
-            may_outline = len(structure.outlines) < options.max_paths
-            opening = structure.opening_length() + 12
-            may_outline = may_outline and (headroom is None or headroom > len(sequence.live) * 2 * opening)
+        may_open = structure.depth < options.max_depth
+        may_outline = len(structure.outlines) < options.max_paths
         if options.structure == "guided":
-            return structure.forbidden(may_open, may_outline, may_think)
-        return structure.over_limit(may_open, may_outline, may_think)
+            return structure.forbidden(may_open, may_outline)
+        return structure.over_limit(may_open, may_outline)
 
-    def _room(self, sequence: Sequence, branch: Branch) -> int:
-        """Positions left to a branch, by the answer's budget and by that of every path it is in."""
-        room = sequence.prompt_length + sequence.budget - branch.position
-        if self.options.max_path_tokens is not None:
-            for block in branch.blocks:
-                room = min(room, block.branch.position + self.options.max_path_tokens - branch.position)
-        return room
+    def _limit(self, sequence: Sequence, branch: Branch, token: int | None) -> tuple[FinishReason, int] | None:
+        """Find a limit that leaves no room.
 
-    def _headroom(self, sequence: Sequence) -> int | None:
-        """Tokens left to an answer after all it takes to close it, None without ``max_total_tokens``."""
-        if self.options.max_total_tokens is None:
-            return None
-        if not self.structured:
-            return self.options.max_total_tokens - (len(sequence.ids) - len(sequence.prompt))
-        path_end = len(self.tags.newline) + 1
-        cost, blocks = path_end, set()
-        for branch in sequence.live:
-            cost += branch.structure.closing_tokens_bound()
-            blocks |= {id(block) for block in branch.blocks}
-        cost += len(blocks) * (len(self.tags.conclusion_prefix()) + 3 * path_end)
-        return self.options.max_total_tokens - (len(sequence.ids) - len(sequence.prompt)) - cost
+        Every limit keeps room for the tokens that bring all that is open to a well-formed end; these always fit.
+
+        Args:
+            token: one the branch is about to write; None asks whether there is room for any.
+
+        Returns:
+            The limit, and how many blocks around the branch shall stay open (:data:`ANSWER`: it ends the answer).
+        """
+        request, structure = sequence.request, branch.structure
+        if token is not None and request.structured and (token in self.tags.roles or structure.stage is Stage.OUTLINE):
+            structure = structure.copy()
+            if structure.feed(token) is not Event.TEXT:
+                return None  # it closes something
+        depth, spare = len(branch.blocks), 64 * (structure.depth + 2)  # more than closing one branch can take
+        left = sequence.total - sequence.num_written - 1
+        is_near = token is not None and left < spare * len(sequence.live) + 32 * len(structure.outlines)
+        if left < 0 or (is_near and left < self._closing_cost(sequence, branch, structure)):
+            return sequence.total_reason, ANSWER
+        if request.options.max_path_tokens is not None:
+            for level, block in enumerate(branch.blocks):
+                left = block.branch.position + request.options.max_path_tokens - branch.position - 1
+                if left < 0 or (token is not None and left < spare and left < structure.closing_positions(level)):
+                    return FinishReason.LENGTH, level
+        left = sequence.prompt_length + sequence.budget - branch.position - 1
+        closing = structure.closing_positions() if token is not None and request.structured and left < spare else 0
+        if left < closing:
+            # siblings may have room left: only this path ends here, and what follows the block ends by itself
+            return FinishReason.LENGTH, depth - 1
+        return None
+
+    def _closing_cost(
+        self, sequence: Sequence, branch: Branch | None = None, structure: Structure | None = None
+    ) -> int:
+        """Count the tokens it takes to close an answer, with another structure in the place of one branch's own."""
+        if not sequence.request.structured:
+            return 0
+        cost, blocks = 0, {}
+        for each in sequence.live:
+            cost += (structure if each is branch else each.structure).closing_cost()[0]
+            blocks |= {id(block): block for block in each.blocks}
+        return cost + sum(block.structure.reduce_cost(block.structure.depth - 1) for block in blocks.values())
 
     def _settle(self, sequence: Sequence, branch: Branch) -> None:
         """Close a branch that is to be closed, or that has only the room left which closing takes."""
-        if branch not in sequence.live:
+        if branch.segment.ended:
             return
-        structure, depth = branch.structure, len(branch.blocks)
-        if branch.until is not None and depth <= branch.until:
+        if branch.until is not None and len(branch.blocks) <= branch.until:
             branch.until = None
         if branch.until is not None:
             self._close(sequence, branch, branch.until)
         elif sequence.finish not in (None, FinishReason.STOP):
             self._close(sequence, branch, ANSWER)
         else:
-            used = branch.position - sequence.prompt_length
-            if used + (structure.closing_length() if self.structured else 0) >= sequence.budget:
-                sequence.stats.num_closed += depth > 0
-                if depth == 0:
-                    sequence.finish = FinishReason.LENGTH
-                # siblings may have room left: only this path ends here, and what follows the block ends by itself
-                self._close(sequence, branch, depth - 1)
-            elif self.options.max_path_tokens is not None:
-                self._settle_path(sequence, branch)
+            limit = self._limit(sequence, branch, None)
+            if limit is not None:
+                self._stop(sequence, branch, *limit)
 
-    def _settle_path(self, sequence: Sequence, branch: Branch) -> None:
-        """Close the outermost path around a branch that has used up ``max_path_tokens``."""
-        for level, block in enumerate(branch.blocks):
-            used = branch.position - block.branch.position
-            if used + branch.structure.closing_length(level) >= self.options.max_path_tokens:
-                sequence.stats.num_closed += 1
-                self._close(sequence, branch, level)
-                return
+    def _stop(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
+        """Close as a limit says."""
+        if until == ANSWER:
+            self._finish(sequence, reason)
+        else:
+            sequence.stats.num_closed += 1
+            self._close(sequence, branch, until)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Close a whole answer early."""
         sequence.finish = reason
         for branch in list(sequence.live):
-            if branch in sequence.live:
+            if not branch.segment.ended:
                 sequence.stats.num_closed += bool(branch.blocks)
                 self._close(sequence, branch, ANSWER)
 
@@ -435,37 +677,66 @@ class Engine:
         With :data:`ANSWER` the answer ends, with the end token if the model chose one.
         """
         branch.until = until
-        for token in branch.structure.closing_tokens() if self.structured else []:
+        for token in branch.structure.closing_tokens() if sequence.request.structured else []:
             self._append(sequence, branch, token)
-        if branch in sequence.live:  # outside every block, where nothing is left to close
-            if sequence.end is not None:
+        if not branch.segment.ended:  # outside every block, where nothing is left to close
+            if sequence.end is not None and self._limit(sequence, branch, sequence.end) is None:
                 self._append(sequence, branch, sequence.end)
-            sequence.live.remove(branch)
+            self._end(sequence, branch)
+
+    def _end(self, sequence: Sequence, branch: Branch) -> None:
+        branch.segment.ended = True
+        sequence.live.remove(branch)
 
     # Release
 
-    def _grow(self, sequence: Sequence) -> None:
-        """Make room in a sequence's arrays."""
-        extra = len(sequence.positions) // 2 + 64
-        sequence.positions = np.pad(sequence.positions, (0, extra))
-        for branch in sequence.live:
-            branch.sees = np.pad(branch.sees, (0, extra))
+    def _enforce(self) -> None:
+        """End what was cancelled or has had its time."""
+        now = time.monotonic()
+        for sequence in [*self.running, *self.waiting]:
+            late = sequence.deadline is not None and now >= sequence.deadline
+            if sequence.live and (late or sequence.is_cancelled):
+                try:
+                    self._finish(sequence, FinishReason.CANCELLED if sequence.is_cancelled else FinishReason.TIME)
+                except Exception as err:
+                    self._fail(sequence, err)
 
-    def _release(self) -> None:
-        """Let finished sequences and their memory go."""
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """Take a sequence out of the way of the others; its caller gets the error."""
+        sequence.error = error
+        for branch in sequence.live:
+            branch.segment.ended = True
+        sequence.live.clear()
+
+    def fail_running(self, error: Exception) -> list[Sequence]:
+        """Give up what is running, after the model failed; what waits goes on. As :meth:`step` otherwise."""
         for sequence in self.running:
-            if not sequence.live:
-                sequence.pending.clear()
-                sequence.stats.num_tokens = len(sequence.ids) - len(sequence.prompt)
-                sequence.stats.length = max(sequence.max_position + 1 - sequence.prompt_length, 0)
-                sequence.stats.num_steps = max(sequence.stats.num_steps, 0)
-                sequence.stats.finish_reason = sequence.finish or FinishReason.STOP
-                if self.on_event is not None:
-                    self.on_event(BranchEvent(sequence.index, "finish", ""))
-        rows = [row for row, sequence in enumerate(self.running) if sequence.live]
-        if len(rows) < len(self.running):
-            self.running = [self.running[row] for row in rows]
-            self.cache.keep(rows)
+            self._fail(sequence, error)
+        return self._release()
+
+    def _release(self) -> list[Sequence]:
+        """Let finished sequences and their memory go."""
+        done = [sequence for sequence in [*self.running, *self.waiting] if not sequence.live]
+        for sequence in done:
+            self.cache.release(sequence.arrival)
+            self.seal(sequence)
+        self.running = [sequence for sequence in self.running if sequence.live]
+        self.waiting = [sequence for sequence in self.waiting if sequence.live]
+        return done
+
+    def seal(self, sequence: Sequence) -> None:
+        """Complete what is known of a finished sequence."""
+        sequence.pending.clear()
+        stats = sequence.stats
+        stats.num_tokens = sequence.num_written
+        stats.length = max(sequence.max_position + 1 - sequence.prompt_length, 0)
+        stats.num_steps = max(stats.num_steps, 0)
+        stats.finish_reason = sequence.finish or FinishReason.STOP
+        if sequence.error is None:
+            try:
+                self._emit(sequence, "finish", "", finish_reason=stats.finish_reason)
+            except Exception as err:
+                sequence.error = err
 
 
 def document_entries(root: Segment) -> list[int]:
@@ -480,3 +751,30 @@ def document_entries(root: Segment) -> list[int]:
                 stack.append(segment.block.reduced)
             stack += reversed(segment.block.paths)
     return entries
+
+
+def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
+    """Give every log entry with what it sees, from the tree of segments: to read a whole log again.
+
+    Returns:
+        For each entry its number and (entries,) bool, of which its own and later ones of its segment are to be left
+        out.
+    """
+    seen: list[tuple[int, np.ndarray] | None] = [None] * len(sequence.ids)
+
+    def walk(segment: Segment, sees: np.ndarray) -> np.ndarray:
+        while True:
+            sees = sees.copy()
+            sees[segment.entries] = True
+            for entry in segment.entries:
+                seen[entry] = entry, sees
+            block = segment.block
+            if block is None:
+                return sees
+            ends = [walk(path, sees) for path in block.paths]
+            if block.reduced is None:
+                return sees
+            segment, sees = block.reduced, np.logical_or.reduce(ends)
+
+    walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
+    return [each for each in seen if each is not None]

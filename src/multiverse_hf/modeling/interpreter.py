@@ -66,12 +66,7 @@ class Structure:
         event = self.scanner.feed(token)
         role, opens = tags.roles[token]
         if event is Event.FORK:
-            labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
-            if len({tuple(label) for label in labels}) < len(labels):  # siblings could not be told apart
-                labels = [tags.ordinal(n) for n in range(1, len(labels) + 1)]
-            self.labels.append(
-                [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
-            )
+            self.labels.append(self._path_labels())
             self.outlines = []
             self.stage = Stage.FORKED
         elif event is Event.NEXT_PATH:
@@ -103,6 +98,14 @@ class Structure:
                 self.stage = Stage.CONCLUDED if tags.names.parallel is not None else Stage.TEXT
         return event
 
+    def _path_labels(self) -> list[list[int]]:
+        """Give the label of every path that the outlines written so far ask for."""
+        tags = self.tags
+        labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
+        if len({tuple(label) for label in labels}) < len(labels):  # siblings could not be told apart
+            labels = [tags.ordinal(n) for n in range(1, len(labels) + 1)]
+        return [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
+
     def path_prefix(self, path: int) -> list[int]:
         """Give what the engine writes at the start of a path of the innermost open block."""
         return self.tags.path_prefix(self.labels[-1][path])
@@ -125,22 +128,21 @@ class Structure:
         return other
 
     def copy(self) -> "Structure":
-        """Give an independent copy; label and outline lists are shared, none is written to once it is stored."""
+        """Give an independent copy; label lists are shared, none is written to once it is stored."""
         other = copy.copy(self)
         other.scanner = copy.copy(self.scanner)
         other.scanner.open_blocks = [copy.copy(block) for block in self.scanner.open_blocks]
-        other.outlines, other.labels = list(self.outlines), list(self.labels)
+        other.outlines, other.labels = [list(outline) for outline in self.outlines], list(self.labels)
         return other
 
     # What may come next
 
-    def forbidden(self, may_open: bool = True, may_outline: bool = True, may_think: bool = True) -> frozenset[int]:
+    def forbidden(self, may_open: bool = True, may_outline: bool = True) -> frozenset[int]:
         """Give the control tags the grammar does not allow as the next token.
 
         Args:
             may_open: a block may begin here, as far as the limits go.
             may_outline: a further outline may begin here, as far as the limits go.
-            may_think: thinking may begin here, as far as the limits go.
         """
         key = (
             self.stage,
@@ -148,15 +150,14 @@ class Structure:
             self.thinking,
             may_open,
             may_outline and self.stage is Stage.GOAL,
-            may_think,
             bool(self.outlines),
         )
         if key not in self.tags.forbidden_cache:
-            allowed = self._allowed(may_open, may_outline, may_think)
+            allowed = self._allowed(may_open, may_outline)
             self.tags.forbidden_cache[key] = frozenset(self.tags.control_ids) - allowed
         return self.tags.forbidden_cache[key]
 
-    def _allowed(self, may_open: bool, may_outline: bool, may_think: bool) -> set[int]:
+    def _allowed(self, may_open: bool, may_outline: bool) -> set[int]:
         tags, stage = self.tags, self.stage
         allowed: list[int | None] = []
         if stage is Stage.TEXT:
@@ -166,7 +167,7 @@ class Structure:
                 allowed.append(tags.close("path"))
             elif self.thinking:
                 allowed.append(tags.close("think"))
-            elif may_think:
+            else:
                 allowed.append(tags.open("think"))
         elif stage is Stage.ARMED:
             allowed.append(tags.open("goal"))
@@ -187,13 +188,11 @@ class Structure:
             allowed.append(tags.close("parallel"))
         return {token for token in allowed if token is not None}
 
-    def over_limit(self, may_open: bool, may_outline: bool, may_think: bool) -> frozenset[int]:
+    def over_limit(self, may_open: bool, may_outline: bool) -> frozenset[int]:
         """Give the tags that would break a limit here, whatever the grammar says (``structure="lenient"``)."""
         tags, over = self.tags, set()
         if not may_open:
             over |= {tags.open("parallel"), tags.open("goal")} if self.stage is not Stage.ARMED else set()
-        if not may_think and not self.thinking:
-            over.add(tags.open("think"))
         if not may_outline and self.stage is Stage.GOAL and self.outlines:
             over.add(tags.open("outline"))
         return frozenset(token for token in over if token is not None)
@@ -202,8 +201,8 @@ class Structure:
 
     def closing_tokens(self) -> list[int]:
         """Give the tokens that end what this branch is in the middle of: a goal (it then forks), a conclusion, its
-        path, or, outside every block, the thinking. Empty when nothing is open."""
-        tags, newline = self.tags, self.tags.newline
+        path, or, outside every block, the thinking. As few as will do. Empty when nothing is open."""
+        tags = self.tags
         if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
             tokens = [tags.open("goal")] if self.stage is Stage.ARMED else []
             if not self.outlines:
@@ -215,47 +214,45 @@ class Structure:
         if self.stage is Stage.REDUCED:
             tokens += tags.conclusion_prefix()
         if self.stage in (Stage.REDUCED, Stage.CONCLUSION):
-            tokens += [*newline, tags.close("conclusion")]
+            tokens.append(tags.close("conclusion"))
         if self.stage in (Stage.REDUCED, Stage.CONCLUSION, Stage.CONCLUDED) and tags.names.parallel is not None:
-            tokens += [*newline, tags.close("parallel")]
+            tokens.append(tags.close("parallel"))
         if self.depth:
             if self.stage is Stage.FORKED:
                 tokens += self.path_prefix(self.scanner.open_blocks[-1].path)
-            tokens += [*newline, tags.close("path")]
+            tokens.append(tags.close("path"))
         elif self.thinking:
-            tokens += [*newline, tags.close("think")]
+            tokens.append(tags.close("think"))
         return tokens
 
-    def closing_length(self, keep: int = -1) -> int:
-        """Bound the positions it takes to close this branch.
+    def closing_cost(self) -> tuple[int, int]:
+        """Give the (tokens, positions) that :meth:`closing_tokens` and all that follows from them take, up to the end
+        of this branch's own path, or outside every block of the answer."""
+        own = len(self.closing_tokens())
+        if self.stage not in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
+            return own, own
+        labels = self._path_labels() or [self.tags.ordinal(1)]
+        paths = [len(self.tags.path_prefix(label)) + 1 for label in labels]
+        after = self.reduce_cost(self.depth)
+        return own + sum(paths) + after, own + max(paths) + after
+
+    def reduce_cost(self, depth: int) -> int:
+        """Give the tokens that end what follows the paths of a block: conclusion, block, and path or thinking.
+
+        Args:
+            depth: blocks around that block.
+        """
+        tags = self.tags
+        return len(tags.conclusion_prefix()) + 1 + (tags.names.parallel is not None) + bool(depth or self.thinking)
+
+    def closing_positions(self, keep: int = -1) -> int:
+        """Give the positions it takes to close this branch.
 
         Args:
             keep: how many of the blocks around it stay open; -1 ends the whole answer.
         """
-        tags = self.tags
-        path_end = len(tags.newline) + 1
-        reduce = len(tags.conclusion_prefix()) + path_end + (path_end if tags.names.parallel is not None else 0)
-        levels = self.depth - max(keep, 0)
-        length = levels * path_end + max(levels - (keep >= 0), 0) * reduce
-        if keep < 0 and self.thinking:
-            length += path_end
-        if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
-            length += self.opening_length() + reduce
-        elif self.stage is not Stage.TEXT:
-            length += len(tags.path_prefix([])) + MAX_LABEL_TOKENS if self.stage is Stage.FORKED else reduce
-        return length
-
-    def opening_length(self) -> int:
-        """Bound the positions from a block's open tag to the end of an empty path of it, in tokens."""
-        goal = 6 + len(self.tags.ordinal(1))  # <Parallel><Goal><Outline>1:</Outline></Goal>, one token to spare
-        return goal + self.empty_path_length()
+        return self.closing_cost()[1] + sum(self.reduce_cost(depth) for depth in range(keep + 1, self.depth))
 
     def empty_path_length(self) -> int:
         """Bound the positions of a path nothing is written in, in tokens."""
-        tags = self.tags
-        return len(tags.path_prefix([])) + MAX_LABEL_TOKENS + len(tags.newline) + 1
-
-    def closing_tokens_bound(self) -> int:
-        """Bound the tokens, over all paths still to come, it takes to close this branch's own path or goal."""
-        path = self.empty_path_length()
-        return self.closing_length(max(self.depth - 1, 0)) + max(len(self.outlines) - 1, 0) * path
+        return len(self.tags.path_prefix([])) + MAX_LABEL_TOKENS + 1

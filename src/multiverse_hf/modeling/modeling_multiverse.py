@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import json
+import os
 from typing import Any
 
 import torch
@@ -15,19 +17,106 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file
 
+from .arguments import check_streamer
 from .attention import LayoutHook, layer_kinds
 from .generation import MultiverseGenerateOutput, generate
-from .tags import TagNames, TagSet
+from .tags import PRESETS, TagNames, TagSet
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
 
 
-class MultiverseMixin:
-    """What a Multiverse model adds to its base class: the layout at the backbone, and branching generation."""
+class MultiverseForCausalLM:
+    """A causal LM of transformers that branches; the door to it is used like ``AutoModelForCausalLM``.
 
-    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.tags = TagSet.from_dict(config.multiverse)
+    :meth:`from_pretrained` and :meth:`from_config` make the class for the architecture the config names: a subclass of
+    this one and of the base class (:func:`multiverse_class`). This one adds the layout at the backbone, and branching
+    generation; the checkpoint stays an ordinary one of its architecture.
+    """
+
+    _base_class: type[PreTrainedModel]  # of a class that was made: the class of transformers beneath it
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if type(self) is MultiverseForCausalLM:
+            raise OSError(
+                "use MultiverseForCausalLM.from_pretrained(path) or MultiverseForCausalLM.from_config(config)"
+            )
+        super().__init__(*args, **kwargs)
+        self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
         self.base_model.register_forward_pre_hook(LayoutHook(self.tags), with_kwargs=True)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
+        """Take the call that ``AutoModelForCausalLM`` makes to a class which came with a checkpoint as its code."""
+        if cls is not MultiverseForCausalLM:
+            super().register_for_auto_class(auto_class)
+
+    @classmethod
+    def from_config(cls, config: PretrainedConfig, tags: TagSet | None = None, **kwargs: Any) -> PreTrainedModel:
+        """Make a model with random weights.
+
+        Args:
+            config: the base architecture's config.
+            tags: the control tags; may be left out if the config holds them.
+            **kwargs: as for ``AutoModelForCausalLM.from_config``: ``dtype``, ``attn_implementation``.
+
+        Raises:
+            ValueError: if the architecture cannot branch, or no tags are known.
+        """
+        model_class = multiverse_class(base_class(config))
+        if tags is None and getattr(config, "multiverse", None) is None:
+            raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
+        return model_class._from_config(_with_tags(config, tags), **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *args: Any,
+        tags: TagSet | None = None,
+        names: TagNames | str | None = None,
+        **kwargs: Any,
+    ) -> PreTrainedModel:
+        """Load a checkpoint from a folder or the Hub.
+
+        Args:
+            path: folder or repository id, of a Multiverse checkpoint or of a base model whose tokenizer has the tags.
+            tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
+            names: how the tokenizer spells the tags, if it is none of the presets.
+            *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``. With ``output_loading_info=True`` a
+                checkpoint that lacks weights is loaded all the same, and the info says which. Weights that the model
+                has no place for are passed over, and transformers reports them.
+
+        Raises:
+            ValueError: if the architecture cannot branch, the tokenizer has no tags or other ids for them than the
+                config, or weights are missing.
+            OSError: if there is no checkpoint at ``path``.
+        """
+        if cls is not MultiverseForCausalLM:  # a class that was made: its base knows how
+            return super().from_pretrained(path, *args, **kwargs)
+        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        config = kwargs.pop("config", None) or _read_config(path, hub)
+        model_class = multiverse_class(base_class(config))
+        stored = getattr(config, "multiverse", None)
+        if tags is None and stored is None:
+            tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub), names)
+        config = _with_tags(config, tags)
+        used = TagSet.from_dict(config.multiverse)
+        if names is not None and used.names != PRESETS.get(names, names):
+            raise ValueError(f"the checkpoint's tags are {', '.join(used.names.tokens)}, not {names}; leave names out")
+        if config.multiverse == stored:
+            _check_tokenizer(used, path, hub)
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        if wants_info:
+            return model, info
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"{path} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]} among them, which would "
+                "be random; save the whole model again, or pass output_loading_info=True to see what is there"
+            )
+        return model
 
     def generate(
         self,
@@ -45,7 +134,7 @@ class MultiverseMixin:
         Takes what ``generate`` of transformers takes for greedy decoding and sampling, and besides:
 
         Args:
-            inputs: (B, L) token ids, also as ``input_ids``; left-padded where ``attention_mask`` says so.
+            inputs: (B, L) token ids, also as ``input_ids``; padded where ``attention_mask`` says so.
             generation_config: as in transformers; may hold the structure options too.
             logits_processor: see each branch's own visible ids in document order, as on a lone sequence.
             stopping_criteria: likewise; outside every block they end the answer, inside a path they close it. They are
@@ -55,9 +144,10 @@ class MultiverseMixin:
             seed: of the sampling noise, which is keyed by (seed, prompt, branch, position): an answer does not
                 depend on what it was batched with. By default drawn from torch's generator.
             **kwargs: ``structure`` ("guided", "lenient" or "off"), ``max_new_tokens`` (bounds the length: positions,
-                not tokens), ``max_total_tokens``, ``max_path_tokens``, ``max_depth``, ``max_paths``, and the options
-                of ``GenerationConfig``: ``do_sample``, ``temperature``, ``num_return_sequences``,
-                ``return_dict_in_generate``, ``output_logits``, ``max_time``, ...
+                not tokens), ``max_total_tokens``, ``max_path_tokens``, ``max_depth``, ``max_paths``; None is the
+                default, whatever the checkpoint's generation config says. And the options of ``GenerationConfig``:
+                ``do_sample``, ``temperature``, ``num_return_sequences``, ``return_dict_in_generate``,
+                ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what becomes of it.
 
         Returns:
             (B, L) token ids, documents with their paths one after the other; with ``return_dict_in_generate`` a
@@ -66,8 +156,16 @@ class MultiverseMixin:
         Raises:
             ValueError: if an option is unknown or out of range, a mode cannot branch, or a prompt is empty or does
                 not fit the context.
+            TypeError: if an argument is of the wrong kind.
         """
+        check_streamer(streamer)
         return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
+
+    def __reduce_ex__(self, protocol: int) -> Any:
+        """Pickle by the base class: a class that was made cannot be imported by its name."""
+        if type(self) is not multiverse_class(self._base_class):  # somebody's own subclass
+            return super().__reduce_ex__(protocol)
+        return _blank, (self._base_class,), self.__dict__
 
 
 @functools.cache
@@ -77,7 +175,13 @@ def multiverse_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     It bears the base's own name: ``save_pretrained`` writes the class's name into ``architectures``, and a checkpoint
     must stay one of its base architecture for every loader that does not know Multiverse.
     """
-    return type(base.__name__, (MultiverseMixin, base), {"__module__": __name__, "__doc__": MultiverseMixin.__doc__})
+    return type(base.__name__, (MultiverseForCausalLM, base), {"__module__": __name__, "_base_class": base})
+
+
+def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
+    """Give an instance without state, for pickle to fill."""
+    made = multiverse_class(base)
+    return made.__new__(made)
 
 
 def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -107,12 +211,51 @@ def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return base
 
 
-def __getattr__(name: str) -> type[PreTrainedModel]:
-    """Find the class of a pickled model again, by its base's name."""
-    for base in MODEL_FOR_CAUSAL_LM_MAPPING.values() if name.endswith("ForCausalLM") else ():
-        if isinstance(base, type) and base.__name__ == name:
-            return multiverse_class(base)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _read_config(path: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig:
+    """Read a checkpoint's config.
+
+    Raises:
+        OSError: if there is none; where ``path`` is no folder, it may be meant as either.
+        TypeError: if ``path`` is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a checkpoint is a folder or a repository id, got {path!r}")
+    try:
+        return AutoConfig.from_pretrained(path, **hub)
+    except OSError as err:
+        if os.path.isdir(path):
+            raise
+        reason = " ".join(str(err).split())
+        raise OSError(f"no checkpoint {str(path)!r}: there is no such folder, and on the Hub: {reason}") from err
+
+
+def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, Any]) -> None:
+    """Check that the tokenizer beside a checkpoint has the ids its config has. Reads one file, and builds nothing.
+
+    Raises:
+        ValueError: if they differ: the model would write tags that the tokenizer takes for something else.
+    """
+    file = cached_file(
+        path,
+        "tokenizer.json",
+        **hub,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None:  # no fast tokenizer: loading a slow one only to look would cost too much
+        return
+    try:
+        with open(file, encoding="utf-8") as stream:
+            added = {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
+    except ValueError:  # damaged: whoever loads the tokenizer is told
+        return
+    for tag in tags.names.tokens:
+        if added.get(tag, tags.ids[tag]) != tags.ids[tag]:
+            raise ValueError(
+                f"{path}: {tag} is token {added[tag]} of the tokenizer and {tags.ids[tag]} in config.multiverse; keep "
+                "config and tokenizer of one model together, or pass tags=TagSet.from_tokenizer(tokenizer)"
+            )
 
 
 def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfig:
@@ -131,55 +274,3 @@ def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfi
             "resize the embeddings and train the model on tags"
         )
     return config
-
-
-class MultiverseForCausalLM:
-    """Door to the Multiverse classes, used like ``AutoModelForCausalLM``.
-
-    The class is made for the architecture the config names; the checkpoint stays an ordinary one of that architecture.
-    """
-
-    def __init__(self) -> None:
-        raise OSError("use MultiverseForCausalLM.from_pretrained(path) or MultiverseForCausalLM.from_config(config)")
-
-    @classmethod
-    def from_config(cls, config: PretrainedConfig, tags: TagSet | None = None, **kwargs: Any) -> PreTrainedModel:
-        """Make a model with random weights.
-
-        Args:
-            config: the base architecture's config.
-            tags: the control tags; may be left out if the config holds them.
-            **kwargs: as for ``AutoModelForCausalLM.from_config``: ``dtype``, ``attn_implementation``.
-
-        Raises:
-            ValueError: if the architecture cannot branch, or no tags are known.
-        """
-        model_class = multiverse_class(base_class(config))
-        if tags is None and getattr(config, "multiverse", None) is None:
-            raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
-        return model_class._from_config(_with_tags(config, tags), **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, path: str, *args: Any, tags: TagSet | None = None, names: TagNames | None = None, **kwargs: Any
-    ) -> PreTrainedModel:
-        """Load a checkpoint from a folder or the Hub.
-
-        Args:
-            path: folder or repository id, of a Multiverse checkpoint or of a base model whose tokenizer has the tags.
-            tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
-            names: how the tokenizer spells the tags, if it is none of the presets.
-            *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``.
-
-        Raises:
-            ValueError: if the architecture cannot branch, or the tokenizer has no tags.
-            OSError: if there is no checkpoint at ``path``.
-        """
-        hub = {
-            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs
-        }
-        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path, **hub)
-        model_class = multiverse_class(base_class(config))
-        if tags is None and getattr(config, "multiverse", None) is None:
-            tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub), names)
-        return model_class.from_pretrained(path, *args, config=_with_tags(config, tags), **kwargs)

@@ -2,7 +2,9 @@
 
 import hashlib
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +70,37 @@ def _to_tensor(contexts: Sequence[Sequence[int]], device: torch.device) -> torch
     return torch.from_numpy(np.array(contexts, dtype=np.int64)).to(device)
 
 
+@dataclass(frozen=True, slots=True)
+class TokenScores:
+    """How likely the model held a token it chose, in nats, before any processor.
+
+    Attributes:
+        logprob: of the token.
+        entropy: of the distribution it was chosen from.
+        top: the likeliest tokens, each with its log-probability, best first.
+    """
+
+    logprob: float
+    entropy: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+def score_tokens(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScores]:
+    """Say how likely tokens were.
+
+    Args:
+        logits: (N, V), what they were chosen from.
+        tokens: N ids.
+        num_top: how many of the likeliest tokens to name.
+    """
+    logprobs = logits.log_softmax(dim=-1)
+    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1).tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    top, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
+    likeliest = [tuple(zip(row, best, strict=True)) for row, best in zip(ids.tolist(), top.tolist(), strict=True)]
+    return [TokenScores(*each) for each in zip(chosen, entropy, likeliest, strict=True)]
+
+
 class Sampler:
     """Chooses the next token of each branch.
 
@@ -88,13 +121,23 @@ class Sampler:
         each = [processor for chain in processors.values() for processor in chain]
         self.has_processors = bool(each)
         self.needs_context = any(not isinstance(processor, _CONTEXT_FREE) for processor in each)
+        self.group = self._group(each)
+
+    def _group(self, processors: list[Any]) -> Hashable:
+        """Give what samplers have in common that may choose for each other's rows."""
+        if self.needs_context or len(self.processors) > 1:
+            return id(self)
+        settings = [
+            (type(each), *((name, float(value)) for name, value in sorted(vars(each).items()))) for each in processors
+        ]
+        return (self.do_sample, *settings)
 
     def __call__(
         self,
         logits: torch.Tensor,
         contexts: Sequence[tuple[int, Sequence[int]]] | None,
         forbidden: Sequence[Collection[int]],
-        keys: Sequence[tuple[int, int, int]],
+        keys: Sequence[tuple[int, int, int, int]],
     ) -> tuple[list[int], torch.Tensor]:
         """Choose one token a row.
 
@@ -103,7 +146,7 @@ class Sampler:
             contexts: for each row the length of its prompt, and its visible ids in document order; needed if
                 ``needs_context``.
             forbidden: for each row, ids that may not be chosen.
-            keys: for each row its (sequence, branch, position).
+            keys: for each row its (seed, sequence, branch, position).
 
         Returns:
             N token ids, and the processed scores (N, V).
@@ -114,13 +157,12 @@ class Sampler:
         spans = _spans(forbidden, logits.device)
         scores = _forbid(logits.clone(), spans)
         if self.has_processors:
-            if self.needs_context:
-                if contexts is None:
-                    raise ValueError("these logits processors look at the context; pass contexts")
-                scores = self._process_by_length(scores, contexts)
-            else:
-                scores = next(iter(self.processors.values()))(None, scores)
-            scores = _forbid(scores, spans)
+            processed = (
+                self._process_by_length(scores, contexts)
+                if self.needs_context
+                else next(iter(self.processors.values()))(None, scores)
+            )
+            scores = _forbid(processed.to(logits.dtype), spans)
         if self.do_sample:
             tokens = self._draw(scores, keys)
         else:
@@ -133,13 +175,20 @@ class Sampler:
         processed, begin = [], 0
         for (prompt_length, _), run in itertools.groupby(contexts, key=lambda row: (row[0], len(row[1]))):
             ids = _to_tensor([context for _, context in run], scores.device)
-            processed.append(self.processors[prompt_length](ids, scores[begin : begin + len(ids)]))
+            rows = scores[begin : begin + len(ids)]
+            given = self.processors[prompt_length](ids, rows)
+            if not isinstance(given, torch.Tensor) or given.shape != rows.shape or not given.is_floating_point():
+                found = (
+                    f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+                )
+                raise ValueError(f"the logits processors gave {found} for scores {tuple(rows.shape)} {rows.dtype}")
+            processed.append(given)
             begin += len(ids)
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
-    def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int]]) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
         """Invert the distribution function at keyed uniforms."""
-        uniform = torch.tensor([(mix(self.seed, *key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
+        uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
         probabilities = torch.softmax(scores.double(), dim=-1)
         if bool(probabilities.isnan().any()):
             self._check(scores.max(dim=-1).values, [()] * len(scores))

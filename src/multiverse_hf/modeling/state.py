@@ -1,13 +1,17 @@
 """State of a generation: options, sequences, branches and blocks. Data only."""
 
+import time
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 import numpy as np
 import torch
+from transformers import StoppingCriteriaList
 
 from .interpreter import Structure
+from .sampling import Sampler, TokenScores
 
 
 class FinishReason(StrEnum):
@@ -16,8 +20,10 @@ class FinishReason(StrEnum):
     STOP = "stop"  # an end token
     LENGTH = "length"  # max_new_tokens, or the model's context
     TOTAL = "max_total_tokens"
+    CACHE = "max_cache_tokens"  # the engine's whole cache is full
     TIME = "max_time"
     CRITERIA = "stopping_criteria"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +35,9 @@ class StructureOptions:
             ordinary autoregressive decoding.
         max_depth: blocks around any token.
         max_paths: outlines of a block.
-        max_path_tokens: positions along one path, counted from its fork, what is nested in it included. Where not even
-            an empty path fits, no block is opened.
-        max_total_tokens: tokens of the whole answer, all paths together.
+        max_path_tokens: positions along one path, counted from its fork, what is nested in it included.
+        max_total_tokens: tokens of the whole answer, all paths together. By default ``max_paths`` times
+            ``max_new_tokens``: what a model that never stops forking can cost at most.
     """
 
     structure: str = "guided"
@@ -65,7 +71,7 @@ class GenerationStats:
         depth: most blocks around a token.
         finish_reason: why it ended.
         malformed: tags that fitted no rule.
-        num_closed: branches that a limit closed.
+        num_closed: branches closed before they ended by themselves, by a limit or a stopping criterion.
     """
 
     num_tokens: int = 0
@@ -90,6 +96,7 @@ class Segment:
 
     entries: list[int] = field(default_factory=list)
     block: "Block | None" = None
+    ended: bool = False  # nothing more will be written to it
 
 
 @dataclass(slots=True, eq=False)
@@ -139,30 +146,114 @@ class Branch:
     path: int = 0
     until: int | None = None
     after: Block | None = None  # the block this branch follows, if it begins with a reduce
+    own: int = 0  # where in the context the path it belongs to begins
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What is asked of the engine: one prompt, and how to answer it.
+
+    Attributes:
+        prompt: token ids; one that contains or ends inside a block is gone on with.
+        key: of the sampling noise, with the sampler's seed.
+        options: structure and limits.
+        sampler: chooses tokens.
+        max_new_tokens: bound on the answer's length, in positions.
+        eos: tokens that end a branch.
+        criteria: transformers' stopping criteria, asked with each branch's own visible ids.
+        max_time: seconds from its submission after which the answer is closed.
+        keep_logits: keep the logits each token was chosen from.
+        num_logprobs: keep each sampled token's log-probability and the entropy, and those of so many likeliest tokens
+            besides; None keeps none. Of the model's own distribution, before any processor.
+        on_event: called with every :class:`BranchEvent`, in the thread that steps the engine.
+        index: number the events bear.
+    """
+
+    prompt: Ids[int]
+    key: int
+    options: StructureOptions
+    sampler: Sampler
+    max_new_tokens: int
+    eos: frozenset[int] = frozenset()
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    max_time: float | None = None
+    keep_logits: bool = False
+    num_logprobs: int | None = None
+    on_event: "Callable[[BranchEvent], None] | None" = None
+    index: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+
+    @property
+    def structured(self) -> bool:
+        """Tags are control, not text."""
+        return self.options.structure != "off"
+
+    @property
+    def needs_context(self) -> bool:
+        """Something looks at the ids each branch sees."""
+        return self.sampler.needs_context or bool(self.criteria)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Tokens the answer may take, all paths together."""
+        if self.options.max_total_tokens is not None:
+            return self.options.max_total_tokens
+        return self.max_new_tokens * (self.options.max_paths if self.structured else 1)
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One answer being written: its log, and its live branches."""
+    """One answer being written: its log, and its live branches.
 
-    index: int
-    prompt: Ids[int]
-    key: int
+    Attributes:
+        ids, positions, sampled, labels: of every log entry: token, position, whether the model chose it, its branch.
+        live: branches being written, in document order.
+        pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
+        num_computed: log entries the model has read.
+        prompt_length: positions the prompt takes.
+        budget: positions the answer may take.
+        total: tokens the answer may take.
+        end: the end token the model chose while something was still open.
+        logits, scores: by log entry, what it was chosen from.
+        error: what made it fail.
+        arrival: number in the order of submission.
+    """
+
+    request: Request
+    arrival: int
     root: Segment
-    ids: list[int]
     positions: np.ndarray
-    sampled: list[bool]
+    ids: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)
+    labels: list[str] = field(default_factory=list)
     live: list[Branch] = field(default_factory=list)
-    pending: list[tuple[int, Branch]] = field(default_factory=list)  # log entries the model has not read yet
+    pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
-    prompt_length: int = 0  # positions the prompt takes
-    budget: int = 0  # positions the answer may take
+    prompt_length: int = 0
+    budget: int = 0
+    total: int = 0
+    total_reason: FinishReason = FinishReason.TOTAL
     max_position: int = 0
     finish: FinishReason | None = None
-    end: int | None = None  # the end token the model chose while something was still open
+    end: int | None = None
     stats: GenerationStats = field(default_factory=GenerationStats)
-    logits: dict[int, torch.Tensor] = field(default_factory=dict)  # log entry -> what it was chosen from
-    is_prompt: bool = True  # still reading the prompt
+    logits: dict[int, torch.Tensor] = field(default_factory=dict)
+    scores: dict[int, TokenScores] = field(default_factory=dict)
+    error: Exception | None = None
+    is_prompt: bool = True  # its prompt is being interpreted
+    is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
+    is_cancelled: bool = False
+
+    @property
+    def num_written(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.ids) - len(self.request.prompt)
+
+    @property
+    def deadline(self) -> float | None:
+        """When the answer is to be closed, by :func:`time.monotonic`."""
+        request = self.request
+        return None if request.max_time is None else request.submitted + request.max_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +267,9 @@ class BranchEvent:
         token: the token written, for ``"token"``.
         sampled: the model chose the token.
         num_paths: for ``"fork"``.
+        position: position id of the token, for ``"token"``.
+        scores: of a sampled token, where they were asked for.
+        finish_reason: for ``"finish"``.
     """
 
     sequence: int
@@ -184,3 +278,6 @@ class BranchEvent:
     token: int | None = None
     sampled: bool = False
     num_paths: int = 0
+    position: int = 0
+    scores: TokenScores | None = None
+    finish_reason: FinishReason | None = None

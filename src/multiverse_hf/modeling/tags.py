@@ -5,7 +5,8 @@ another :class:`TagNames`, not another code path. Imports no torch.
 """
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+import reprlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -246,51 +247,79 @@ class TagSet:
 
 def encode_prompt(
     tokenizer: Any,
-    prompt: str | Sequence[dict[str, str]],
+    prompt: str | Sequence[Any],
     names: TagNames | None = None,
     add_generation_prompt: bool = True,
     return_tensors: str | None = None,
 ) -> Any:
-    """Tokenize a user's prompt so that tags it spells stay text and can never fork.
+    """Tokenize a user's prompt, or a batch of them, so that tags it spells stay text and can never fork.
 
     A string becomes one user message where the tokenizer has a chat template. Tags in an assistant's message are
     control tags (that is how a half-written answer is continued); in every other message they are text.
 
     Args:
         tokenizer: a transformers tokenizer.
-        prompt: the user's text, or chat messages.
+        prompt: the user's text, or chat messages; or a list of prompts, each one or the other.
         names: the tag family; by default the preset whose tags the tokenizer has.
         add_generation_prompt: end with the opening of the assistant's turn.
-        return_tensors: None for a list of ids, ``"pt"`` for a tensor (1, L) int64, as ``generate`` takes it.
+        return_tensors: None for lists of ids, ``"pt"`` for tensors, as ``generate`` takes them.
 
     Returns:
-        Token ids. Decoding them gives the prompt's text back.
+        Of one prompt its token ids, as a list or as a tensor (1, L) int64; decoding them gives the prompt's text back.
+        Of a list of B prompts a ``BatchEncoding`` for ``generate(**batch)``: ``input_ids`` (B, L) padded on the left,
+        and ``attention_mask`` (B, L), 1 at tokens and 0 at padding.
 
     Raises:
-        ValueError: if the prompt is empty.
+        ValueError: if a prompt is empty.
+        TypeError: if a prompt is neither text nor chat messages.
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is None or 'pt', got {return_tensors!r}")
-    ids = _encode(tokenizer, prompt, names or find_preset(tokenizer.get_vocab()), add_generation_prompt)
-    if return_tensors is None:
-        return ids
-    import torch
+    names = names or find_preset(tokenizer.get_vocab())
+    is_batch = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
+    if not is_batch or isinstance(prompt[0], Mapping):
+        ids = _encode(tokenizer, _read_messages(prompt, "the prompt"), names, add_generation_prompt)
+        if return_tensors is None:
+            return ids
+        import torch
 
-    return torch.tensor([ids])
+        return torch.tensor([ids])
+
+    from transformers import BatchEncoding
+
+    rows = [
+        _encode(tokenizer, _read_messages(each, f"prompt {number}"), names, add_generation_prompt)
+        for number, each in enumerate(prompt)
+    ]
+    width = max(map(len, rows))
+    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
+    batch = {
+        "input_ids": [[pad] * (width - len(ids)) + ids for ids in rows],
+        "attention_mask": [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows],
+    }
+    return BatchEncoding(batch, tensor_type=return_tensors)
+
+
+def _read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
+    """Read one prompt as chat messages."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
+        raise TypeError(f"{where} must be text or a list of chat messages, got {reprlib.repr(prompt)}")
+    for message in messages:
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise TypeError(f"{where}: a message's {key} must be text, got {reprlib.repr(message.get(key))}")
+    if not any(message["content"].strip() for message in messages):
+        raise ValueError(f"{where} is empty; give the problem to answer")
+    return list(messages)
 
 
 def _encode(
-    tokenizer: Any, prompt: str | Sequence[dict[str, str]], names: TagNames, add_generation_prompt: bool
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], names: TagNames, add_generation_prompt: bool
 ) -> list[int]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    for message in messages:
-        if not isinstance(message.get("content"), str):
-            raise TypeError(f"a message's content must be text, got {message.get('content')!r}")
-    if not any(str(message.get("content") or "").strip() for message in messages):
-        raise ValueError("the prompt is empty; give the problem to answer")
     # Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms. Any
     # private character will do that the messages do not hold themselves.
-    contents = "".join(str(message.get("content")) for message in messages)
+    contents = "".join(message["content"] for message in messages)
     tag_break = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)
     tag = re.compile("<(?=/?(?:" + "|".join(name for _, name in names.items()) + ")>)")
     safe = [

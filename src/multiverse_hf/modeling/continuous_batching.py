@@ -1,0 +1,452 @@
+"""``MultiverseEngine``: many requests at once, from many threads, each answered as if it were alone."""
+
+import asyncio
+import collections
+import contextlib
+import functools
+import os
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import Sequence as Ids
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging
+
+from .cache import LogCache, bytes_per_entry
+from .decoding import can_pack, packed_weights
+from .engine import DEFAULT_CHUNK, Engine, document_entries
+from .generation import read_requests
+from .sampling import TokenScores
+from .state import BranchEvent, FinishReason, GenerationStats, Sequence
+from .tags import encode_prompt
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
+CPU_MEMORY = 2 << 30  # bytes; more only if asked for
+
+
+@dataclass(frozen=True, slots=True)
+class MultiverseResult:
+    """One finished answer; lists are in document order, one item a token.
+
+    Attributes:
+        prompt_ids: token ids of the prompt.
+        ids: token ids of the answer, paths one after the other.
+        text: the answer without the tokenizer's special tokens; None without a tokenizer.
+        sampled: True where the model chose the token, False where the engine wrote it.
+        branches: label of the branch that wrote it, e.g. ``"2.1"``.
+        scores: with ``logprobs``, how likely the token was; None where it was not chosen.
+        logits: with ``output_logits``, the (V,) logits it was chosen from; None where it was not chosen.
+        stats: what the answer cost, and why it ended.
+    """
+
+    prompt_ids: list[int]
+    ids: list[int]
+    text: str | None
+    sampled: list[bool]
+    branches: list[str]
+    scores: list[TokenScores | None] | None
+    logits: list[torch.Tensor | None] | None
+    stats: GenerationStats
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended."""
+        return self.stats.finish_reason
+
+
+class RequestHandle:
+    """A request on its way. Iterate over it for its events; ``result()`` waits for the answer.
+
+    In a coroutine use ``async for event in handle`` and ``await handle``.
+    """
+
+    def __init__(self, engine: "MultiverseEngine") -> None:
+        self._engine = engine
+        self._sequence: Sequence | None = None
+        self._events: list[BranchEvent] = []
+        self._changed = threading.Condition()
+        self._listeners: list[Callable[[], None]] = []
+        self._result: MultiverseResult | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """The answer is complete, or has failed."""
+        return self._result is not None or self._error is not None
+
+    def cancel(self) -> None:
+        """Have the answer end now: its branches are closed, its memory is given back."""
+        if self._sequence is not None:
+            self._engine._cancel(self._sequence)
+
+    def result(self, timeout: float | None = None) -> MultiverseResult:
+        """Wait for the answer. One that was cancelled is given as far as it came.
+
+        Args:
+            timeout: seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: if it is not complete by then; it goes on.
+            Exception: what a logits processor, a stopping criterion or the model raised.
+        """
+        with self._changed:
+            if not self._changed.wait_for(lambda: self.done, timeout):
+                raise TimeoutError(f"the answer is not complete after {timeout} s")
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def __iter__(self) -> Iterator[BranchEvent]:
+        at = 0
+        while not (self.done and at == len(self._events)):
+            with self._changed:
+                self._changed.wait_for(functools.partial(self._is_past, at))
+            new = self._events[at:]
+            yield from new
+            at += len(new)
+        if self._error is not None:
+            raise self._error
+
+    async def __aiter__(self) -> AsyncIterator[BranchEvent]:
+        at = 0
+        while not (self.done and at == len(self._events)):
+            await self._wait(functools.partial(self._is_past, at))
+            for event in self._events[at:]:
+                yield event
+                at += 1
+        if self._error is not None:
+            raise self._error
+
+    def _is_past(self, at: int) -> bool:
+        return len(self._events) > at or self.done
+
+    def __await__(self) -> Generator[Any, None, MultiverseResult]:
+        yield from self._wait(lambda: self.done).__await__()
+        return self.result()
+
+    async def _wait(self, condition: Callable[[], bool]) -> None:
+        """Wait in an event loop for what another thread does."""
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(changed.set)
+
+        with self._changed:
+            if condition():
+                return
+            self._listeners.append(wake)
+        try:
+            while not condition():
+                await changed.wait()
+                changed.clear()
+        finally:
+            with self._changed:
+                self._listeners.remove(wake)
+
+    def _notify(self, event: BranchEvent | None = None) -> None:
+        with self._changed:
+            if event is not None:
+                self._events.append(event)
+            self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+
+class MultiverseEngine:
+    """Answers requests with continuous batching: sequences enter and leave at any step.
+
+    Requests are admitted first come, first served. A long prompt is read in chunks, so that running answers go on.
+    When the cache is full the last come is preempted and later read again; no answer changes by it, nor by what it
+    was batched with. The weights must not change while the engine lives.
+
+    Args:
+        model: a Multiverse model.
+        tokenizer: for prompts that are text, and for answers as text.
+        max_num_seqs: answers written at once.
+        max_cache_tokens: tokens the cache holds, of all answers together, or
+        cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
+            2 GiB, and never more than ``max_num_seqs`` contexts.
+        prefill_chunk: prompt tokens read in one step.
+        decoding: ``"packed"`` or ``"simple"``, see :class:`~.engine.Engine`; chosen by the model by default.
+        pack_weights: keep a second copy of bfloat16 weights on a CPU in the order its instructions read them. By
+            default where that is possible and the copy takes less than half of the free memory.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_num_seqs: int = 64,
+        max_cache_tokens: int | None = None,
+        cache_memory: int | None = None,
+        prefill_chunk: int = DEFAULT_CHUNK,
+        decoding: str | None = None,
+        pack_weights: bool | None = None,
+    ) -> None:
+        if not hasattr(model, "tags"):
+            raise TypeError(
+                f"MultiverseEngine takes a Multiverse model, got {type(model).__name__}; "
+                "load it with MultiverseForCausalLM.from_pretrained"
+            )
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_cache_tokens", max_cache_tokens),
+            ("cache_memory", cache_memory),
+            ("prefill_chunk", prefill_chunk),
+        ):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if max_cache_tokens is not None and cache_memory is not None:
+            raise ValueError("give max_cache_tokens or cache_memory, not both")
+        if decoding not in (None, "packed", "simple"):
+            raise ValueError(f"decoding must be 'packed' or 'simple', got {decoding!r}")
+        if pack_weights and not can_pack(model):
+            raise ValueError(
+                "pack_weights=True needs bfloat16 weights on a CPU with bfloat16 instructions, and free memory of "
+                "twice their size; leave it out"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.bytes_per_token = bytes_per_entry(model)
+        if max_cache_tokens is None:
+            memory = cache_memory if cache_memory is not None else default_memory(model.device)
+            max_cache_tokens = memory // self.bytes_per_token
+            if max_cache_tokens < 1:
+                raise ValueError(f"cache_memory={memory} holds no token: one takes {self.bytes_per_token} bytes")
+            context = getattr(model.config, "max_position_embeddings", None)
+            if cache_memory is None and context is not None:
+                max_cache_tokens = min(max_cache_tokens, max_num_seqs * context)
+        self.max_cache_tokens = max_cache_tokens
+        self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
+        cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
+        self._engine = Engine(model, model.tags, cache, max_num_seqs, prefill_chunk, decoding or "packed")
+        self._handles: dict[Sequence, RequestHandle] = {}
+        self._inbox: collections.deque[Sequence] = collections.deque()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        logger.warning_once(self.describe())
+
+    def describe(self) -> str:
+        """Say in a line how this engine decodes."""
+        kind = "packed" if self._engine.is_packed else "simple"
+        attention = "eager" if self._engine.is_eager else "sdpa"
+        size = self.max_cache_tokens * self.bytes_per_token / 2**30
+        weights = ", packed weights" if self.pack_weights else ""
+        return (
+            f"MultiverseEngine: {kind} decoding with {attention} attention on {self.model.device}{weights}; cache of "
+            f"{self.max_cache_tokens} tokens ({size:.2f} GiB)"
+        )
+
+    # What users call
+
+    def submit(
+        self,
+        prompt: str | Ids[int] | Ids[dict[str, str]] | torch.Tensor,
+        generation_config: GenerationConfig | None = None,
+        *,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        on_event: Callable[[BranchEvent], None] | None = None,
+        **kwargs: Any,
+    ) -> RequestHandle:
+        """Put a request in the queue. Any thread may.
+
+        Args:
+            prompt: text or chat messages, in which tags are text, or token ids.
+            generation_config, **kwargs: as for the model's ``generate``; ``max_time`` counts from now.
+            seed: of the sampling noise. By default 0: the same request gives the same answer.
+            logprobs: keep the log-probability of each sampled token and the entropy, and so many likeliest tokens.
+            on_event: called with every event, in the engine's thread; keep it short.
+
+        Raises:
+            ValueError: if the request can never be answered, with the numbers, or an option is wrong.
+            RuntimeError: if the engine is closed.
+        """
+        if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
+            raise ValueError(f"logprobs must be an integer of at least 0, got {logprobs!r}")
+        handle = RequestHandle(self)
+        kwargs.setdefault("return_dict_in_generate", True)
+        asked = read_requests(
+            self.model,
+            self._encode(prompt),
+            generation_config,
+            kwargs.pop("logits_processor", None),
+            kwargs.pop("stopping_criteria", None),
+            0 if seed is None else seed,
+            {"tokenizer": self.tokenizer} | kwargs,
+        )
+        if len(asked.requests) > 1:
+            raise ValueError(f"submit takes one prompt and one answer, got {len(asked.requests)}; submit each")
+        (request,) = asked.requests
+        request.num_logprobs = logprobs
+
+        def listen(event: BranchEvent) -> None:
+            handle._notify(event)
+            if on_event is not None:
+                on_event(event)
+
+        request.on_event = listen
+        sequence = self._engine.begin(request)
+        handle._sequence = sequence
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the engine is closed; make another")
+            self._handles[sequence] = handle
+            self._inbox.append(sequence)
+            if self._thread is None:
+                arguments = weakref.ref(self), self.model, self.pack_weights, self._wake
+                self._thread = threading.Thread(target=_run, args=arguments, daemon=True)
+                self._thread.start()
+        self._wake.set()
+        return handle
+
+    def generate(
+        self, prompts: str | Iterable[Any], generation_config: GenerationConfig | None = None, **kwargs: Any
+    ) -> list[MultiverseResult]:
+        """Answer prompts, and wait for all of them.
+
+        Args:
+            prompts: each as for :meth:`submit`; one string is one prompt.
+            generation_config, **kwargs: as for :meth:`submit`, for all of them.
+
+        Raises:
+            Exception: of the first request that failed; the others are cancelled.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        handles: list[RequestHandle] = []
+        try:
+            handles += [self.submit(prompt, generation_config, **kwargs) for prompt in prompts]
+            return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def memory(self) -> dict[str, int]:
+        """Report the cache: tokens it holds and has room for, bytes, and what is running and waiting."""
+        engine, cache = self._engine, self._engine.cache
+        return {
+            "capacity_tokens": self.max_cache_tokens,
+            "used_tokens": cache.num_used,
+            "capacity_bytes": self.max_cache_tokens * self.bytes_per_token,
+            "used_bytes": cache.num_used * self.bytes_per_token,
+            "num_running": len(engine.running),
+            "num_waiting": len(engine.waiting) + len(self._inbox),
+            "num_preemptions": engine.num_preemptions,
+        }
+
+    def close(self) -> None:
+        """Cancel what is running and stop; waits for the step in progress."""
+        with self._lock:
+            self._closed = True
+        self._wake.set()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def __enter__(self) -> "MultiverseEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # The engine's thread
+
+    def _encode(self, prompt: Any) -> torch.Tensor:
+        if isinstance(prompt, torch.Tensor):
+            return prompt[None] if prompt.ndim == 1 else prompt
+        is_text = isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict))
+        if not is_text:
+            return torch.tensor([list(prompt)], dtype=torch.long if not len(prompt) else None)
+        if self.tokenizer is None:
+            raise ValueError("the engine was made without a tokenizer: give token ids, or make it with one")
+        return encode_prompt(self.tokenizer, prompt, self.model.tags.names, return_tensors="pt")
+
+    def _cancel(self, sequence: Sequence) -> None:
+        self._engine.cancel(sequence)
+        self._wake.set()
+
+    def _work(self) -> bool:
+        """Take in what has come and make one step; say whether there is more to do. In the engine's thread."""
+        engine = self._engine
+        while self._inbox:
+            engine.enqueue(self._inbox.popleft())
+        if self._closed:
+            for sequence in [*engine.running, *engine.waiting]:
+                engine.cancel(sequence)
+        try:
+            done = engine.step()
+        except Exception as err:  # of the model: what runs cannot go on, what waits may
+            done = engine.fail_running(err)
+        for sequence in done:
+            self._complete(sequence)
+        return engine.has_work or bool(self._inbox)
+
+    def _complete(self, sequence: Sequence) -> None:
+        handle = self._handles.pop(sequence, None)
+        if handle is None:
+            return
+        try:
+            if sequence.error is None:
+                handle._result = self._result(sequence)
+            else:
+                handle._error = sequence.error
+        except Exception as err:
+            handle._error = err
+        handle._sequence = None
+        handle._notify()
+
+    def _result(self, sequence: Sequence) -> MultiverseResult:
+        request = sequence.request
+        order = document_entries(sequence.root)[len(request.prompt) :]
+        ids = [sequence.ids[entry] for entry in order]
+        return MultiverseResult(
+            list(request.prompt),
+            ids,
+            None if self.tokenizer is None else self.tokenizer.decode(ids, skip_special_tokens=True),
+            [sequence.sampled[entry] for entry in order],
+            [sequence.labels[entry] for entry in order],
+            None if request.num_logprobs is None else [sequence.scores.get(entry) for entry in order],
+            [sequence.logits.get(entry) for entry in order] if request.keep_logits else None,
+            sequence.stats,
+        )
+
+
+def _run(reference: "weakref.ref[MultiverseEngine]", model: Any, pack: bool, wake: threading.Event) -> None:
+    """Step an engine as long as it is there and has work; the thread does not keep it alive."""
+    with packed_weights(model) if pack else contextlib.nullcontext():
+        while True:
+            wake.clear()
+            front = reference()
+            if front is None:
+                return
+            busy, closed = front._work(), front._closed
+            del front
+            if not busy and closed:
+                return
+            if not busy:
+                wake.wait(timeout=1.0)
+
+
+def default_memory(device: torch.device) -> int:
+    """Give the bytes a cache takes where nothing is said."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * DEFAULT_MEMORY["cuda"])
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return CPU_MEMORY
+    return min(int(free * DEFAULT_MEMORY["cpu"]), CPU_MEMORY)

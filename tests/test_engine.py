@@ -1,0 +1,432 @@
+"""The engine under pressure: admission, chunked prompts, preemption, cancellation, and nothing lost by any of it."""
+
+import asyncio
+import functools
+import gc
+import operator
+import random
+import threading
+
+import pytest
+import torch
+from helpers import EOS, FIRST_TEXT, TAGS, text_of
+from helpers import tiny_model as new_tiny_model
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from transformers import LogitsProcessor
+
+from multiverse_hf.documents import parse_document, validate
+from multiverse_hf.modeling.cache import SCRATCH, LogCache
+from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.engine import Engine, document_entries
+from multiverse_hf.modeling.generation import read_requests
+from multiverse_hf.modeling.state import FinishReason, Sequence
+
+tiny_model = functools.cache(new_tiny_model)
+
+
+class Forky(LogitsProcessor):
+    """Makes control tags likely, so that a random model forks."""
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        scores[:, TAGS.control_ids] += 3.0
+        scores[:, EOS] += 1.0
+        return scores
+
+
+def request_of(name: str, prompt: list[int], **options):
+    """Read one request as ``generate`` does."""
+    options = {"return_dict_in_generate": True, "output_logits": True, "seed": 0} | options
+    asked = read_requests(
+        tiny_model(name), torch.tensor([prompt]), None, [Forky()], None, options.pop("seed"), options
+    )
+    return asked.requests[0]
+
+
+def new_engine(name: str, capacity: int, growable: bool = False, **options) -> Engine:
+    model = tiny_model(name)
+    return Engine(model, TAGS, LogCache(model.config.num_hidden_layers, capacity, growable), **options)
+
+
+ARRIVAL = operator.attrgetter("arrival")
+
+
+def drain(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def answer_of(sequence: Sequence) -> list[int]:
+    return [sequence.ids[entry] for entry in document_entries(sequence.root)]
+
+
+@functools.cache
+def alone(name: str, prompt: tuple[int, ...], options: tuple) -> Sequence:
+    """The oracle: the request by itself, read in one piece, one pass a sequence, the model's own attention."""
+    engine = new_engine(name, 64, growable=True, decoding="simple", prefill_chunk=10_000)
+    sequence = engine.add(request_of(name, list(prompt), **dict(options)))
+    drain(engine)
+    return sequence
+
+
+OUTLINE = [TAGS.open("outline"), 61, TAGS.close("outline")]
+GOAL = [60, TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE, *OUTLINE, *OUTLINE]
+prompts = st.one_of(
+    st.lists(st.integers(FIRST_TEXT, 95), min_size=1, max_size=30),
+    st.just(GOAL),
+    # in a path, with siblings to come, some tokens from where they begin
+    st.integers(1, 12).map(lambda count: [*GOAL, TAGS.close("goal"), *[62] * count]),
+)
+sampling = st.one_of(
+    st.just({}),
+    st.integers(0, 5).map(lambda seed: {"do_sample": True, "temperature": 8.0, "seed": seed}),
+    st.integers(0, 5).map(lambda seed: {"do_sample": True, "top_k": 30, "repetition_penalty": 1.2, "seed": seed}),
+)
+
+
+class Pressure(RuleBasedStateMachine):
+    """Random requests come, go and are cancelled in an engine with little room."""
+
+    name = "qwen2"
+    CAPACITY = 160
+    asked = Bundle("asked")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7)
+        self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
+
+    @rule(
+        target=asked,
+        prompt=prompts,
+        how=sampling,
+        max_new_tokens=st.integers(20, 50),
+        structure=st.sampled_from(["guided", "guided", "lenient", "off"]),
+    )
+    def submit(self, prompt, how, max_new_tokens, structure):
+        # what an answer may take in all fits the cache, so that the oracle, which has more room, ends as it does
+        options = how | {"max_new_tokens": max_new_tokens, "max_total_tokens": 100, "structure": structure}
+        sequence = self.engine.add(request_of(self.name, prompt, **options))
+        self.requests.append((sequence, tuple(prompt), tuple(sorted(options.items()))))
+        return sequence
+
+    @rule(steps=st.integers(1, 12))
+    def step(self, steps):
+        for _ in range(steps):
+            self.engine.step()
+
+    @rule(sequence=asked)
+    def cancel(self, sequence):
+        self.engine.cancel(sequence)
+
+    @invariant()
+    def no_slot_is_owned_twice_or_leaked(self):
+        cache = self.engine.cache
+        extents = sorted(cache.extents.values(), key=lambda extent: extent.base)
+        ends = [SCRATCH, *(extent.end for extent in extents)]
+        assert all(extent.base >= end for extent, end in zip(extents, ends, strict=False))
+        assert ends[-1] <= cache.capacity == SCRATCH + self.CAPACITY
+        assert set(cache.extents) == {sequence.arrival for sequence in self.engine.running}
+        for sequence in self.engine.running:
+            extent = cache.extents[sequence.arrival]
+            assert sequence.num_computed <= extent.used <= extent.size
+
+    def teardown(self):
+        drain(self.engine)
+        assert not self.engine.cache.extents
+        for sequence, prompt, options in self.requests:
+            assert sequence.error is None
+            if sequence.finish is FinishReason.CANCELLED:
+                if dict(options)["structure"] == "guided":
+                    parse_document(text_of(answer_of(sequence)))
+                continue
+            oracle = alone(self.name, prompt, options)
+            assert answer_of(sequence) == answer_of(oracle)
+            assert sequence.stats == oracle.stats
+            assert sequence.logits.keys() == oracle.logits.keys()
+            for entry, logits in sequence.logits.items():
+                assert (logits - oracle.logits[entry]).abs().max() < 1e-9
+
+
+class PressureOnSlidingWindows(Pressure):
+    name = "gemma3_text"
+
+
+Pressure.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
+TestPressure = Pressure.TestCase
+TestPressureOnSlidingWindows = PressureOnSlidingWindows.TestCase
+
+
+@pytest.mark.slow
+def test_pressure_for_thousands_of_steps():
+    class Long(Pressure):
+        pass
+
+    Long.TestCase.settings = settings(max_examples=200, stateful_step_count=80, deadline=None)
+    Long.TestCase("runTest").runTest()
+
+
+def test_a_preempted_answer_is_the_same_and_the_last_come_gives_way():
+    engine = new_engine("qwen2", 120, max_num_seqs=8, prefill_chunk=16)
+    asked = [[70 + n] * 12 for n in range(6)]
+    options = {"max_new_tokens": 40, "max_total_tokens": 90, "do_sample": True, "temperature": 8.0}
+    sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt in asked]
+    victims, enqueue = [], engine.enqueue
+    engine.enqueue = lambda sequence: (victims.append((sequence, max(engine.running, key=ARRIVAL))), enqueue(sequence))
+    drain(engine)
+    assert len(victims) == engine.num_preemptions > 0
+    for victim, last_left in victims:
+        assert victim.arrival > last_left.arrival
+    for sequence, prompt in zip(sequences, asked, strict=True):
+        oracle = alone("qwen2", tuple(prompt), tuple(sorted(options.items())))
+        assert answer_of(sequence) == answer_of(oracle)
+        assert sequence.stats == oracle.stats
+
+
+def test_a_long_prompt_is_read_in_chunks_while_others_write():
+    engine = new_engine("qwen2", 1000, prefill_chunk=8)
+    short = engine.add(request_of("qwen2", [60], max_new_tokens=30, structure="off"))
+    engine.step()
+    long = engine.add(request_of("qwen2", [61] * 80, max_new_tokens=5, structure="off"))
+    written = []
+    while long.num_written == 0:
+        before = short.num_written
+        engine.step()
+        written.append(short.num_written - before)
+    assert len(written) == 10
+    assert set(written) == {1}, "the one that runs writes a token at every step"
+
+
+def test_what_never_fits_is_refused_with_the_numbers():
+    engine = new_engine("qwen2", 50)
+    with pytest.raises(ValueError, match="has 60 tokens and the engine's cache holds 50"):
+        engine.add(request_of("qwen2", [60] * 60, max_new_tokens=5))
+
+
+def test_an_answer_that_fills_the_whole_cache_is_closed_well():
+    engine = new_engine("qwen2", 60)
+    sequence = engine.add(request_of("qwen2", [60] * 20, max_new_tokens=500, do_sample=True, temperature=8.0, seed=4))
+    drain(engine)
+    assert sequence.stats.finish_reason in (FinishReason.CACHE, FinishReason.STOP)
+    assert len(sequence.ids) <= 60
+    parse_document(text_of(answer_of(sequence)))
+
+
+def test_a_pool_that_is_moved_together_keeps_its_contents():
+    cache = LogCache(1, 30)
+    (layer,) = cache.layers
+    states = torch.arange(31.0).reshape(1, 1, 31, 1)
+    for owner in range(3):
+        assert cache.reserve(owner, 5, 10)
+    layer.lazy_initialization(states, states)
+    layer.keys[:] = states
+    layer.values[:] = -states
+    held = {owner: layer.keys[0, 0, e.base : e.base + e.used, 0].clone() for owner, e in cache.extents.items()}
+    assert cache.reserve(1, 18), "the spare room of the others is given back"
+    assert not cache.reserve(0, 13)
+    assert (cache.num_used, cache.num_free) == (28, 2)
+    for owner, extent in cache.extents.items():
+        used = slice(extent.base, extent.base + 5)
+        assert layer.keys[0, 0, used, 0].tolist() == held[owner].tolist()
+        assert layer.values[0, 0, used, 0].tolist() == (-held[owner]).tolist()
+
+
+# The front: threads, handles, coroutines
+
+
+@pytest.fixture
+def front():
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=8, prefill_chunk=32) as engine:
+        yield engine
+
+
+OPTIONS = {"max_new_tokens": 30, "max_total_tokens": 100, "do_sample": True, "temperature": 8.0}
+
+
+def same_as_generate(result, seed: int = 0, **options) -> bool:
+    output = tiny_model("qwen2").generate(torch.tensor([result.prompt_ids]), seed=seed, **(OPTIONS | options))
+    return output[0, len(result.prompt_ids) :].tolist() == result.ids
+
+
+def test_submit_gives_what_generate_gives(front):
+    handles = [front.submit([60 + n, 61], seed=n, logits_processor=[Forky()], **OPTIONS) for n in range(12)]
+    for seed, handle in enumerate(handles):
+        result = handle.result(timeout=60)
+        assert same_as_generate(result, seed, logits_processor=[Forky()])
+        assert len(result.ids) == len(result.sampled) == len(result.branches) == result.stats.num_tokens
+    assert any(result.stats.num_forks for result in (handle.result() for handle in handles))
+    assert front.memory()["used_tokens"] == 0
+
+
+def test_events_tell_the_whole_answer(front):
+    handle = front.submit([60, 61], seed=4, logits_processor=[Forky()], logprobs=3, **OPTIONS)
+    events = list(handle)
+    result = handle.result()
+    tokens = [event for event in events if event.kind == "token"]
+    assert sorted(zip(result.branches, result.ids, strict=True)) == sorted((e.branch, e.token) for e in tokens)
+    assert (events[-1].kind, events[-1].finish_reason) == ("finish", result.finish_reason)
+    assert list(handle) == events, "they may be read again"
+    for event in tokens:
+        assert (event.scores is not None) == event.sampled
+    for scores, token in zip(result.scores, result.ids, strict=True):
+        if scores is not None:
+            assert len(scores.top) == 3
+            assert scores.entropy >= 0 >= scores.logprob
+            assert scores.logprob == dict(scores.top).get(token, scores.logprob)
+
+
+def test_log_probabilities_are_those_of_the_logits(front):
+    result = front.submit([60, 61], logprobs=0, output_logits=True, **OPTIONS).result(timeout=60)
+    for token, scores, logits in zip(result.ids, result.scores, result.logits, strict=True):
+        if logits is not None:
+            logprobs = logits.log_softmax(-1)
+            assert scores.logprob == pytest.approx(logprobs[token].item())
+            assert scores.entropy == pytest.approx(-(logprobs.exp() * logprobs).sum().item())
+
+
+def test_coroutines_wait_without_blocking(front):
+    async def read(seed: int) -> tuple[int, list[int]]:
+        handle = front.submit([60, 61], seed=seed, **OPTIONS)
+        count = 0
+        async for event in handle:
+            count += event.kind == "token"
+        return count, (await handle).ids
+
+    async def main():
+        return await asyncio.gather(*(read(seed) for seed in range(5)))
+
+    for count, ids in asyncio.run(main()):
+        assert count == len(ids)
+
+
+def test_a_closed_engine_takes_nothing_and_leaves_nothing_waiting():
+    engine = MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000)
+    handles = [engine.submit([60], max_new_tokens=4000, structure="off", eos_token_id=None) for _ in range(3)]
+    engine.close()
+    assert {handle.result(timeout=10).finish_reason for handle in handles} <= {"cancelled", "max_cache_tokens"}
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit([60])
+
+
+def test_an_engine_that_nobody_holds_is_let_go():
+    engine = MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600)
+    engine.generate([[60]], max_new_tokens=4)
+    thread = engine._thread
+    del engine
+    gc.collect()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
+        ({"max_cache_tokens": 5, "cache_memory": 5}, "not both"),
+        ({"cache_memory": 5}, "one takes"),
+        ({"decoding": "fast"}, "'packed' or 'simple'"),
+        ({"pack_weights": True}, "bfloat16"),
+    ],
+)
+def test_bad_engine_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiverseEngine(tiny_model("qwen2"), **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "empty"),
+        ("text", {}, "without a tokenizer"),
+        ([60], {"logprobs": -1}, "logprobs"),
+        ([60], {"max_new_token": 3}, "did you mean max_new_tokens"),
+        ([60], {"num_return_sequences": 2, "do_sample": True}, "submit each"),
+        ([60] * 700, {}, "700 tokens and the engine's cache holds 600"),
+    ],
+)
+def test_bad_requests_are_refused_at_once(front, prompt, options, message):
+    with pytest.raises(ValueError, match=message):
+        front.submit(prompt, **options)
+    assert front.memory()["num_waiting"] == 0
+
+
+class Raises(LogitsProcessor):
+    """Fails once an answer has some tokens."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > self.after:
+            raise RuntimeError("a broken processor")
+        return scores
+
+
+def test_overload():
+    """200 requests of mixed size with room for 20, a tenth cancelled, one that raises: nobody else notices."""
+    chance, results = random.Random(0), {}
+    asked = [[chance.randrange(FIRST_TEXT, 96) for _ in range(chance.randrange(1, 40))] for _ in range(200)]
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=20) as engine:
+        peak, lock = [0], threading.Lock()
+
+        def ask(numbers: range) -> None:
+            for number in numbers:
+                processors = [Raises(len(asked[number]) + 3)] if number == 77 else [Forky()]
+                options = OPTIONS | {"structure": "off"} if number == 77 else OPTIONS
+                handle = engine.submit(asked[number], seed=number, logits_processor=processors, **options)
+                with lock:
+                    results[number] = handle
+                    peak[0] = max(peak[0], engine.memory()["used_tokens"])
+                if number % 10 == 3:
+                    handle.cancel()
+
+        threads = [threading.Thread(target=ask, args=(range(start, 200, 4),)) for start in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with pytest.raises(RuntimeError, match="a broken processor"):
+            results[77].result(timeout=300)
+        done = {number: handle.result(timeout=300) for number, handle in results.items() if number != 77}
+        assert engine.memory()["used_tokens"] == 0
+        assert peak[0] <= 600
+    for number, result in done.items():
+        if result.finish_reason != FinishReason.CANCELLED:
+            assert same_as_generate(result, number, logits_processor=[Forky()]) or number % 10 == 3
+    assert sum(result.finish_reason == FinishReason.CANCELLED for result in done.values()) <= 20
+
+
+def random_documents(count: int) -> None:
+    """Sample documents of a random model, guided, at temperature 2: each must parse and validate."""
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=20_000, max_num_seqs=64) as engine:
+        handles = [
+            engine.submit(
+                [60], seed=seed, do_sample=True, temperature=2.0, max_new_tokens=60, max_total_tokens=200,
+                logits_processor=[Forky()],
+            )
+            for seed in range(count)
+        ]  # fmt: skip
+        forks = 0
+        for handle in handles:
+            result = handle.result(timeout=600)
+            document = parse_document(text_of(result.ids))
+            validate(document, max_depth=4)
+            forks += result.stats.num_forks
+            assert result.stats.malformed == 0
+        assert forks > count // 10
+        assert engine.memory()["used_tokens"] == 0
+        assert not engine._handles
+
+
+def test_guided_documents_of_a_random_model_parse():
+    random_documents(200)
+
+
+@pytest.mark.slow
+def test_ten_thousand_guided_documents_parse_and_memory_returns():
+    random_documents(10_000)
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Sequence)]

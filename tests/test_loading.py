@@ -1,0 +1,238 @@
+"""The checkpoint: what is saved, what loads, and what is refused."""
+
+import copy
+import functools
+import io
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import (
+    ARCHITECTURES,
+    COLON,
+    DIGITS,
+    PAD,
+    TAGS,
+    Forced,
+    answer,
+    documents,
+    left_pad,
+    tiny_config,
+)
+from helpers import tiny_model as new_tiny_model
+from safetensors.torch import load_file, save_file
+from test_tags import tiny_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from multiverse_hf.modeling import modeling_multiverse
+from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, multiverse_class
+from multiverse_hf.modeling.tags import NPR, TagSet
+
+PROMPT = [50, 51, 52]
+NESTED = (2, Forced(((4, Forced(((2,), (3,))), 1), (6,), (0,))), 2)
+
+
+@functools.cache
+def a_document() -> torch.Tensor:
+    """Ids of a document with nested blocks."""
+    model = new_tiny_model("qwen3", dtype=torch.float32)
+    return torch.tensor([documents(answer(model, [PROMPT], {tuple(PROMPT): NESTED}), [PROMPT])[0]])
+
+
+# Saved and loaded
+
+
+def test_a_saved_checkpoint_is_one_of_its_base_architecture_and_loads_back(tmp_path):
+    model, ids = new_tiny_model("qwen3", dtype=torch.float32), a_document()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Qwen3ForCausalLM"], "qwen3")
+    again = MultiverseForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert again.tags == model.tags
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert torch.equal(again(ids).logits, logits)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+        assert type(base).__module__.startswith("transformers.")
+        assert torch.equal(base(ids[:, :4]).logits, model(ids[:, :4]).logits)
+        assert not torch.allclose(base(ids).logits, logits), "the plain model does not know of paths"
+    assert torch.equal(type(model).from_pretrained(tmp_path).lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_loads_back_with_no_weight_missing(name, tmp_path):
+    model, ids = new_tiny_model(name, dtype=torch.float32), a_document()
+    model.save_pretrained(tmp_path)
+    again = MultiverseForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+def test_a_checkpoint_that_brings_the_code_along_loads_by_the_auto_class(tmp_path):
+    model, ids = new_tiny_model("qwen3", dtype=torch.float32), torch.tensor([PROMPT])
+    model.config.auto_map = {"AutoModelForCausalLM": "modeling_multiverse.MultiverseForCausalLM"}
+    model.save_pretrained(tmp_path)
+    for path in Path(modeling_multiverse.__file__).parent.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    remote = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float32).eval()
+    assert type(remote).__module__.startswith("transformers_modules.")
+    assert isinstance(remote, Qwen3ForCausalLM)
+    with torch.no_grad():
+        assert torch.equal(remote(a_document()).logits, model(a_document()).logits)
+    assert torch.equal(remote.generate(ids, max_new_tokens=9), model.generate(ids, max_new_tokens=9))
+
+
+# The class
+
+
+def test_a_model_is_a_multiverse_model_and_one_of_its_base_and_bears_the_bases_name():
+    model = new_tiny_model("qwen3")
+    assert isinstance(model, MultiverseForCausalLM)
+    assert issubclass(type(model), MultiverseForCausalLM)
+    assert isinstance(model, Qwen3ForCausalLM)
+    assert type(model).__name__ == "Qwen3ForCausalLM"
+    assert type(model) is multiverse_class(Qwen3ForCausalLM) is not Qwen3ForCausalLM
+    assert not isinstance(new_tiny_model("llama"), type(model))
+
+
+def test_the_door_itself_is_not_made():
+    with pytest.raises(OSError, match="from_pretrained"):
+        MultiverseForCausalLM()
+
+
+def test_a_config_without_tags_is_told_also_by_the_made_class():
+    with pytest.raises(ValueError, match="not a tag set"):
+        multiverse_class(Qwen3ForCausalLM)(tiny_config("qwen3"))
+
+
+class Mine(multiverse_class(Qwen3ForCausalLM)):
+    """Somebody's own subclass."""
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
+@pytest.mark.parametrize("own_class", [False, True])
+def test_a_model_survives_being_copied_whole(how, own_class):
+    model, ids = new_tiny_model("qwen3", dtype=torch.float32), a_document()
+    if own_class:
+        model.__class__ = Mine
+    if how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    elif how == "torch.save":
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        twin = torch.load(io.BytesIO(buffer.getvalue()), weights_only=False)
+    else:
+        twin = copy.deepcopy(model)
+    assert type(twin) is type(model)
+    assert twin.lm_head.weight is not model.lm_head.weight
+    with torch.no_grad():
+        assert torch.equal(twin(ids).logits, model(ids).logits)
+
+
+def test_a_models_state_goes_into_another_model():
+    model, ids = new_tiny_model("qwen3", dtype=torch.float32), a_document()
+    fresh = new_tiny_model("qwen3", dtype=torch.float32, seed=1)
+    fresh.load_state_dict(pickle.loads(pickle.dumps(model.state_dict())))
+    with torch.no_grad():
+        assert torch.equal(fresh(ids).logits, model(ids).logits)
+    assert pickle.loads(pickle.dumps(model.tags)) == model.tags
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-folder", "no-such/model", "a/b/c"])
+def test_a_checkpoint_that_is_not_there_is_told_by_name_in_one_line(path):
+    with pytest.raises(OSError, match=f"no checkpoint '{path}': there is no such folder") as info:
+        MultiverseForCausalLM.from_pretrained(path)
+    assert "\n" not in str(info.value)
+
+
+def test_a_path_of_another_kind_is_refused():
+    with pytest.raises(TypeError, match="a folder or a repository id, got None"):
+        MultiverseForCausalLM.from_pretrained(None)
+
+
+def saved_with_tokenizer(folder, tags=None) -> PreTrainedTokenizerFast:
+    """A checkpoint and the tokenizer beside it; by default its own tags."""
+    tokenizer = tiny_tokenizer()
+    config = Qwen3Config(**(tiny_config("qwen3").to_dict() | {"vocab_size": len(tokenizer)}))
+    model = MultiverseForCausalLM.from_config(config, tags or TagSet.from_tokenizer(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_a_tokenizer_with_other_ids_for_the_tags_than_the_config_is_told(tmp_path):
+    tokenizer = saved_with_tokenizer(tmp_path, TAGS)
+    tags = TagSet.from_tokenizer(tokenizer)
+    with pytest.raises(ValueError, match=rf"<Think> is token {tags.open('think')} of the tokenizer and 16 in config"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+    assert MultiverseForCausalLM.from_pretrained(tmp_path, tags=tags).tags == tags
+
+
+def test_names_that_are_not_the_checkpoints_are_told(tmp_path):
+    saved_with_tokenizer(tmp_path)
+    MultiverseForCausalLM.from_pretrained(tmp_path, names="multiverse")
+    for names in ("npr", NPR):
+        with pytest.raises(ValueError, match=r"the checkpoint's tags are <Think>, .* leave names out"):
+            MultiverseForCausalLM.from_pretrained(tmp_path, names=names)
+
+
+def test_missing_weights_are_refused_by_name_unless_the_caller_asks_for_the_report(tmp_path):
+    new_tiny_model("qwen3", dtype=torch.float32).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"], weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 2 weights of Qwen3ForCausalLM, model.layers.1.mlp.up_proj.weight"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+    model, info = MultiverseForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert isinstance(model, MultiverseForCausalLM)
+    assert len(info["missing_keys"]) == 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("mamba", "mamba2", "qwen3_next", "jamba", "bamba", "falcon_h1", "rwkv", "recurrent_gemma"),
+        *("t5", "gpt2", "opt", "bloom", "mpt", "bert"),
+    ],
+)
+def test_an_architecture_that_cannot_branch_is_refused_with_the_reason(name, tmp_path):
+    config = AutoConfig.for_model(name)
+    with pytest.raises(ValueError, match=r"recurrent state|layers; Multiverse|encoder-decoder|rotary") as from_config:
+        MultiverseForCausalLM.from_config(config, TAGS)
+    assert name in str(from_config.value)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"recurrent state|layers; Multiverse|encoder-decoder|rotary"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_rotary_architecture_that_is_set_to_alibi_is_refused():
+    config = AutoConfig.for_model("falcon", alibi=True, num_hidden_layers=1, hidden_size=64, num_attention_heads=2)
+    config.vocab_size = 96
+    with pytest.raises(ValueError, match="rotary"):
+        MultiverseForCausalLM.from_config(config, TAGS)
+
+
+def test_a_config_without_tags_is_refused():
+    with pytest.raises(ValueError, match="no tag set"):
+        MultiverseForCausalLM.from_config(tiny_config("qwen3"))
+
+
+def test_flash_attention_is_refused_for_a_document_with_paths():
+    model = new_tiny_model("qwen2", dtype=torch.float32)
+    (document,) = documents(answer(model, [PROMPT], {tuple(PROMPT): NESTED}), [PROMPT])
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="cannot mask sibling paths"):
+        model(torch.tensor([document]))
+
+
+def test_left_pad_and_digits_of_the_helpers_agree_with_the_tags():
+    ids, mask = left_pad([[1], [2, 3]])
+    assert ids.tolist() == [[PAD, 1], [2, 3]]
+    assert mask.tolist() == [[0, 1], [1, 1]]
+    assert TAGS.ordinal(12) == [DIGITS["1"], DIGITS["2"], COLON]
