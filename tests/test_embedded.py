@@ -91,4 +91,4 @@ def test_the_checkpoints_are_small_ordinary_and_come_with_their_records():
     for folder in folders:
         config = json.loads((folder / "config.json").read_text())
         assert config["architectures"] == ["Qwen3ForCausalLM"]
-        assert {file.name for file in folder.iterdir()} >= {"run.json", "train.log", "evaluation.json", "README.md"}
+        assert {file.name for file in folder.iterdir()} >= {"run.json", "train.csv", "evaluation.json", "README.md"}

@@ -120,7 +120,7 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     assert call(monkeypatch, EMBED, "--run", "out", "--name", "tiny", ASSETS=tmp_path) == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "run.json", "README.md"}
     assert {file.name for file in (tmp_path / "tiny").iterdir()} > names
-    assert len((tmp_path / "tiny/train.log").read_text().splitlines()) == 12
+    assert (tmp_path / "tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
 
 
 # Bad input: one line that says what to do, before the work begins

@@ -4,6 +4,7 @@ python recipes/multiverse-tiny/embed.py --run runs/multiverse-tiny/parallel --na
 """
 
 import argparse
+import csv
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ pipeline_tag: text-generation
 # {name}
 
 {what} Trained from nothing by `recipes/multiverse-tiny`, on sums of chains only. Beside this file: `run.json`
-(resolved config, seed, versions, data fingerprint), `train.log` (one JSON record per logging step) and
+(resolved config, seed, versions, data fingerprint), `train.csv` (one line per logging step) and
 `evaluation*.json` (500 unseen problems of each kind, with the command's settings).
 
 ```python
@@ -41,6 +42,17 @@ PARALLEL = (
     "The embedded Multiverse model: it splits its answer into paths, writes them at the same time and merges them."
 )
 TWIN = "The autoregressive twin of multiverse-tiny: it writes the same lines one after the other."
+
+
+COLUMNS = ("step", "epoch", "num_tokens", "learning_rate", "loss", "grad_norm", "mean_token_accuracy")
+
+
+def write_log(path: Path, history: list[dict[str, float]]) -> None:
+    """Write what the trainer logged as a table, with six digits: two checkpoints and their records fit 15 MB."""
+    with path.open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(COLUMNS)
+        table.writerows([f"{record[name]:.6g}" for name in COLUMNS] for record in history if "loss" in record)
 
 
 def main() -> None:
@@ -82,7 +94,7 @@ def main() -> None:
     with output_folder(target) as folder:
         for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
             shutil.copyfile(file, folder / file.name)
-        (folder / "train.log").write_text("".join(json.dumps(record) + "\n" for record in history))
+        write_log(folder / "train.csv", history)
         (folder / "README.md").write_text(card)
         generation.save_pretrained(folder)
     size = sum(file.stat().st_size for file in target.iterdir())

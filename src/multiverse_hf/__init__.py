@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiverse_hf.documents import DocumentError, parse_document
+    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
     from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
@@ -16,6 +17,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "DocumentError",
+    "MultiverseEngine",
     "MultiverseForCausalLM",
     "TagSet",
     "__version__",
@@ -27,6 +29,7 @@ __all__ = [
 # public name -> module that defines it
 _LAZY_EXPORTS = {
     "DocumentError": "multiverse_hf.documents",
+    "MultiverseEngine": "multiverse_hf.modeling.continuous_batching",
     "MultiverseForCausalLM": "multiverse_hf.modeling.modeling_multiverse",
     "TagSet": "multiverse_hf.modeling.tags",
     "encode_prompt": "multiverse_hf.modeling.tags",
