@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from helpers import EOS, FIRST_TEXT, TAGS, text_of
+from helpers import COLON, EOS, FIRST_TEXT, PAD, TAGS, text_of
 from helpers import tiny_model as new_tiny_model
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -27,12 +27,19 @@ tiny_model = functools.cache(new_tiny_model)
 
 
 class Forky(LogitsProcessor):
-    """Makes control tags likely, so that a random model forks."""
+    """Makes control tags likely, so that a random model forks and, the likelier the more, comes to an end."""
+
+    def __init__(self, end: float = 1.0) -> None:
+        self.end = end
 
     def __call__(self, input_ids, scores):
         scores = scores.clone()
         scores[:, TAGS.control_ids] += 3.0
-        scores[:, EOS] += 1.0
+        # one spells nothing; the other would spell labels, which no mask keeps from being spelled twice
+        scores[:, [PAD, COLON]] = -torch.inf
+        scores[:, EOS] += self.end
+        scores[:, TAGS.close("path")] += self.end
+        scores[:, TAGS.close("goal")] += self.end
         return scores
 
 
@@ -400,23 +407,26 @@ def test_overload():
 
 
 def random_documents(count: int) -> None:
-    """Sample documents of a random model, guided, at temperature 2: each must parse and validate."""
+    """Sample documents of a random model, guided, at temperature 2: all must parse, and be fit for training unless a
+    limit cut them."""
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=20_000, max_num_seqs=64) as engine:
         handles = [
             engine.submit(
-                [60], seed=seed, do_sample=True, temperature=2.0, max_new_tokens=60, max_total_tokens=200,
-                logits_processor=[Forky()],
+                [60], seed=seed, do_sample=True, temperature=2.0, max_new_tokens=200, logits_processor=[Forky(2.0)]
             )
             for seed in range(count)
-        ]  # fmt: skip
-        forks = 0
+        ]
+        num_forks = num_whole = 0
         for handle in handles:
             result = handle.result(timeout=600)
             document = parse_document(text_of(result.ids))
-            validate(document, max_depth=4)
-            forks += result.stats.num_forks
+            if result.finish_reason == FinishReason.STOP and not result.stats.num_closed:
+                assert validate(document, max_depth=4) == []
+                num_whole += 1
+            num_forks += result.stats.num_forks
             assert result.stats.malformed == 0
-        assert forks > count // 10
+        assert num_forks > count // 4
+        assert num_whole > count // 2
         assert engine.memory()["used_tokens"] == 0
         assert not engine._handles
 

@@ -136,11 +136,29 @@ def test_an_end_token_inside_a_path_closes_that_path_alone():
     ids=["a block", "a goal", "an outline", "after outlines", "thinking", "an outline while thinking"],
 )
 def test_an_end_token_anywhere_leaves_a_document_that_parses(script):
-    output = answer(tiny_model("qwen2"), [PROMPT], logits_processor=[Script([*script, EOS])])
+    script = [Script([*script, EOS])]
+    output = answer(tiny_model("qwen2"), [PROMPT], logits_processor=script, structure="lenient")
     (document,) = documents(output, [PROMPT])
     assert parse_document(text_of(document)).render() == text_of(document)
     assert output.stats[0].finish_reason == FinishReason.STOP
     assert document.count(OPEN("path")) == document.count(OPEN("outline")) == document.count(CLOSE("path"))
+
+
+@pytest.mark.parametrize(
+    ("script", "last"),
+    [
+        ([OPEN("parallel"), 60], "text between structural tags"),
+        ([OPEN("parallel"), EOS], "an end token between structural tags"),
+        ([OPEN("parallel"), OPEN("goal"), OPEN("outline"), CLOSE("outline")], "an empty outline"),
+        ([OPEN("parallel"), OPEN("goal"), OPEN("outline"), 60, EOS], "an end token in an outline"),
+        ([OPEN("think"), 60, CLOSE("think"), OPEN("think")], "a second region of thinking"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_guidance_leaves_nothing_that_a_training_row_may_not_have(script, last):
+    with pytest.raises(ValueError, match="no token is left to choose"):
+        answer(tiny_model("qwen2"), [PROMPT], logits_processor=[Script(script)])
+    assert answer(tiny_model("qwen2"), [PROMPT], logits_processor=[Script(script)], structure="lenient").stats
 
 
 @pytest.mark.parametrize(

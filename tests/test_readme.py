@@ -12,14 +12,18 @@ import pytest
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_the_python_snippet_runs_as_pasted_and_answers_in_parallel() -> None:
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippet.strip().splitlines()) <= 10
-    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=120)
+def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(first.strip().splitlines()) <= 10
+    end = "print('-' * 8)\n"
+    done = subprocess.run([sys.executable, "-c", first + end + second], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "<Parallel>" in done.stdout
-    assert "Answer: 55" in done.stdout
-    assert float(re.findall(r"[\d.]+", done.stdout)[-1]) > 1
+    generated, served = done.stdout.split("-" * 8)
+    assert "<Parallel>" in generated
+    assert "Answer: 55" in generated
+    assert float(re.findall(r"[\d.]+", generated)[-1]) > 1
+    assert "1 token" in served
+    assert "Answer: 55" in served
 
 
 def test_every_file_the_readme_names_is_there() -> None:

@@ -21,7 +21,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
 from .decoding import PACKED, Piece, Step, attend_eager, attend_sdpa
-from .interpreter import Stage, Structure
+from .interpreter import Mask, Stage, Structure
 from .layout import Event
 from .sampling import TokenScores, mix, score_tokens
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
@@ -223,6 +223,8 @@ class Engine:
         if begun or branch.structure.stage in (Stage.FORKED, Stage.REDUCED):
             for token in forced[begun:]:
                 self._append(sequence, branch, token)
+            if len(written) <= len(forced):
+                branch.structure.has_text = False  # a label says nothing yet
         self._settle(sequence, branch)
 
     # Admit and schedule
@@ -409,7 +411,7 @@ class Engine:
             tokens, scores = sampler(
                 logits,
                 [(len(s.request.prompt), b.context) for s, b in queries] if sampler.needs_context else None,
-                [self._forbidden(sequence, branch) for sequence, branch in queries],
+                [self._mask(sequence, branch) for sequence, branch in queries],
                 [(s.request.sampler.seed, s.request.key, b.key, b.position) for s, b in queries],
             )
         except Exception as err:
@@ -583,17 +585,17 @@ class Engine:
 
     # Limits
 
-    def _forbidden(self, sequence: Sequence, branch: Branch) -> frozenset[int]:
-        """Give the control tags a branch may not choose now. Budgets are not among the reasons: a model kept from
-        opening a block it wants to open writes what it never learned to."""
-        structure, options = branch.structure, sequence.request.options
-        if not sequence.request.structured:
-            return frozenset()
-        may_open = structure.depth < options.max_depth
-        may_outline = len(structure.outlines) < options.max_paths
-        if options.structure == "guided":
-            return structure.forbidden(may_open, may_outline)
-        return structure.over_limit(may_open, may_outline)
+    def _mask(self, sequence: Sequence, branch: Branch) -> Mask | None:
+        """Give what a branch may not choose now. Budgets are not among the reasons: a model kept from opening a block
+        it wants to open writes what it never learned to."""
+        request, structure = sequence.request, branch.structure
+        if not request.structured:
+            return None
+        may_open = structure.depth < request.options.max_depth
+        may_outline = len(structure.outlines) < request.options.max_paths
+        if request.options.structure == "guided":
+            return structure.guide(may_open, may_outline, request.eos)
+        return structure.bound(may_open, may_outline)
 
     def _limit(self, sequence: Sequence, branch: Branch, token: int | None) -> tuple[FinishReason, int] | None:
         """Find a limit that leaves no room.

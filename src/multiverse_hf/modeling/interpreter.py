@@ -9,6 +9,8 @@ import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+import torch
+
 from .layout import Event, Scanner
 from .tags import TagSet
 
@@ -26,6 +28,26 @@ class Stage(Enum):
     CONCLUDED = auto()  # </Conclusion> read, </Parallel> to come
 
 
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Ids that may not be chosen next, or with ``only`` the ones that may. Told apart by identity: made once each."""
+
+    ids: tuple[int, ...]
+    only: bool = False
+    tensors: dict[torch.device, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    def apply(self, scores: torch.Tensor) -> None:
+        """Put what may not be chosen at minus infinity in (N, V) scores, in place."""
+        if scores.device not in self.tensors:
+            self.tensors[scores.device] = torch.tensor(self.ids, dtype=torch.long, device=scores.device)
+        ids = self.tensors[scores.device]
+        if self.only:
+            kept = scores.index_select(1, ids)
+            scores.fill_(-torch.inf).index_copy_(1, ids, kept)
+        else:
+            scores.index_fill_(1, ids, -torch.inf)
+
+
 # The longest label taken over from an outline, in tokens; a longer one is replaced by the ordinal.
 MAX_LABEL_TOKENS = 8
 
@@ -38,6 +60,8 @@ class Structure:
     scanner: Scanner = field(init=False)
     stage: Stage = Stage.TEXT
     thinking: bool = False
+    has_thought: bool = False
+    has_text: bool = False  # something but newlines stands in the outline, path or conclusion being written
     outlines: list[list[int]] = field(default_factory=list)  # of the goal being written
     labels: list[list[list[int]]] = field(default_factory=list)  # of every open block, one per path
     malformed: int = 0  # tags that fitted no rule
@@ -59,12 +83,14 @@ class Structure:
         if token not in tags.roles:
             if self.stage is Stage.OUTLINE:
                 self.outlines[-1].append(token)
+            self.has_text = self.has_text or token not in tags.newline
             return Event.TEXT
-        if token in self.forbidden():
+        if token not in self._allowed():
             self.malformed += 1
         in_goal = self.scanner.num_outlines is not None
         event = self.scanner.feed(token)
         role, opens = tags.roles[token]
+        self.has_text = not opens  # a nested block or a region that ends here is something, too
         if event is Event.FORK:
             self.labels.append(self._path_labels())
             self.outlines = []
@@ -85,6 +111,7 @@ class Structure:
         elif role == "think":
             if self.depth == 0:
                 self.thinking = opens
+                self.has_thought = True
         elif role == "parallel":
             self.stage = Stage.ARMED if opens else Stage.TEXT
         elif role == "goal" and self.scanner.num_outlines is not None:
@@ -137,27 +164,59 @@ class Structure:
 
     # What may come next
 
-    def forbidden(self, may_open: bool = True, may_outline: bool = True) -> frozenset[int]:
-        """Give the control tags the grammar does not allow as the next token.
+    def guide(self, may_open: bool, may_outline: bool, end_tokens: frozenset[int] = frozenset()) -> Mask:
+        """Give what a guided answer may not write next.
+
+        Control tags that the grammar does not allow; where only tags may stand, everything but those and newlines;
+        the end of an outline, a path or a conclusion that has nothing in it but its label; and an end token in an
+        outline. So what is written is fit to be a training row (:func:`~multiverse_hf.documents.validate`).
 
         Args:
             may_open: a block may begin here, as far as the limits go.
             may_outline: a further outline may begin here, as far as the limits go.
+            end_tokens: tokens that end a branch.
         """
-        key = (
-            self.stage,
-            self.depth > 0,
-            self.thinking,
-            may_open,
-            may_outline and self.stage is Stage.GOAL,
-            bool(self.outlines),
-        )
-        if key not in self.tags.forbidden_cache:
+        is_bare = self._is_bare()
+        may_outline = may_outline and self.stage is Stage.GOAL
+        state = self.stage, self.depth > 0, self.thinking, self.has_thought, bool(self.outlines), is_bare
+        key = (*state, may_open, may_outline, end_tokens)
+        if key not in self.tags.masks:
             allowed = self._allowed(may_open, may_outline)
-            self.tags.forbidden_cache[key] = frozenset(self.tags.control_ids) - allowed
-        return self.tags.forbidden_cache[key]
+            if self.stage in (Stage.ARMED, Stage.GOAL, Stage.CONCLUDED):
+                mask = Mask((*sorted(allowed), *dict.fromkeys(self.tags.newline)), only=True)
+            else:
+                closing = {self.tags.close(role) for role in ("outline", "path", "conclusion")} if is_bare else set()
+                ending = end_tokens if is_bare or self.stage is Stage.OUTLINE else set()
+                mask = Mask(tuple(sorted(set(self.tags.control_ids) - allowed | closing | ending)))
+            self.tags.masks[key] = mask
+        return self.tags.masks[key]
 
-    def _allowed(self, may_open: bool, may_outline: bool) -> set[int]:
+    def _is_bare(self) -> bool:
+        """Say whether the outline, path or conclusion being written has nothing in it but its label."""
+        if self.stage is Stage.OUTLINE:
+            outline = self.outlines[-1]
+            if len(outline) > MAX_LABEL_TOKENS + 2:
+                return False
+            label = self.tags.label(outline, 0)
+            rest = outline[len(label) :] if outline[: len(label)] == label else outline
+            return all(token in self.tags.newline for token in rest)
+        is_inside = self.stage is Stage.CONCLUSION or (self.stage is Stage.TEXT and self.depth > 0)
+        return is_inside and not self.has_text
+
+    def bound(self, may_open: bool, may_outline: bool) -> Mask | None:
+        """Give the tags that would break a limit here, whatever the grammar says (``structure="lenient"``)."""
+        tags, over = self.tags, set()
+        if not may_open and self.stage is not Stage.ARMED:
+            over |= {tags.open("parallel"), tags.open("goal")}
+        if not may_outline and self.stage is Stage.GOAL and self.outlines:
+            over.add(tags.open("outline"))
+        ids = tuple(sorted(token for token in over if token is not None))
+        if ids and ids not in tags.masks:
+            tags.masks[ids] = Mask(ids)
+        return tags.masks[ids] if ids else None
+
+    def _allowed(self, may_open: bool = True, may_outline: bool = True) -> set[int]:
+        """Give the control tags the grammar allows as the next token."""
         tags, stage = self.tags, self.stage
         allowed: list[int | None] = []
         if stage is Stage.TEXT:
@@ -167,7 +226,7 @@ class Structure:
                 allowed.append(tags.close("path"))
             elif self.thinking:
                 allowed.append(tags.close("think"))
-            else:
+            elif not self.has_thought:
                 allowed.append(tags.open("think"))
         elif stage is Stage.ARMED:
             allowed.append(tags.open("goal"))
@@ -187,15 +246,6 @@ class Structure:
         elif stage is Stage.CONCLUDED:
             allowed.append(tags.close("parallel"))
         return {token for token in allowed if token is not None}
-
-    def over_limit(self, may_open: bool, may_outline: bool) -> frozenset[int]:
-        """Give the tags that would break a limit here, whatever the grammar says (``structure="lenient"``)."""
-        tags, over = self.tags, set()
-        if not may_open:
-            over |= {tags.open("parallel"), tags.open("goal")} if self.stage is not Stage.ARMED else set()
-        if not may_outline and self.stage is Stage.GOAL and self.outlines:
-            over.add(tags.open("outline"))
-        return frozenset(token for token in over if token is not None)
 
     # Closing what is open
 

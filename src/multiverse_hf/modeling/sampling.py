@@ -2,7 +2,7 @@
 
 import hashlib
 import itertools
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+
+from .interpreter import Mask
 
 # Processors that do not look at the context may be run on all branches at once, whatever their lengths.
 _CONTEXT_FREE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper)
@@ -47,21 +49,14 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.argmax(dim=-1)
 
 
-def _spans(forbidden: Sequence[Collection[int]], device: torch.device) -> list[tuple[slice, torch.Tensor]]:
-    """Give runs of rows that forbid the same ids, with these ids: neighbouring branches mostly agree."""
-    spans, begin = [], 0
-    for tokens, run in itertools.groupby(forbidden):
+def _apply(masks: Sequence[Mask | None], scores: torch.Tensor) -> torch.Tensor:
+    """Apply each row's mask, in place: neighbouring branches mostly share one."""
+    begin = 0
+    for mask, run in itertools.groupby(masks):
         end = begin + len(list(run))
-        if tokens:
-            spans.append((slice(begin, end), torch.tensor(list(tokens), device=device)))
+        if mask is not None:
+            mask.apply(scores[begin:end])
         begin = end
-    return spans
-
-
-def _forbid(scores: torch.Tensor, spans: list[tuple[slice, torch.Tensor]]) -> torch.Tensor:
-    """Put the forbidden ids of each span of rows at minus infinity, in place."""
-    for rows, columns in spans:
-        scores[rows].index_fill_(1, columns, -torch.inf)
     return scores
 
 
@@ -136,7 +131,7 @@ class Sampler:
         self,
         logits: torch.Tensor,
         contexts: Sequence[tuple[int, Sequence[int]]] | None,
-        forbidden: Sequence[Collection[int]],
+        masks: Sequence[Mask | None],
         keys: Sequence[tuple[int, int, int, int]],
     ) -> tuple[list[int], torch.Tensor]:
         """Choose one token a row.
@@ -145,7 +140,7 @@ class Sampler:
             logits: (N, V), float32 or float64; not written to.
             contexts: for each row the length of its prompt, and its visible ids in document order; needed if
                 ``needs_context``.
-            forbidden: for each row, ids that may not be chosen.
+            masks: for each row what may not be chosen.
             keys: for each row its (seed, sequence, branch, position).
 
         Returns:
@@ -154,20 +149,19 @@ class Sampler:
         Raises:
             ValueError: if nothing is left to choose from in a row.
         """
-        spans = _spans(forbidden, logits.device)
-        scores = _forbid(logits.clone(), spans)
+        scores = _apply(masks, logits.clone())
         if self.has_processors:
             processed = (
                 self._process_by_length(scores, contexts)
                 if self.needs_context
                 else next(iter(self.processors.values()))(None, scores)
             )
-            scores = _forbid(processed.to(logits.dtype), spans)
+            scores = _apply(masks, processed.to(logits.dtype))
         if self.do_sample:
-            tokens = self._draw(scores, keys)
+            tokens = self._draw(scores, masks, keys)
         else:
             tokens = argmax(scores)
-            self._check(scores.gather(-1, tokens[:, None])[:, 0], forbidden)
+            self._check(scores.gather(-1, tokens[:, None])[:, 0], masks)
         return tokens.tolist(), scores
 
     def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
@@ -186,12 +180,14 @@ class Sampler:
             begin += len(ids)
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
-    def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+    def _draw(
+        self, scores: torch.Tensor, masks: Sequence[Mask | None], keys: Sequence[tuple[int, int, int, int]]
+    ) -> torch.Tensor:
         """Invert the distribution function at keyed uniforms."""
         uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
         probabilities = torch.softmax(scores.double(), dim=-1)
         if bool(probabilities.isnan().any()):
-            self._check(scores.max(dim=-1).values, [()] * len(scores))
+            self._check(scores.max(dim=-1).values, masks)
         cumulative = probabilities.cumsum(-1)
         target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -200,16 +196,18 @@ class Sampler:
         return torch.minimum(tokens, last)
 
     @staticmethod
-    def _check(best: torch.Tensor, forbidden: Sequence[Collection[int]]) -> None:
+    def _check(best: torch.Tensor, masks: Sequence[Mask | None]) -> None:
         """Refuse to choose where the best score of a row is not a finite number."""
         bad = (~torch.isfinite(best)).nonzero()
         if not len(bad):
             return
         row = int(bad[0])
         if bool(torch.isneginf(best[row])):
+            mask = masks[row]
+            rule = "all ids" if mask is None else f"{'only' if mask.only else 'all but'} {mask.ids}"
             raise ValueError(
-                "no token is left to choose: the logits processors leave only ids that structure forbids here "
-                f"({sorted(forbidden[row])}), or none; let them allow what the grammar does, or raise the temperature"
+                "no token is left to choose: the logits processors leave none, or only ids that the structure forbids "
+                f"here (it allows {rule}); let them allow what the grammar does, or raise the temperature"
             )
         raise ValueError(
             f"the model's scores are not finite ({best[row].item()}): the checkpoint is damaged, a logits processor "

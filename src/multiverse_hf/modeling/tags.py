@@ -91,7 +91,7 @@ class TagSet:
     digits: dict[str, list[int]]
     label_pieces: dict[int, str] = field(repr=False)
     roles: dict[int, tuple[str, bool]] = field(init=False, repr=False, compare=False)  # id -> (role, is an open tag)
-    forbidden_cache: dict[Any, frozenset[int]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    masks: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the interpreter's
 
     def __post_init__(self) -> None:
         missing = [tag for tag in self.names.tokens if tag not in self.ids]
