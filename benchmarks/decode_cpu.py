@@ -20,6 +20,8 @@ Time includes the prompt's own pass unless it says "decode". Ratios are of the m
     python benchmarks/decode_cpu.py --paths 1 2 4 8 16 --repeats 5 --output benchmarks/results/decode_cpu.json
     python benchmarks/decode_cpu.py --paths 8 --write-goal --threads 1
     python benchmarks/decode_cpu.py --paths 16 --skip transformers generate     # the engine's overhead alone, quickly
+    python benchmarks/decode_cpu.py --paths 1 2 4 8 16 32 --batch 1 4 8 --skip generate --repeats 1
+    python benchmarks/decode_cpu.py --paths 1 8 --path-tokens 2048 --skip transformers generate bare --repeats 1
 """
 
 import argparse
@@ -33,15 +35,16 @@ import torch
 from report import add_flags, environment, finish, show, spread
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
 
-from multiverse_hf.modeling.cache import SCRATCH, LogCache
+from multiverse_hf.modeling.cache import LogCache
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
-from multiverse_hf.modeling.decoding import PACKED, Piece, Step, attend_sdpa, can_pack
+from multiverse_hf.modeling.decoding import PACKED, Step, attend_sdpa, can_pack
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.sampling import argmax
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
 SIDES = ("transformers", "generate", "engine", "bare")
 VOCAB = 32_000
+LONGEST = 16_384  # positions an answer may take
 EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
 
 
@@ -109,16 +112,19 @@ class ForceBlock(LogitsProcessor):
 class Workload:
     """One block to write, and what it must come out as."""
 
-    prompt: torch.Tensor
+    prompts: torch.Tensor  # (batch, length)
     processor: ForceBlock
     num_paths: int
-    num_tokens: int  # of the answer, end token included
-    calls: list[tuple[int, int, int, bool]] = field(default_factory=list)  # of the engine: queries, columns, rows of
-    # logits, and whether attention was plainly causal
+    num_tokens: int  # of one answer, end token included
+    calls: list[tuple[dict[str, Any], Any]] = field(
+        default_factory=list
+    )  # of the engine: arguments, and slots written
 
 
-def make_workload(tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens: int, write_goal: bool) -> Workload:
-    """Lay out one block of ``num_paths`` paths after a random prompt."""
+def make_workload(
+    tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens: int, write_goal: bool, batch: int
+) -> Workload:
+    """Lay out one block of ``num_paths`` paths after each of ``batch`` random prompts."""
     goal = [tags.open("parallel"), tags.open("goal")]
     for number in range(1, num_paths + 1):
         goal += [tags.open("outline"), *tags.ordinal(number), TEXT + number, tags.close("outline")]
@@ -126,11 +132,11 @@ def make_workload(tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens:
     given = 0 if write_goal else len(goal) - 1
     if given >= prompt_tokens:
         raise ValueError(f"{num_paths} outlines take {given} tokens of a prompt of {prompt_tokens}; raise --prompt")
-    text = torch.randint(TEXT, VOCAB, (prompt_tokens - given,), generator=torch.Generator().manual_seed(1))
-    prompt = torch.tensor([[*text.tolist(), *goal[:given]]])
+    text = torch.randint(TEXT, VOCAB, (batch, prompt_tokens - given), generator=torch.Generator().manual_seed(1))
+    prompts = torch.cat([text, torch.tensor(goal[:given], dtype=torch.long).expand(batch, -1)], dim=1)
     processor = ForceBlock(tags, goal, given, prompt_tokens, num_paths, path_tokens)
     num_tokens = len(goal) - given + num_paths * path_tokens + len(tags.conclusion_prefix()) + 4
-    return Workload(prompt, processor, num_paths, num_tokens)
+    return Workload(prompts, processor, num_paths, num_tokens)
 
 
 @dataclass
@@ -157,75 +163,68 @@ def timed(model: PreTrainedModel, call: Callable[[], int]) -> Run:
     return Run(num_tokens, seconds, [end - last for last, end in zip([begin, *ends], ends, strict=False)])
 
 
-def check(stats: Any, work: Workload) -> int:
-    """Check that the block came out as forced; give its number of tokens."""
-    if (stats.num_forks, stats.max_width, stats.num_tokens) != (1, work.num_paths, work.num_tokens):
-        raise RuntimeError(f"expected {work.num_tokens} tokens, one fork of {work.num_paths} paths; got {stats}")
-    return stats.num_tokens
+def check(stats: list[Any], work: Workload) -> int:
+    """Check that each block came out as forced; give the number of tokens of all."""
+    for each in stats:
+        if (each.num_forks, each.max_width, each.num_tokens) != (1, work.num_paths, work.num_tokens):
+            raise RuntimeError(f"expected {work.num_tokens} tokens, one fork of {work.num_paths} paths; got {each}")
+    return sum(each.num_tokens for each in stats)
 
 
 def run_engine(engine: MultiverseEngine, work: Workload) -> int:
-    """Write the block with the engine."""
-    (result,) = engine.generate([work.prompt], logits_processor=[work.processor], max_new_tokens=4096)
-    return check(result.stats, work)
+    """Write the blocks with the engine."""
+    results = engine.generate(list(work.prompts), logits_processor=[work.processor], max_new_tokens=LONGEST)
+    return check([result.stats for result in results], work)
 
 
 def run_generate(model: PreTrainedModel, work: Workload) -> int:
-    """Write the block with ``model.generate``."""
-    processors = LogitsProcessorList([work.processor])
+    """Write the blocks with ``model.generate``."""
     output = model.generate(
-        work.prompt, logits_processor=processors, max_new_tokens=4096, return_dict_in_generate=True
+        work.prompts,
+        logits_processor=LogitsProcessorList([work.processor]),
+        max_new_tokens=LONGEST,
+        return_dict_in_generate=True,
     )
-    return check(output.stats[0], work)
+    return check(output.stats, work)
 
 
 def run_transformers(model: PreTrainedModel, work: Workload, num_tokens: int) -> int:
-    """Write as many tokens one after the other."""
+    """Write as many tokens to each prompt, one after the other."""
     output = model.generate(
-        work.prompt,
-        attention_mask=torch.ones_like(work.prompt),
+        work.prompts,
+        attention_mask=torch.ones_like(work.prompts),
         do_sample=False,
         max_new_tokens=num_tokens,
         eos_token_id=None,
         pad_token_id=EOS,
     )
-    return output.shape[1] - work.prompt.shape[1]
+    return (output.shape[1] - work.prompts.shape[1]) * len(output)
 
 
 @torch.no_grad()
 def run_bare(model: PreTrainedModel, work: Workload) -> int:
     """Make the engine's model calls again, with nothing around them but what a loop needs."""
     own, model.config._attn_implementation = model.config._attn_implementation, PACKED
-    columns = work.calls[-1][1]
-    cache = LogCache(model.config.num_hidden_layers, columns)
-    mask = torch.zeros(1, 1, max(queries for queries, _, _, _ in work.calls), columns, dtype=model.dtype)
-    tokens, begin = work.prompt[0], 0
-    for queries, end, rows, causal in work.calls:
-        ids = tokens[torch.arange(queries) % len(tokens)]
-        cache.prepare([(SCRATCH + begin, SCRATCH + end)], ids.device)
-        piece = Piece(slice(0, queries), slice(SCRATCH, SCRATCH + end), None if causal else slice(0, end), causal)
-        output = model(
-            input_ids=ids[None],
-            position_ids=torch.arange(begin, end)[None],
-            attention_mask=mask[:, :, :queries, :end],
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=torch.arange(queries - rows, queries),
-            multiverse_step=Step([piece], attend_sdpa),
-        )
-        tokens, begin = argmax(output.logits[0].float()), end
-        tokens.tolist()  # a loop has to look at what it wrote
+    cache = LogCache(model.config.num_hidden_layers, capacity(work))
+    for arguments, cache.write in work.calls:
+        step = Step(arguments["multiverse_step"].pieces, attend_sdpa)
+        cache.read = slice(0, max(piece.keys.stop for piece in step.pieces))
+        output = model(**arguments | {"multiverse_step": step}, past_key_values=cache, use_cache=True)
+        argmax(output.logits[0].float()).tolist()  # a loop has to look at what it wrote
     model.config._attn_implementation = own
-    return work.num_tokens
+    return work.num_tokens * len(work.prompts)
+
+
+def capacity(work: Workload) -> int:
+    return len(work.prompts) * (work.prompts.shape[1] + work.num_tokens + 256)
 
 
 def record_calls(model: PreTrainedModel, engine: MultiverseEngine, work: Workload) -> None:
-    """Run the engine once and keep the shapes of its model calls."""
+    """Run the engine once and keep the arguments of its model calls."""
+    names = ("input_ids", "position_ids", "attention_mask", "logits_to_keep", "multiverse_step")
 
     def keep(_module: Any, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        (piece,) = kwargs["multiverse_step"].pieces
-        columns = piece.keys.stop - piece.keys.start
-        work.calls.append((kwargs["input_ids"].shape[1], columns, len(kwargs["logits_to_keep"]), piece.causal))
+        work.calls.append(({name: kwargs[name] for name in names}, kwargs["past_key_values"].write))
 
     hook = model.register_forward_pre_hook(keep, with_kwargs=True)
     run_engine(engine, work)
@@ -237,16 +236,18 @@ def measure(
 ) -> dict[str, list[Run]]:
     """Run the sides ``--repeats`` times in turns, each time beginning with another."""
     parallel, plain = models
-    with MultiverseEngine(parallel, max_cache_tokens=work.prompt.shape[1] + work.num_tokens) as engine:
-        record_calls(parallel, engine, work)
+    with MultiverseEngine(parallel, max_cache_tokens=capacity(work)) as engine:
+        if "bare" not in args.skip:
+            record_calls(parallel, engine, work)
         calls = {
             "transformers": (plain, lambda: run_transformers(plain, work, work.num_tokens)),
             "engine": (parallel, lambda: run_engine(engine, work)),
             "bare": (parallel, lambda: run_bare(parallel, work)),
         }
         calls = {side: call for side, call in calls.items() if side not in args.skip}
-        run_bare(parallel, work)
-        run_transformers(plain, work, 8)
+        run_engine(engine, work)
+        if "transformers" in calls:
+            run_transformers(plain, work, 8)
         runs: dict[str, list[Run]] = {side: [] for side in calls}
         order = list(calls)
         for _ in range(args.repeats):
@@ -264,16 +265,18 @@ def median(runs: list[Run], decode: bool = False) -> float:
 
 def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
     """Check that all sides did the same work; give speeds, ratios and overhead."""
-    wrong = {side: run.num_tokens for side, of in runs.items() for run in of if run.num_tokens != work.num_tokens}
+    due = work.num_tokens * len(work.prompts)
+    wrong = {side: run.num_tokens for side, of in runs.items() for run in of if run.num_tokens != due}
     if wrong:
-        raise RuntimeError(f"every side has to write {work.num_tokens} tokens, got {wrong}")
-    result: dict[str, Any] = {"paths": work.num_paths, "tokens": work.num_tokens}
+        raise RuntimeError(f"every side has to write {due} tokens, got {wrong}")
+    result: dict[str, Any] = {"paths": work.num_paths, "batch": len(work.prompts), "tokens": due}
     for side, of in runs.items():
         result[side] = {
             "forward_passes": len(of[0].turns),
             "tokens_per_s": spread([run.num_tokens / run.seconds for run in of]),
             "decode_tokens_per_s": spread([run.num_tokens / run.decode_seconds for run in of]),
             "ms_per_step": spread([1000 * statistics.median(run.turns[1:]) for run in of]),
+            "ms_of_last_steps": spread([1000 * statistics.median(run.turns[-24:-8]) for run in of]),
         }
     for side in ("engine", "generate"):
         if side in runs and "transformers" in runs:
@@ -293,12 +296,15 @@ def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
 
 def print_result(result: dict[str, Any]) -> None:
     """Print one number of paths, for people."""
-    print(f"\n{result['paths']} paths, {result['tokens']} tokens")
+    print(f"\n{result['paths']} paths, {result['tokens']} tokens, batch {result['batch']}")
     for side in SIDES:
         if side in result:
             row = result[side]
             speed, step = show(row["tokens_per_s"], " tok/s"), show(row["ms_per_step"], " ms/step")
-            print(f"  {side:13} {row['forward_passes']:5} forward passes   {speed:32} {step}")
+            print(
+                f"  {side:13} {row['forward_passes']:5} forward passes   {speed:32} {step:28} "
+                f"last {row['ms_of_last_steps']['median']:.1f}"
+            )
     for side in ("engine", "generate"):
         if f"{side}_speedup" in result:
             print(
@@ -322,6 +328,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--paths", type=int, nargs="+", default=[8, 16], help="paths of the block (default: 8 16)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once (default: 1)")
     parser.add_argument("--path-tokens", type=int, default=64, help="tokens a path (default: %(default)s)")
     parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--write-goal", action="store_true", help="have the outlines written instead of given")
@@ -341,11 +348,12 @@ def main() -> None:
     print(f"{result['versions']}, commit {result['commit']}")
     print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
     result["results"] = []
-    for num_paths in args.paths:
-        work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal)
-        row = summarize(measure(models, work, args), work)
-        result["results"].append(row)
-        print_result(row)
+    for batch in args.batch:
+        for num_paths in args.paths:
+            work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
+            row = summarize(measure(models, work, args), work)
+            result["results"].append(row)
+            print_result(row)
     finish(result, args.output)
 
 

@@ -97,12 +97,15 @@ class Pressure(RuleBasedStateMachine):
     """Random requests come, go and are cancelled in an engine with little room."""
 
     name = "qwen2"
+    meets_own = False
     CAPACITY = 160
     asked = Bundle("asked")
 
     def __init__(self) -> None:
         super().__init__()
         self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7)
+        if self.meets_own:
+            self.engine.min_own, self.engine.own_share = 0, 1
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
 
     @rule(
@@ -157,13 +160,22 @@ class Pressure(RuleBasedStateMachine):
                 assert (logits - oracle.logits[entry]).abs().max() < 1e-9
 
 
+class PressureOnLongBranches(Pressure):
+    """Every query meets the log entries it sees, and no others."""
+
+    name = "qwen3"
+    meets_own = True
+
+
 class PressureOnSlidingWindows(Pressure):
     name = "gemma3_text"
 
 
 Pressure.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
+PressureOnLongBranches.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 TestPressure = Pressure.TestCase
+TestPressureOnLongBranches = PressureOnLongBranches.TestCase
 TestPressureOnSlidingWindows = PressureOnSlidingWindows.TestCase
 
 
@@ -191,6 +203,23 @@ def test_a_preempted_answer_is_the_same_and_the_last_come_gives_way():
         oracle = alone("qwen2", tuple(prompt), tuple(sorted(options.items())))
         assert answer_of(sequence) == answer_of(oracle)
         assert sequence.stats == oracle.stats
+
+
+def test_branches_that_attend_to_their_own_keys_alone_choose_the_same(monkeypatch):
+    goal = [60, TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE * 6, TAGS.close("goal")]
+    options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0}
+    taken = []
+    own_slots = Engine._own_slots
+    monkeypatch.setattr(Engine, "_own_slots", lambda *args: taken.append(own_slots(*args)) or taken[-1])
+    engine = new_engine("llama", 1000)
+    engine.min_own, engine.own_share = 0, 1
+    sequence = engine.add(request_of("llama", goal, **options))
+    drain(engine)
+    assert sum(slots is not None for slots in taken) > 10
+    oracle = alone("llama", tuple(goal), tuple(sorted(options.items())))
+    assert answer_of(sequence) == answer_of(oracle)
+    for entry, logits in sequence.logits.items():
+        assert (logits - oracle.logits[entry]).abs().max() < 1e-9
 
 
 def test_a_long_prompt_is_read_in_chunks_while_others_write():

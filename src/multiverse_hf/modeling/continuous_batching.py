@@ -275,6 +275,21 @@ class MultiverseEngine:
             ValueError: if the request can never be answered, with the numbers, or an option is wrong.
             RuntimeError: if the engine is closed.
         """
+        handle = self._prepare(prompt, generation_config, seed, logprobs, on_event, kwargs)
+        self._enqueue([handle])
+        return handle
+
+    def _prepare(
+        self,
+        prompt: Any,
+        generation_config: GenerationConfig | None = None,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        on_event: Callable[[BranchEvent], None] | None = None,
+        kwargs: dict[str, Any] | None = None,
+    ) -> RequestHandle:
+        """Read and check a request, and interpret its prompt."""
+        kwargs = dict(kwargs or {})
         if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
             raise ValueError(f"logprobs must be an integer of at least 0, got {logprobs!r}")
         handle = RequestHandle(self)
@@ -299,19 +314,22 @@ class MultiverseEngine:
                 on_event(event)
 
         request.on_event = listen
-        sequence = self._engine.begin(request)
-        handle._sequence = sequence
+        handle._sequence = self._engine.begin(request)
+        return handle
+
+    def _enqueue(self, handles: list[RequestHandle]) -> None:
+        """Hand requests to the engine's thread, all at one step."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed; make another")
-            self._handles[sequence] = handle
-            self._inbox.append(sequence)
+            for handle in handles:
+                self._handles[handle._sequence] = handle
+            self._inbox.extend(handle._sequence for handle in handles)
             if self._thread is None:
                 arguments = weakref.ref(self), self.model, self.pack_weights, self._wake
                 self._thread = threading.Thread(target=_run, args=arguments, daemon=True)
                 self._thread.start()
         self._wake.set()
-        return handle
 
     def generate(
         self, prompts: str | Iterable[Any], generation_config: GenerationConfig | None = None, **kwargs: Any
@@ -326,9 +344,13 @@ class MultiverseEngine:
             Exception: of the first request that failed; the others are cancelled.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        named = {name: kwargs.pop(name, None) for name in ("seed", "logprobs", "on_event")}
         handles: list[RequestHandle] = []
         try:
-            handles += [self.submit(prompt, generation_config, **kwargs) for prompt in prompts]
+            for some in batched(prompts, self._engine.max_num_seqs):  # these may begin while the next are read
+                new = [self._prepare(prompt, generation_config, **named, kwargs=kwargs) for prompt in some]
+                self._enqueue(new)
+                handles += new
             return [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
@@ -438,6 +460,11 @@ def _run(reference: "weakref.ref[MultiverseEngine]", model: Any, pack: bool, wak
                 return
             if not busy:
                 wake.wait(timeout=1.0)
+
+
+def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
+    """Cut a list in pieces (itertools has it from Python 3.12 on)."""
+    return (items[begin : begin + size] for begin in range(0, len(items), size))
 
 
 def default_memory(device: torch.device) -> int:

@@ -28,15 +28,19 @@ class Piece:
 
     Attributes:
         queries: their place in the packed row.
-        keys: the slots they may see, a slice of the pool or (K,) int64 indices of it.
+        keys: the slots they may see, a slice of the pool.
         mask: columns of the step's mask that stand for these slots; None if all queries see all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
+        own: (Q, K) int64, for each query the slots it sees, padded with any; attention then leaves all others out.
+        own_mask: (Q, 1, 1, K) additive, which of ``own`` is padding; None if none is.
     """
 
     queries: slice
-    keys: slice | torch.Tensor
+    keys: slice
     mask: slice | None
     causal: bool = False
+    own: torch.Tensor | None = None
+    own_mask: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +88,32 @@ def packed_attention(
     outputs = []
     step = multiverse_step
     for number, piece in enumerate(step.pieces):
-        keys, values = (
-            (key[:, :, piece.keys], value[:, :, piece.keys])
-            if isinstance(piece.keys, slice)
-            else (key.index_select(2, piece.keys), value.index_select(2, piece.keys))
-        )
+        if piece.own is not None:
+            outputs.append(_attend_own(piece, query[:, :, piece.queries], key, value, kwargs.get("scaling")))
+            continue
+        keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         mask = None if piece.mask is None else attention_mask[:, :, piece.queries, piece.mask]
         kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, id(attention_mask)))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
+
+
+def _attend_own(
+    piece: Piece, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    """Attend with each query to a copy of the keys it sees, all queries at once.
+
+    Long branches side by side would otherwise meet each other's keys only to mask them.
+    """
+    _, heads, queries, head_dim = query.shape
+    kv_heads, length = key.shape[1], piece.own.shape[1]
+    slots = piece.own.flatten()
+    keys = key[0].index_select(1, slots).view(kv_heads, queries, length, -1).transpose(0, 1)
+    values = value[0].index_select(1, slots).view(kv_heads, queries, length, -1).transpose(0, 1)
+    folded = query[0].view(kv_heads, heads // kv_heads, queries, head_dim).permute(2, 0, 1, 3)
+    output = torch.nn.functional.scaled_dot_product_attention(folded, keys, values, piece.own_mask, scale=scaling)
+    return output.reshape(1, queries, heads, -1)
 
 
 def attend_sdpa(

@@ -29,6 +29,8 @@ from .tags import TagSet
 
 ANSWER = -1  # as `until`: close the whole answer
 DEFAULT_CHUNK = 512
+MIN_OWN = 1 << 14  # queries times log entries; below, masking costs less than leaving out
+OWN_SHARE = 3  # a query that sees less than one of so many log entries meets no others
 
 # The attention implementation is a setting of the model: threads take turns, so that none changes it under another.
 _ONE_AT_A_TIME = threading.RLock()
@@ -89,6 +91,7 @@ class Engine:
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.num_steps = self.num_preemptions = 0
+        self.min_own, self.own_share = MIN_OWN, OWN_SHARE
         self._arrivals = itertools.count()
 
     # Requests
@@ -316,8 +319,12 @@ class Engine:
             positions.append(sequence.positions[first:end])
             slots.append((base + first, base + end))
             causal = sequence.root.block is None and (self.window is None or end <= self.window)
-            mask = None if causal else slice(0, end)
-            pieces.append(Piece(reading.queries, slice(base, base + end), mask, causal))
+            own = None if causal else self._own_slots(reading, base)
+            if own is not None:
+                pieces.append(Piece(reading.queries, slice(base, base + end), None, False, *own))
+            else:
+                mask = None if causal else slice(0, end)
+                pieces.append(Piece(reading.queries, slice(base, base + end), mask, causal))
             if reading.is_last:
                 shift = reading.queries.start - first
                 rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
@@ -325,13 +332,30 @@ class Engine:
         output = self.model(
             input_ids=torch.tensor(ids, device=device)[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
-            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if not piece.causal]),
+            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if piece.mask is not None]),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=torch.tensor(rows or [0], device=device),
             multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
         )
         return output.logits[0]
+
+    def _own_slots(self, reading: Reading, base: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Give the slots each query sees, where a query sees so few that it should meet no others; else None."""
+        if self.is_eager or self.window is not None or reading.end * len(reading.entries) < self.min_own:
+            return None
+        seen = [np.flatnonzero(sees[: entry + 1]) for entry, sees in reading.entries]
+        length = max(map(len, seen))
+        if self.own_share * length > reading.end:
+            return None
+        slots = np.zeros((len(seen), length), dtype=np.int64)
+        padding = np.arange(length) >= np.array([len(row) for row in seen])[:, None]
+        for row, columns in enumerate(seen):
+            slots[row, : len(columns)] = columns + base
+        own, mask = torch.from_numpy(slots).to(self.model.device), None
+        if padding.any():
+            mask = to_additive(torch.from_numpy(~padding).to(self.model.device), self.model.dtype)[:, None, None]
+        return own, mask
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of each sequence in a pass of its own, as anyone would."""
