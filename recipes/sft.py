@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
-from datasets import Dataset
 from transformers import set_seed
-from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+
+try:
+    from datasets import Dataset
+    from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+except ModuleNotFoundError as err:
+    raise SystemExit(f"sft.py: {err.name} is missing; pip install -c constraints.txt -e '.[train]'") from None
 
 from multiverse_hf.checkpoints import (
     USAGE,

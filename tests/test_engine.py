@@ -5,7 +5,10 @@ import functools
 import gc
 import operator
 import random
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,9 +360,56 @@ def test_an_engine_that_nobody_holds_is_let_go():
     assert not thread.is_alive()
 
 
+@pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('a bug of the user')"])
+def test_an_engine_at_work_does_not_spoil_the_interpreters_exit(end):
+    script = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from helpers import tiny_model
+from multiverse_hf import MultiverseEngine
+engine = MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000)
+handle = engine.submit([60], max_new_tokens=4000, structure="off", eos_token_id=None)
+next(iter(handle))
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(end, 1), done.stderr
+    assert "terminate" not in done.stderr
+
+
+def test_equal_prompts_and_copies_get_noise_of_their_own(front):
+    options = OPTIONS | {"logits_processor": [Forky()], "seed": 3}
+    results = front.generate([[60, 61], [60, 61]], num_return_sequences=2, **options)
+    texts = [result.ids for result in results]
+    assert len({tuple(ids) for ids in texts}) == 4
+    output = tiny_model("qwen2").generate(torch.tensor([[60, 61]] * 2), num_return_sequences=2, **options)
+    assert [ids[: len(text)] for ids, text in zip(output[:, 2:].tolist(), texts, strict=True)] == texts
+    torch.manual_seed(0)
+    drawn = [front.submit([60, 61], **OPTIONS).result(timeout=60).ids for _ in range(3)]
+    assert len({tuple(ids) for ids in drawn}) > 1
+
+
+def test_awaiting_that_is_cancelled_cancels_the_request(front):
+    async def main():
+        handle = front.submit([60], max_new_tokens=500, structure="off", eos_token_id=None)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handle, 0.01)
+        return handle
+
+    handle = asyncio.run(main())
+    assert handle.result(timeout=60).finish_reason == FinishReason.CANCELLED
+
+
+def test_a_closed_engine_gives_its_memory_back():
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000) as engine:
+        engine.generate([[60]], max_new_tokens=5)
+        assert engine._engine.cache.layers[0].keys is not None
+    assert engine._engine.cache.layers[0].keys is None
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"max_cache_tokens": 10**12}, "GiB are free"),
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
         ({"max_cache_tokens": 5, "cache_memory": 5}, "not both"),
         ({"cache_memory": 5}, "one takes"),
@@ -377,6 +427,8 @@ def test_bad_engine_options_are_refused(options, message):
     [
         ([], {}, "empty"),
         ("text", {}, "without a tokenizer"),
+        ([[60], [61]], {}, "submit takes one prompt, got 2"),
+        ([60], {"streamer": None}, "takes no streamer"),
         ([60], {"logprobs": -1}, "logprobs"),
         ([60], {"max_new_token": 3}, "did you mean max_new_tokens"),
         ([60], {"num_return_sequences": 2, "do_sample": True}, "submit each"),

@@ -23,6 +23,7 @@ from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
+EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while running, Ctrl-C
 # Files of a checkpoint that hold one JSON object if they are there. transformers takes a generation config that it
 # cannot parse for none at all, and fails deep inside on other JSON.
@@ -162,6 +163,8 @@ def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
     shown = "multiverse-tiny" if name is None else name
     try:
         path = EMBEDDED if name is None else Path(name).expanduser()
+        if not path.exists() and name in EMBEDDED_NAMES:
+            path = EMBEDDED.parent / name
         is_local = path.exists()
     except (OSError, RuntimeError) as err:  # longer than a path may be; or in the home of a user nobody knows
         raise CommandError(
@@ -172,7 +175,10 @@ def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
     if is_local:
         _check_folder(path, shown)
     elif shown.startswith((".", "/", "~")) or shown.count("/") != 1:
-        raise CommandError(f"no model folder {shown}; give an existing folder, or a repository as owner/name")
+        raise CommandError(
+            f"no model folder {shown}; give an existing folder, a repository as owner/name, or "
+            f"{' or '.join(EMBEDDED_NAMES)}"
+        )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     from multiverse_hf.modeling.modeling_multiverse import base_class

@@ -73,7 +73,13 @@ def _show_traceback(value: bool) -> bool:
 
 ModelOption = Annotated[
     str | None,
-    typer.Option("--model", "-m", metavar="PATH", help="Checkpoint folder or repository; a small one is built in."),
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Checkpoint folder or repository; built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
+        "which solve sums of chains only.",
+    ),
 ]
 MaxNewTokensOption = Annotated[
     int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path; the context caps it.")

@@ -162,6 +162,13 @@ class LogCache(Cache):
         """Give a log's slots back."""
         self.extents.pop(owner, None)
 
+    def free(self) -> None:
+        """Give the pool's memory back; a later forward allocates it again."""
+        self.extents.clear()
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+
     def _gaps(self) -> list[tuple[int, int]]:
         """Give (first slot, length) of what no log has, in order."""
         gaps, at = [], SCRATCH

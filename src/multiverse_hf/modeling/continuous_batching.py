@@ -20,14 +20,14 @@ from .cache import LogCache, bytes_per_entry
 from .decoding import can_pack, packed_weights
 from .engine import DEFAULT_CHUNK, Engine, document_entries
 from .generation import read_requests
-from .sampling import TokenScores
+from .sampling import TokenScores, sequence_key
 from .state import BranchEvent, FinishReason, GenerationStats, Sequence
 from .tags import encode_prompt
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
-CPU_MEMORY = 2 << 30  # bytes; more only if asked for
+CPU_MEMORY = 1 << 28  # bytes; more only if asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,11 @@ class RequestHandle:
         return len(self._events) > at or self.done
 
     def __await__(self) -> Generator[Any, None, MultiverseResult]:
-        yield from self._wait(lambda: self.done).__await__()
+        try:
+            yield from self._wait(lambda: self.done).__await__()
+        except asyncio.CancelledError:  # as with any task that is awaited
+            self.cancel()
+            raise
         return self.result()
 
     async def _wait(self, condition: Callable[[], bool]) -> None:
@@ -173,7 +177,7 @@ class MultiverseEngine:
         max_num_seqs: answers written at once.
         max_cache_tokens: tokens the cache holds, of all answers together, or
         cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
-            2 GiB, and never more than ``max_num_seqs`` contexts.
+            256 MiB, and never more than ``max_num_seqs`` contexts.
         prefill_chunk: prompt tokens read in one step.
         decoding: ``"packed"`` or ``"simple"``, see :class:`~.engine.Engine`; chosen by the model by default.
         pack_weights: keep a second copy of bfloat16 weights on a CPU in the order its instructions read them. By
@@ -207,7 +211,8 @@ class MultiverseEngine:
             ("prefill_chunk", prefill_chunk),
         ):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+                unit = " (bytes)" if name == "cache_memory" else ""
+                raise ValueError(f"{name} must be an integer of at least 1{unit}, got {value!r}")
         if max_cache_tokens is not None and cache_memory is not None:
             raise ValueError("give max_cache_tokens or cache_memory, not both")
         if decoding not in (None, "packed", "simple"):
@@ -227,6 +232,12 @@ class MultiverseEngine:
             context = getattr(model.config, "max_position_embeddings", None)
             if cache_memory is None and context is not None:
                 max_cache_tokens = min(max_cache_tokens, max_num_seqs * context)
+        size, free = max_cache_tokens * self.bytes_per_token, free_memory(model.device)
+        if free is not None and size > free:
+            raise ValueError(
+                f"a cache of {max_cache_tokens} tokens takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
+                "free; lower max_cache_tokens or cache_memory"
+            )
         self.max_cache_tokens = max_cache_tokens
         self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
         cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
@@ -234,7 +245,7 @@ class MultiverseEngine:
         self._handles: dict[Sequence, RequestHandle] = {}
         self._inbox: collections.deque[Sequence] = collections.deque()
         self._lock = threading.Lock()
-        self._wake = threading.Event()
+        self._wake, self._stop = threading.Event(), threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
         logger.warning_once(self.describe())
@@ -267,7 +278,8 @@ class MultiverseEngine:
         Args:
             prompt: text or chat messages, in which tags are text, or token ids.
             generation_config, **kwargs: as for the model's ``generate``; ``max_time`` counts from now.
-            seed: of the sampling noise. By default 0: the same request gives the same answer.
+            seed: of the sampling noise; with one, the same request gives the same answer. By default drawn from
+                torch's generator.
             logprobs: keep the log-probability of each sampled token and the entropy, and so many likeliest tokens.
             on_event: called with every event, in the engine's thread; keep it short.
 
@@ -290,6 +302,8 @@ class MultiverseEngine:
     ) -> RequestHandle:
         """Read and check a request, and interpret its prompt."""
         kwargs = dict(kwargs or {})
+        if "streamer" in kwargs:
+            raise ValueError("submit takes no streamer; iterate over the handle, or pass on_event")
         if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
             raise ValueError(f"logprobs must be an integer of at least 0, got {logprobs!r}")
         handle = RequestHandle(self)
@@ -300,11 +314,14 @@ class MultiverseEngine:
             generation_config,
             kwargs.pop("logits_processor", None),
             kwargs.pop("stopping_criteria", None),
-            0 if seed is None else seed,
+            seed,
             {"tokenizer": self.tokenizer} | kwargs,
         )
         if len(asked.requests) > 1:
-            raise ValueError(f"submit takes one prompt and one answer, got {len(asked.requests)}; submit each")
+            raise ValueError(
+                f"submit takes one prompt and one answer, got {len(asked.requests)}; submit each, with a seed of its "
+                "own, or use generate"
+            )
         (request,) = asked.requests
         request.num_logprobs = logprobs
 
@@ -326,9 +343,11 @@ class MultiverseEngine:
                 self._handles[handle._sequence] = handle
             self._inbox.extend(handle._sequence for handle in handles)
             if self._thread is None:
-                arguments = weakref.ref(self), self.model, self.pack_weights, self._wake
+                arguments = weakref.ref(self), self.model, self.pack_weights, self._wake, self._stop
                 self._thread = threading.Thread(target=_run, args=arguments, daemon=True)
                 self._thread.start()
+                # also at the interpreter's exit, which must not find the thread inside torch
+                weakref.finalize(self, _end, self._thread, self._wake, self._stop)
         self._wake.set()
 
     def generate(
@@ -338,17 +357,30 @@ class MultiverseEngine:
 
         Args:
             prompts: each as for :meth:`submit`; one string is one prompt.
-            generation_config, **kwargs: as for :meth:`submit`, for all of them.
+            generation_config, **kwargs: as for :meth:`submit`, for all of them, and ``num_return_sequences``. Equal
+                prompts get different noise, as in the model's ``generate``.
+
+        Returns:
+            The results, in order; with ``num_return_sequences`` those of one prompt next to each other.
 
         Raises:
             Exception: of the first request that failed; the others are cancelled.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         named = {name: kwargs.pop(name, None) for name in ("seed", "logprobs", "on_event")}
+        copies = kwargs.pop("num_return_sequences", None)
+        if copies is not None and (not isinstance(copies, int) or isinstance(copies, bool) or copies < 1):
+            raise ValueError(f"num_return_sequences must be an integer of at least 1, got {copies!r}")
+        prompts = [prompt for prompt in prompts for _ in range(copies or 1)]
+        seen: collections.Counter[tuple[int, ...]] = collections.Counter()
         handles: list[RequestHandle] = []
         try:
             for some in batched(prompts, self._engine.max_num_seqs):  # these may begin while the next are read
                 new = [self._prepare(prompt, generation_config, **named, kwargs=kwargs) for prompt in some]
+                for handle in new:
+                    request = handle._sequence.request
+                    request.key = sequence_key(request.prompt, seen[tuple(request.prompt)])
+                    seen[tuple(request.prompt)] += 1
                 self._enqueue(new)
                 handles += new
             return [handle.result() for handle in handles]
@@ -371,12 +403,13 @@ class MultiverseEngine:
         }
 
     def close(self) -> None:
-        """Cancel what is running and stop; waits for the step in progress."""
+        """Cancel what is running, stop, and give the cache back; waits for the step in progress."""
         with self._lock:
             self._closed = True
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
+            self._engine.cache.free()
 
     def __enter__(self) -> "MultiverseEngine":
         return self
@@ -389,6 +422,10 @@ class MultiverseEngine:
     def _encode(self, prompt: Any) -> torch.Tensor:
         if isinstance(prompt, torch.Tensor):
             return prompt[None] if prompt.ndim == 1 else prompt
+        if not isinstance(prompt, str | list | tuple):
+            raise TypeError(f"a prompt is text, chat messages or token ids, got {type(prompt).__name__}")
+        if len(prompt) and isinstance(prompt[0], str | list | tuple) and not isinstance(prompt, str):
+            raise ValueError(f"submit takes one prompt, got {len(prompt)}; use generate for a list")
         is_text = isinstance(prompt, str) or (len(prompt) and isinstance(prompt[0], dict))
         if not is_text:
             return torch.tensor([list(prompt)], dtype=torch.long if not len(prompt) else None)
@@ -446,7 +483,13 @@ class MultiverseEngine:
         )
 
 
-def _run(reference: "weakref.ref[MultiverseEngine]", model: Any, pack: bool, wake: threading.Event) -> None:
+def _run(
+    reference: "weakref.ref[MultiverseEngine]",
+    model: Any,
+    pack: bool,
+    wake: threading.Event,
+    stop: threading.Event,
+) -> None:
     """Step an engine as long as it is there and has work; the thread does not keep it alive."""
     with packed_weights(model) if pack else contextlib.nullcontext():
         while True:
@@ -454,6 +497,7 @@ def _run(reference: "weakref.ref[MultiverseEngine]", model: Any, pack: bool, wak
             front = reference()
             if front is None:
                 return
+            front._closed = front._closed or stop.is_set()
             busy, closed = front._work(), front._closed
             del front
             if not busy and closed:
@@ -462,18 +506,31 @@ def _run(reference: "weakref.ref[MultiverseEngine]", model: Any, pack: bool, wak
                 wake.wait(timeout=1.0)
 
 
+def _end(thread: threading.Thread, wake: threading.Event, stop: threading.Event) -> None:
+    stop.set()
+    wake.set()
+    if thread is not threading.current_thread():
+        thread.join()
+
+
 def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
     """Cut a list in pieces (itertools has it from Python 3.12 on)."""
     return (items[begin : begin + size] for begin in range(0, len(items), size))
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Give the bytes that are free on a device; None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
+
+
 def default_memory(device: torch.device) -> int:
     """Give the bytes a cache takes where nothing is said."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * DEFAULT_MEMORY["cuda"])
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return CPU_MEMORY
-    return min(int(free * DEFAULT_MEMORY["cpu"]), CPU_MEMORY)
+    free = free_memory(device)
+    share = DEFAULT_MEMORY.get(device.type, DEFAULT_MEMORY["cpu"])
+    most = free if device.type == "cuda" else CPU_MEMORY
+    return most if free is None else min(int(free * share), most)

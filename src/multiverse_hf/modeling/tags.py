@@ -262,12 +262,13 @@ def encode_prompt(
         prompt: the user's text, or chat messages; or a list of prompts, each one or the other.
         names: the tag family; by default the preset whose tags the tokenizer has.
         add_generation_prompt: end with the opening of the assistant's turn.
-        return_tensors: None for lists of ids, ``"pt"`` for tensors, as ``generate`` takes them.
+        return_tensors: of one prompt: None for a list of ids, ``"pt"`` for a tensor. A list of prompts always gives
+            tensors.
 
     Returns:
         Of one prompt its token ids, as a list or as a tensor (1, L) int64; decoding them gives the prompt's text back.
-        Of a list of B prompts a ``BatchEncoding`` for ``generate(**batch)``: ``input_ids`` (B, L) padded on the left,
-        and ``attention_mask`` (B, L), 1 at tokens and 0 at padding.
+        Of a list of B prompts a ``BatchEncoding`` for ``generate(**batch)``: ``input_ids`` (B, L) int64 padded on the
+        left, and ``attention_mask`` (B, L) int64, 1 at tokens and 0 at padding.
 
     Raises:
         ValueError: if a prompt is empty.
@@ -275,6 +276,8 @@ def encode_prompt(
     """
     if return_tensors not in (None, "pt"):
         raise ValueError(f"return_tensors is None or 'pt', got {return_tensors!r}")
+    if not isinstance(prompt, str) and isinstance(prompt, Sequence) and not len(prompt):
+        raise ValueError("the list of prompts is empty; give at least one")
     names = names or find_preset(tokenizer.get_vocab())
     is_batch = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
     if not is_batch or isinstance(prompt[0], Mapping):
@@ -297,7 +300,7 @@ def encode_prompt(
         "input_ids": [[pad] * (width - len(ids)) + ids for ids in rows],
         "attention_mask": [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows],
     }
-    return BatchEncoding(batch, tensor_type=return_tensors)
+    return BatchEncoding(batch, tensor_type="pt")
 
 
 def _read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
