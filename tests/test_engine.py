@@ -1,6 +1,7 @@
 """The engine under pressure: admission, chunked prompts, preemption, cancellation, and nothing lost by any of it."""
 
 import asyncio
+import copy
 import functools
 import gc
 import operator
@@ -19,11 +20,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from transformers import LogitsProcessor
 
+from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling.cache import SCRATCH, LogCache
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.engine import Engine, document_entries
 from multiverse_hf.modeling.generation import read_requests
+from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.state import FinishReason, Sequence
 
 tiny_model = functools.cache(new_tiny_model)
@@ -525,3 +529,103 @@ def test_ten_thousand_guided_documents_parse_and_memory_returns():
     before = held()
     random_documents(10_000)
     assert held() == before
+
+
+# The engine beside other users of its model
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_others_may_use_the_model_while_an_engine_steps(attention):
+    model = new_tiny_model("qwen2", attn=attention)
+    outlines = [TAGS.open("outline"), 61, TAGS.close("outline")] * 2
+    path = [62, TAGS.close("path")]
+    document = torch.tensor(
+        [[60, TAGS.open("parallel"), TAGS.open("goal"), *outlines, TAGS.close("goal"), *path, *path]]
+    )
+    expected = model(document).logits
+    with MultiverseEngine(model, max_cache_tokens=4000) as engine:
+        handle = engine.submit([60], max_new_tokens=3000, structure="off", eos_token_id=None)
+        next(iter(handle))
+        for _ in range(60):
+            logits = model(document).logits
+            assert torch.equal(logits, expected)
+        logits.sum().backward()
+        second = MultiverseEngine(model, max_cache_tokens=500)
+        assert second.generate([[60]], max_new_tokens=5)
+        second.close()
+        handle.cancel()
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, SystemExit, RuntimeError])
+def test_whatever_a_callback_raises_concerns_its_own_request_alone(front, error):
+    def raise_it(event):
+        if event.kind == "token":
+            raise error
+
+    good, bad = front.submit([60], **OPTIONS), front.submit([61], on_event=raise_it, **OPTIONS)
+    with pytest.raises(error):
+        bad.result(timeout=60)
+    assert good.result(timeout=60).ids
+    assert front.submit([62], **OPTIONS).result(timeout=60).ids
+
+
+def test_wide_goals_of_many_siblings_keep_within_the_budget():
+    """Each sibling is in the middle of a goal: closing them all takes far more than what they have written."""
+    width, outline = 24, [TAGS.open("outline"), 61, TAGS.close("outline")]
+    goal = [60, TAGS.open("parallel"), TAGS.open("goal"), *outline * width, TAGS.close("goal")]
+
+    class WideGoals(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            out = scores.clone()
+            for row, ids in enumerate(input_ids.tolist()):
+                if ids[-1] == COLON:
+                    out[row, TAGS.open("parallel")] += 1e4
+                out[row, [TAGS.open("goal"), TAGS.open("outline")]] += 1e4
+                if ids[-1] == TAGS.open("outline"):
+                    out[row, 61] += 1e5
+                elif ids[-1] == 61:
+                    out[row, TAGS.close("outline")] += 1e5
+            return out
+
+    model = tiny_model("qwen2")
+    output = model.generate(
+        torch.tensor([goal]), logits_processor=[WideGoals()], max_new_tokens=600, max_paths=100,
+        max_total_tokens=4000, return_dict_in_generate=True,
+    )  # fmt: skip
+    (stats,) = output.stats
+    assert stats.num_tokens <= 4000
+    parse_document(text_of(output.sequences[0].tolist()))
+
+
+def test_a_long_label_does_not_make_siblings_twins():
+    digits = [TAGS.digits[digit][0] for digit in "12345"]
+    dotted = [token for digit in digits for token in (digit, *TAGS.digits["."])][:-1]
+    first = [TAGS.open("outline"), *dotted, *TAGS.colon, 61, TAGS.close("outline")]
+    second = [TAGS.open("outline"), digits[0], *TAGS.colon, 62, TAGS.close("outline")]
+    structure = Structure(TAGS)
+    for token in [TAGS.open("parallel"), TAGS.open("goal"), *first, *second, TAGS.close("goal")]:
+        structure.feed(token)
+    assert structure.path_prefix(0) != structure.path_prefix(1)
+
+
+BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
+def test_packed_weights_answer_alike_and_leave_the_model_as_it_was():
+    config = copy.deepcopy(tiny_model("qwen2").config)
+    config.hidden_size, config.intermediate_size = 512, 512
+    model = MultiverseForCausalLM.from_config(config, TAGS, dtype=torch.bfloat16).eval()
+    ids = torch.tensor([[60, 61, 62]])
+    with torch.no_grad():
+        expected = model(ids).logits
+        with packed_weights(model):
+            packed = [module for module in model.modules() if "forward" in module.__dict__]
+            assert len(packed) > 4
+            assert (model(ids).logits - expected).abs().max() < 0.05
+            assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
+        assert not [module for module in model.modules() if "forward" in module.__dict__]
+        assert torch.equal(model(ids).logits, expected)
+    with packed_weights(model):
+        model(ids).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

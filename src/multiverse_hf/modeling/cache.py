@@ -106,7 +106,7 @@ class LogCache(Cache):
     @property
     def num_used(self) -> int:
         """Log entries held."""
-        return sum(extent.used for extent in self.extents.values())
+        return sum(extent.used for extent in list(self.extents.values()))  # a copy: other threads ask
 
     @property
     def num_free(self) -> int:

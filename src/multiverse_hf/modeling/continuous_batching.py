@@ -82,8 +82,9 @@ class RequestHandle:
 
     def cancel(self) -> None:
         """Have the answer end now: its branches are closed, its memory is given back."""
-        if self._sequence is not None:
-            self._engine._cancel(self._sequence)
+        sequence = self._sequence  # read once: the engine's thread lets go of it
+        if sequence is not None:
+            self._engine._cancel(sequence)
 
     def result(self, timeout: float | None = None) -> MultiverseResult:
         """Wait for the answer. One that was cancelled is given as far as it came.
@@ -308,9 +309,11 @@ class MultiverseEngine:
             raise ValueError(f"logprobs must be an integer of at least 0, got {logprobs!r}")
         handle = RequestHandle(self)
         kwargs.setdefault("return_dict_in_generate", True)
+        input_ids = self._encode(prompt)
+        kwargs.setdefault("attention_mask", torch.ones_like(input_ids))  # nothing of it is padding
         asked = read_requests(
             self.model,
-            self._encode(prompt),
+            input_ids,
             generation_config,
             kwargs.pop("logits_processor", None),
             kwargs.pop("stopping_criteria", None),
@@ -339,6 +342,8 @@ class MultiverseEngine:
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed; make another")
+            if self._thread is not None and not self._thread.is_alive():
+                raise RuntimeError("the engine's thread is gone, as in a forked process; make an engine there")
             for handle in handles:
                 self._handles[handle._sequence] = handle
             self._inbox.extend(handle._sequence for handle in handles)
@@ -447,11 +452,20 @@ class MultiverseEngine:
                 engine.cancel(sequence)
         try:
             done = engine.step()
-        except Exception as err:  # of the model: what runs cannot go on, what waits may
+        except BaseException as err:  # of the model: what runs cannot go on, what waits may
             done = engine.fail_running(err)
         for sequence in done:
             self._complete(sequence)
         return engine.has_work or bool(self._inbox)
+
+    def _give_up(self, error: BaseException) -> None:
+        """Fail every request there is."""
+        with self._lock:
+            self._closed = True
+            sequences = list(self._handles)
+        for sequence in sequences:
+            sequence.error = sequence.error or error
+            self._complete(sequence)
 
     def _complete(self, sequence: Sequence) -> None:
         handle = self._handles.pop(sequence, None)
@@ -491,14 +505,24 @@ def _run(
     stop: threading.Event,
 ) -> None:
     """Step an engine as long as it is there and has work; the thread does not keep it alive."""
-    with packed_weights(model) if pack else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if pack:
+            try:
+                stack.enter_context(packed_weights(model))
+            except Exception as err:
+                logger.warning(f"the weights stay unpacked: {err}")
         while True:
             wake.clear()
             front = reference()
             if front is None:
                 return
             front._closed = front._closed or stop.is_set()
-            busy, closed = front._work(), front._closed
+            closed = front._closed  # asked before the work: what is submitted until then is still worked on
+            try:
+                busy = front._work()
+            except BaseException as err:  # nobody may wait for a thread that is gone
+                front._give_up(err)
+                raise
             del front
             if not busy and closed:
                 return

@@ -10,12 +10,14 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED = "multiverse_packed"
@@ -80,11 +82,8 @@ def packed_attention(
     Returns:
         (1, Q, heads, head_dim), and no weights.
     """
-    if multiverse_step is None:
-        raise RuntimeError(
-            f"{type(module).__name__} does not hand its keyword arguments to attention; use "
-            "MultiverseEngine(..., decoding='simple')"
-        )
+    if multiverse_step is None:  # not the engine's own pass: a layer that is computed again for its gradient
+        return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     outputs = []
     step = multiverse_step
     for number, piece in enumerate(step.pieces):
@@ -193,15 +192,45 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, sdpa_mask)
 
 
+# Taking turns
+
+# The attention implementation is a setting of the model. An engine changes it for a pass, so it and whoever else calls
+# the model take turns: the backbone's hooks hold this lock during every pass.
+TURN = threading.RLock()
+
+
+def take_turn(*_: Any) -> None:
+    """Forward pre-hook of a backbone."""
+    if not torch.compiler.is_compiling():
+        TURN.acquire()
+
+
+def end_turn(*_: Any) -> None:
+    """Forward hook of a backbone, called whatever happens."""
+    if not torch.compiler.is_compiling():
+        TURN.release()
+
+
 # Packed weights
 
 MIN_PACKED = 1 << 16  # weights; smaller layers gain nothing
 
 
-def _linear(weight: torch.Tensor, module: torch.nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
-    if torch.is_grad_enabled() or not inputs.numel() or inputs.dtype != torch.bfloat16:
-        return torch.nn.functional.linear(inputs, module.weight, module.bias)  # a caller of ours who is not the engine
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, module.bias, "none", [], "")
+class PackedForward:
+    """Forward of a linear layer with a packed weight. A copy of the layer has a plain one."""
+
+    def __init__(self, module: torch.nn.Linear) -> None:
+        self.module = module
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        module = self.module
+        if torch.is_grad_enabled() or not inputs.numel() or inputs.dtype != torch.bfloat16:
+            return torch.nn.functional.linear(inputs, module.weight, module.bias)  # a caller who is not the engine
+        return torch.ops.mkldnn._linear_pointwise(inputs, self.weight, module.bias, "none", [], "")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (torch.nn.Linear.forward, self.module)
 
 
 def can_pack(model: torch.nn.Module) -> bool:
@@ -238,10 +267,9 @@ def packed_weights(model: torch.nn.Module) -> Iterator[None]:
     would otherwise put the weight in order at every call. The weights must not change inside the context.
     """
     modules = _packable(model)
-    for module in modules:
-        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), 16)
-        module.forward = functools.partial(_linear, weight, module)
     try:
+        for module in modules:
+            module.forward = PackedForward(module)
         yield
     finally:
         for module in modules:

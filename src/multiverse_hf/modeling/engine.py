@@ -8,7 +8,6 @@ does. Fork and reduce only make rows of visibility and set positions. Sequences 
 import bisect
 import contextlib
 import itertools
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
-from .decoding import PACKED, Piece, Step, attend_eager, attend_sdpa
+from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
 from .interpreter import Mask, Stage, Structure
 from .layout import Event
 from .sampling import TokenScores, mix, score_tokens
@@ -31,9 +30,6 @@ ANSWER = -1  # as `until`: close the whole answer
 DEFAULT_CHUNK = 512
 MIN_OWN = 1 << 14  # queries times log entries; below, masking costs less than leaving out
 OWN_SHARE = 3  # a query that sees less than one of so many log entries meets no others
-
-# The attention implementation is a setting of the model: threads take turns, so that none changes it under another.
-_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(slots=True)
@@ -83,7 +79,8 @@ class Engine:
         self.kinds = layer_kinds(model.config)
         self.window = model.config.sliding_window if SLIDING in self.kinds else None
         self.is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
-        own = model.config._attn_implementation
+        with TURN:
+            own = model.config._attn_implementation
         # flash and flex kernels take no mask of single tokens
         can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
         self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
@@ -192,7 +189,9 @@ class Engine:
                 f"{least} tokens to begin and end one"
             )
         paths = [block.structure.scanner.open_blocks[-1].num_paths for b in sequence.live for block in b.blocks]
-        depth = max(branch.structure.depth for branch in sequence.live)
+        paths += [len(branch.structure.outlines) for branch in sequence.live]
+        opening = (Stage.ARMED, Stage.GOAL, Stage.OUTLINE)
+        depth = max(branch.structure.depth + (branch.structure.stage in opening) for branch in sequence.live)
         for name, found in (("max_paths", max(paths, default=0)), ("max_depth", depth)):
             if found > getattr(options, name):
                 raise ValueError(
@@ -295,7 +294,7 @@ class Engine:
         Returns:
             The branches that choose a token now, N of them, and the (N, V) logits they choose it from.
         """
-        with _ONE_AT_A_TIME, self._attention():
+        with TURN, self._attention():
             logits = self._forward_packed(batch) if self.is_packed else self._forward_simple(batch)
         queries: list[tuple[Sequence, Branch]] = []
         for reading in batch:
@@ -438,7 +437,7 @@ class Engine:
                 [self._mask(sequence, branch) for sequence, branch in queries],
                 [(s.request.sampler.seed, s.request.key, b.key, b.position) for s, b in queries],
             )
-        except Exception as err:
+        except BaseException as err:
             if len(sequences) == 1:
                 self._fail(sequences[0], err)
                 return
@@ -451,11 +450,11 @@ class Engine:
         for row, ((sequence, branch), token) in enumerate(zip(queries, tokens, strict=True)):
             if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
                 continue
-            kept = logits[row] if sequence.request.keep_logits else None
+            kept = logits[row].clone() if sequence.request.keep_logits else None
             likelihood = likely[row] if likely is not None and sequence.request.num_logprobs is not None else None
             try:
                 self._take(sequence, branch, token, scores[row], kept, likelihood)
-            except Exception as err:  # of a stopping criterion or a streamer: the others go on
+            except BaseException as err:  # of a stopping criterion or a streamer: the others go on
                 self._fail(sequence, err)
 
     def _take(
@@ -639,7 +638,7 @@ class Engine:
                 return None  # it closes something
         depth, spare = len(branch.blocks), 64 * (structure.depth + 2)  # more than closing one branch can take
         left = sequence.total - sequence.num_written - 1
-        is_near = token is not None and left < spare * len(sequence.live) + 32 * len(structure.outlines)
+        is_near = token is not None and left < (spare + 32 * request.options.max_paths) * len(sequence.live)
         if left < 0 or (is_near and left < self._closing_cost(sequence, branch, structure)):
             return sequence.total_reason, ANSWER
         if request.options.max_path_tokens is not None:
@@ -724,17 +723,17 @@ class Engine:
             if sequence.live and (late or sequence.is_cancelled):
                 try:
                     self._finish(sequence, FinishReason.CANCELLED if sequence.is_cancelled else FinishReason.TIME)
-                except Exception as err:
+                except BaseException as err:
                     self._fail(sequence, err)
 
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
+    def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Take a sequence out of the way of the others; its caller gets the error."""
         sequence.error = error
         for branch in sequence.live:
             branch.segment.ended = True
         sequence.live.clear()
 
-    def fail_running(self, error: Exception) -> list[Sequence]:
+    def fail_running(self, error: BaseException) -> list[Sequence]:
         """Give up what is running, after the model failed; what waits goes on. As :meth:`step` otherwise."""
         for sequence in self.running:
             self._fail(sequence, error)
@@ -761,7 +760,7 @@ class Engine:
         if sequence.error is None:
             try:
                 self._emit(sequence, "finish", "", finish_reason=stats.finish_reason)
-            except Exception as err:
+            except BaseException as err:
                 sequence.error = err
 
 

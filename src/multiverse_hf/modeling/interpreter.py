@@ -129,9 +129,10 @@ class Structure:
         """Give the label of every path that the outlines written so far ask for."""
         tags = self.tags
         labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
+        labels = [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
         if len({tuple(label) for label in labels}) < len(labels):  # siblings could not be told apart
             labels = [tags.ordinal(n) for n in range(1, len(labels) + 1)]
-        return [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
+        return labels
 
     def path_prefix(self, path: int) -> list[int]:
         """Give what the engine writes at the start of a path of the innermost open block."""

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .arguments import check_streamer
 from .attention import LayoutHook, layer_kinds
+from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
 from .tags import PRESETS, TagNames, TagSet
 
@@ -44,6 +45,8 @@ class MultiverseForCausalLM:
             )
         super().__init__(*args, **kwargs)
         self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
+        self.base_model.register_forward_pre_hook(take_turn)
+        self.base_model.register_forward_hook(end_turn, always_call=True)
         self.base_model.register_forward_pre_hook(LayoutHook(self.tags), with_kwargs=True)
 
     @classmethod

@@ -239,7 +239,7 @@ class Sequence:
     stats: GenerationStats = field(default_factory=GenerationStats)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[int, TokenScores] = field(default_factory=dict)
-    error: Exception | None = None
+    error: BaseException | None = None
     is_prompt: bool = True  # its prompt is being interpreted
     is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
     is_cancelled: bool = False
