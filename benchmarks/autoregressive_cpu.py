@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from decode_cpu import EOS, TEXT, VOCAB, make_models, make_tags
-from report import add_flags, environment, finish, show, spread
+from report import count, environment, finish, make_parser, show, spread
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from multiverse_hf import MultiverseEngine
@@ -74,17 +74,11 @@ def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) 
 
 
 def main() -> None:
-    description, _, examples = (__doc__ or "").partition("\n\n    python")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="examples:\n    python" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4, 8], help="prompts at once (default: 1 4 8)")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens of an answer (default: %(default)s)")
+    parser = make_parser(__doc__, repeats=3)
+    parser.add_argument("--batch", type=count, nargs="+", default=[1, 4, 8], help="prompts at once (default: 1 4 8)")
+    parser.add_argument("--prompt", type=count, default=256, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--tokens", type=count, default=64, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--skip", nargs="+", choices=("engine", "generate", "continuous"), default=[])
-    add_flags(parser, repeats=3)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -16,7 +16,6 @@ problem by problem. It counts where ``off`` and ``transformers`` wrote the same 
     python benchmarks/chains_wallclock.py --output benchmarks/results/chains_wallclock.json
 """
 
-import argparse
 import random
 import statistics
 import time
@@ -26,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import add_flags, count, environment, finish, show, spread
+from report import count, environment, finish, make_parser, show, spread
 from transformers import AutoModelForCausalLM
 
 from multiverse_hf.checkpoints import (
@@ -126,17 +125,11 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    description, _, examples = (__doc__ or "").partition("\n\n    python")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="examples:\n    python" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder (default: the embedded model)")
     parser.add_argument("--problems", type=count, default=10, help="problems (default: %(default)s)")
     parser.add_argument("--chains", type=int, default=8, help="chains of each problem (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=count, default=2560, help="bound on an answer (default: %(default)s)")
-    add_flags(parser, repeats=1)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

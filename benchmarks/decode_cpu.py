@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from report import add_flags, environment, finish, show, spread
+from report import count, environment, finish, make_parser, show, spread
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
 
 from multiverse_hf.modeling.cache import LogCache
@@ -321,19 +321,13 @@ def print_result(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    description, _, examples = (__doc__ or "").partition("\n\n    python")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="examples:\n    python" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--paths", type=int, nargs="+", default=[8, 16], help="paths of the block (default: 8 16)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at once (default: 1)")
-    parser.add_argument("--path-tokens", type=int, default=64, help="tokens a path (default: %(default)s)")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of the prompt (default: %(default)s)")
+    parser = make_parser(__doc__, repeats=3)
+    parser.add_argument("--paths", type=count, nargs="+", default=[8, 16], help="paths of the block (default: 8 16)")
+    parser.add_argument("--batch", type=count, nargs="+", default=[1], help="prompts at once (default: 1)")
+    parser.add_argument("--path-tokens", type=count, default=64, help="tokens a path (default: %(default)s)")
+    parser.add_argument("--prompt", type=count, default=256, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--write-goal", action="store_true", help="have the outlines written instead of given")
     parser.add_argument("--skip", nargs="+", choices=SIDES, default=[], help="sides to leave out")
-    add_flags(parser, repeats=3)
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)

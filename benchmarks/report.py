@@ -38,12 +38,19 @@ def output_file(text: str) -> Path:
     return Path(text)
 
 
-def add_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
-    """Add the flags all benchmarks share."""
+def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
+    """Make a benchmark's parser from its module's docstring, with the flags all benchmarks share."""
+    description, _, examples = (doc or "").partition("\n\n    python")
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="examples:\n    python" + examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--repeats", type=count, default=repeats, help="interleaved repeats (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=None, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
     parser.add_argument("--output", type=output_file, default=None, help="also write the result to this JSON file")
+    return parser
 
 
 def environment() -> dict[str, Any]:

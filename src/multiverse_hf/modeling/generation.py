@@ -16,7 +16,6 @@ from .arguments import (
     infer_mask,
     read_callables,
     read_prompts,
-    reject,
     split_options,
     take_input_ids,
 )
@@ -124,7 +123,6 @@ def read_requests(
         prefix_allowed = lambda _, ids: allowed_in_batch(0, ids)  # noqa: E731 - rows are branches, of one prompt
     input_ids = take_input_ids(inputs, kwargs)
     attention_mask = kwargs.pop("attention_mask", None)
-    reject(kwargs.pop("use_cache", None) is False, "use_cache=False", "leave it on; the engine keeps its own cache")
     said = (kwargs, vars(generation_config or GenerationConfig()), vars(model.generation_config))
     has_default_max_length = all(source.get("max_length") is None for source in said)
     config, rest = model._prepare_generation_config(generation_config, **kwargs)
@@ -156,8 +154,6 @@ def read_requests(
     if prefix_allowed is not None and len(prompts) > 1:
         raise ValueError(f"prefix_allowed_tokens_fn takes one prompt, got {len(prompts)}; answer them one at a time")
     copies = 1 if config.num_return_sequences is None else config.num_return_sequences
-    if not isinstance(copies, int) or copies < 1:
-        raise ValueError(f"num_return_sequences must be an integer of at least 1, got {copies!r}")
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
         raise TypeError(f"seed must be an integer, got {seed!r}")
