@@ -1,15 +1,12 @@
 """``MultiverseEngine``: many requests at once, from many threads, each answered as if it were alone."""
 
-import asyncio
 import collections
 import contextlib
-import functools
 import os
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,149 +17,15 @@ from .cache import LogCache, bytes_per_entry
 from .decoding import can_pack, packed_weights
 from .engine import DEFAULT_CHUNK, Engine, document_entries
 from .generation import read_requests
-from .sampling import TokenScores, sequence_key
-from .state import BranchEvent, FinishReason, GenerationStats, Sequence
+from .handles import MultiverseResult, RequestHandle
+from .sampling import sequence_key
+from .state import BranchEvent, Sequence
 from .tags import encode_prompt
 
 logger = logging.get_logger(__name__)
 
 DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
 CPU_MEMORY = 1 << 28  # bytes; more only if asked for
-
-
-@dataclass(frozen=True, slots=True)
-class MultiverseResult:
-    """One finished answer; lists are in document order, one item a token.
-
-    Attributes:
-        prompt_ids: token ids of the prompt.
-        ids: token ids of the answer, paths one after the other.
-        text: the answer without the tokenizer's special tokens; None without a tokenizer.
-        sampled: True where the model chose the token, False where the engine wrote it.
-        branches: label of the branch that wrote it, e.g. ``"2.1"``.
-        scores: with ``logprobs``, how likely the token was; None where it was not chosen.
-        logits: with ``output_logits``, the (V,) logits it was chosen from; None where it was not chosen.
-        stats: what the answer cost, and why it ended.
-    """
-
-    prompt_ids: list[int]
-    ids: list[int]
-    text: str | None
-    sampled: list[bool]
-    branches: list[str]
-    scores: list[TokenScores | None] | None
-    logits: list[torch.Tensor | None] | None
-    stats: GenerationStats
-
-    @property
-    def finish_reason(self) -> FinishReason:
-        """Why the answer ended."""
-        return self.stats.finish_reason
-
-
-class RequestHandle:
-    """A request on its way. Iterate over it for its events; ``result()`` waits for the answer.
-
-    In a coroutine use ``async for event in handle`` and ``await handle``.
-    """
-
-    def __init__(self, engine: "MultiverseEngine") -> None:
-        self._engine = engine
-        self._sequence: Sequence | None = None
-        self._events: list[BranchEvent] = []
-        self._changed = threading.Condition()
-        self._listeners: list[Callable[[], None]] = []
-        self._result: MultiverseResult | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        """The answer is complete, or has failed."""
-        return self._result is not None or self._error is not None
-
-    def cancel(self) -> None:
-        """Have the answer end now: its branches are closed, its memory is given back."""
-        sequence = self._sequence  # read once: the engine's thread lets go of it
-        if sequence is not None:
-            self._engine._cancel(sequence)
-
-    def result(self, timeout: float | None = None) -> MultiverseResult:
-        """Wait for the answer. One that was cancelled is given as far as it came.
-
-        Args:
-            timeout: seconds to wait; None for as long as it takes.
-
-        Raises:
-            TimeoutError: if it is not complete by then; it goes on.
-            Exception: what a logits processor, a stopping criterion or the model raised.
-        """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self.done, timeout):
-                raise TimeoutError(f"the answer is not complete after {timeout} s")
-        if self._error is not None:
-            raise self._error
-        return self._result
-
-    def __iter__(self) -> Iterator[BranchEvent]:
-        at = 0
-        while not (self.done and at == len(self._events)):
-            with self._changed:
-                self._changed.wait_for(functools.partial(self._is_past, at))
-            new = self._events[at:]
-            yield from new
-            at += len(new)
-        if self._error is not None:
-            raise self._error
-
-    async def __aiter__(self) -> AsyncIterator[BranchEvent]:
-        at = 0
-        while not (self.done and at == len(self._events)):
-            await self._wait(functools.partial(self._is_past, at))
-            for event in self._events[at:]:
-                yield event
-                at += 1
-        if self._error is not None:
-            raise self._error
-
-    def _is_past(self, at: int) -> bool:
-        return len(self._events) > at or self.done
-
-    def __await__(self) -> Generator[Any, None, MultiverseResult]:
-        try:
-            yield from self._wait(lambda: self.done).__await__()
-        except asyncio.CancelledError:  # as with any task that is awaited
-            self.cancel()
-            raise
-        return self.result()
-
-    async def _wait(self, condition: Callable[[], bool]) -> None:
-        """Wait in an event loop for what another thread does."""
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-
-        def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(changed.set)
-
-        with self._changed:
-            if condition():
-                return
-            self._listeners.append(wake)
-        try:
-            while not condition():
-                await changed.wait()
-                changed.clear()
-        finally:
-            with self._changed:
-                self._listeners.remove(wake)
-
-    def _notify(self, event: BranchEvent | None = None) -> None:
-        with self._changed:
-            if event is not None:
-                self._events.append(event)
-            self._changed.notify_all()
-            listeners = list(self._listeners)
-        for listener in listeners:
-            listener()
 
 
 class MultiverseEngine:
@@ -307,7 +170,7 @@ class MultiverseEngine:
             raise ValueError("submit takes no streamer; iterate over the handle, or pass on_event")
         if logprobs is not None and (not isinstance(logprobs, int) or isinstance(logprobs, bool) or logprobs < 0):
             raise ValueError(f"logprobs must be an integer of at least 0, got {logprobs!r}")
-        handle = RequestHandle(self)
+        handle = RequestHandle(self._cancel)
         kwargs.setdefault("return_dict_in_generate", True)
         input_ids = self._encode(prompt)
         kwargs.setdefault("attention_mask", torch.ones_like(input_ids))  # nothing of it is padding
