@@ -277,6 +277,17 @@ def test_a_pool_that_is_moved_together_keeps_its_contents():
         assert layer.values[0, 0, used, 0].tolist() == (-held[owner]).tolist()
 
 
+def test_logs_that_grow_together_are_seldom_moved(monkeypatch):
+    cache = LogCache(1, 8 * 100 + 20)
+    (layer,) = cache.layers
+    moves = []
+    monkeypatch.setattr(layer, "move", lambda source, _: moves.append(len(source)))
+    for length in range(40, 101):
+        assert all(cache.reserve(owner, length, length + length // 2 + 64) for owner in range(8))
+    assert cache.num_used == 800
+    assert sum(moves) <= 8 * cache.num_used, "each entry moves a few times, not at every step"
+
+
 # The front: threads, handles, coroutines
 
 

@@ -46,10 +46,11 @@ class LogLayer(CacheLayerMixin):
             self.values.index_copy_(2, write, value_states)
         return self.keys[:, :, read], self.values[:, :, read]
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the contents of ``length`` slots, which may overlap."""
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy the contents of ``source`` slots to ``target`` slots, both (slots,) int64; they may overlap."""
         for states in (self.keys, self.values) if self.is_initialized else ():
-            states[:, :, target : target + length] = states[:, :, source : source + length].clone()
+            moved = states.index_select(2, source.to(states.device))
+            states.index_copy_(2, target.to(states.device), moved)
 
     def resize(self, capacity: int) -> None:
         """Move to a larger allocation."""
@@ -148,14 +149,15 @@ class LogCache(Cache):
             if extent.size + behind >= need:
                 extent.size, extent.used = min(extent.size + behind, wish), need
                 return True
-        fitting = [gap for gap in gaps if gap[1] >= wish] or [max(gaps, key=lambda gap: gap[1], default=(0, 0))]
-        base, size = fitting[0]
-        if size < need:
-            base, size = self._compact(owner)
-        if extent is not None and base != extent.base:
+        base = next((base for base, size in gaps if size >= wish), None)
+        if base is None:  # a gap that only just fits would have to be left again at once
+            self._lay_out(owner, need)
+            return True
+        if extent is not None:
+            slots = torch.arange(extent.used)
             for layer in self.layers:
-                layer.move(extent.base, base, extent.used)
-        self.extents[owner] = Extent(base, min(size, wish), need)
+                layer.move(extent.base + slots, base + slots)
+        self.extents[owner] = Extent(base, wish, need)
         return True
 
     def release(self, owner: int) -> None:
@@ -180,30 +182,25 @@ class LogCache(Cache):
             gaps.append((at, self.capacity - at))
         return gaps
 
-    def _compact(self, owner: int) -> tuple[int, int]:
-        """Move all logs together, without spare room, that of ``owner`` last; give the extent left for it."""
-        at, order = SCRATCH, sorted(self.extents, key=lambda key: self.extents[key].base)
-        own = self.extents.get(owner)
-        saved = [
-            (layer, layer.keys[:, :, own.base : own.base + own.used].clone(),
-             layer.values[:, :, own.base : own.base + own.used].clone())
-            for layer in (self.layers if own is not None else ()) if layer.is_initialized
-        ]  # fmt: skip
-        for key in order:
-            extent = self.extents[key]
-            if key == owner:
-                continue
-            if extent.base != at:
-                for layer in self.layers:
-                    layer.move(extent.base, at, extent.used)
-            extent.base, extent.size = at, extent.used
-            at = extent.end
-        if own is not None:
-            for layer, keys, values in saved:
-                layer.keys[:, :, at : at + own.used] = keys
-                layer.values[:, :, at : at + own.used] = values
-            own.base = at
-        return at, self.capacity - at
+    def _lay_out(self, owner: int, need: int) -> None:
+        """Lay all logs out anew, that of ``owner`` with ``need`` entries, and share the free room out evenly.
+
+        Logs grow at much the same pace, so that this is done again only when most of that room is used.
+        """
+        order = sorted(self.extents, key=lambda key: self.extents[key].base)
+        lengths = {key: self.extents[key].used for key in order} | {owner: need}
+        share, rest = divmod(self.capacity - SCRATCH - sum(lengths.values()), len(lengths))
+        extents, at = {}, SCRATCH
+        for key, length in lengths.items():
+            extents[key] = Extent(at, length + share + (rest if key == owner else 0), length)
+            at = extents[key].end
+        if order:
+            runs = [np.arange(self.extents[key].used) for key in order]
+            source = np.concatenate([self.extents[key].base + run for key, run in zip(order, runs, strict=True)])
+            target = np.concatenate([extents[key].base + run for key, run in zip(order, runs, strict=True)])
+            for layer in self.layers:
+                layer.move(torch.from_numpy(source), torch.from_numpy(target))
+        self.extents = extents
 
     def _enlarge(self, room: int) -> None:
         """Allocate a pool with ``room`` slots more, and at least half as large again."""
