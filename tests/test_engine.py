@@ -28,6 +28,7 @@ from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.engine import Engine, document_entries
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.runner import ModelRunner
 from multiverse_hf.modeling.state import FinishReason, Sequence
 
 tiny_model = functools.cache(new_tiny_model)
@@ -112,7 +113,7 @@ class Pressure(RuleBasedStateMachine):
         super().__init__()
         self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7)
         if self.meets_own:
-            self.engine.min_own, self.engine.own_share = 0, 1
+            self.engine.runner.min_run_work, self.engine.runner.run_share, self.engine.runner.min_tail = 0, 1, 4
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
 
     @rule(
@@ -212,18 +213,26 @@ def test_a_preempted_answer_is_the_same_and_the_last_come_gives_way():
         assert sequence.stats == oracle.stats
 
 
-def test_branches_that_attend_to_their_own_keys_alone_choose_the_same(monkeypatch):
-    goal = [60, TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE * 6, TAGS.close("goal")]
+def nested(depth: int, width: int) -> list[int]:
+    """A goal inside the first path of another."""
+    goal = [TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE * width, TAGS.close("goal")]
+    return goal if depth == 1 else [*goal, TAGS.open("path"), *nested(depth - 1, width)]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_branches_that_are_kept_apart_choose_the_same(monkeypatch, family, depth):
+    prompt = [60, *nested(depth, 6)]
     options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0}
     taken = []
-    own_slots = Engine._own_slots
-    monkeypatch.setattr(Engine, "_own_slots", lambda *args: taken.append(own_slots(*args)) or taken[-1])
-    engine = new_engine("llama", 1000)
-    engine.min_own, engine.own_share = 0, 1
-    sequence = engine.add(request_of("llama", goal, **options))
+    piece_of = ModelRunner._piece
+    monkeypatch.setattr(ModelRunner, "_piece", lambda *args: taken.append(piece_of(*args)) or taken[-1])
+    engine = new_engine(family, 1000)
+    engine.runner.min_run_work, engine.runner.run_share, engine.runner.min_tail = 0, 1, 4
+    sequence = engine.add(request_of(family, prompt, **options))
     drain(engine)
-    assert sum(slots is not None for slots in taken) > 10
-    oracle = alone("llama", tuple(goal), tuple(sorted(options.items())))
+    assert sum(bool(piece.runs) for piece in taken) > 10
+    oracle = alone(family, tuple(prompt), tuple(sorted(options.items())))
     assert answer_of(sequence) == answer_of(oracle)
     for entry, logits in sequence.logits.items():
         assert (logits - oracle.logits[entry]).abs().max() < 1e-9

@@ -160,6 +160,17 @@ class LogCache(Cache):
         self.extents[owner] = Extent(base, wish, need)
         return True
 
+    def arrange(self, owner: int, order: np.ndarray) -> None:
+        """Bring the first entries of a log into another order.
+
+        Args:
+            order: (n,) int64, a permutation: for each of the first n slots of the extent the one whose entry it gets.
+        """
+        base = self.extents[owner].base
+        source, target = torch.from_numpy(base + order), torch.arange(base, base + len(order))
+        for layer in self.layers:
+            layer.move(source, target)
+
     def release(self, owner: int) -> None:
         """Give a log's slots back."""
         self.extents.pop(owner, None)

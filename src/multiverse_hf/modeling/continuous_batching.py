@@ -116,8 +116,8 @@ class MultiverseEngine:
 
     def describe(self) -> str:
         """Say in a line how this engine decodes."""
-        kind = "packed" if self._engine.is_packed else "simple"
-        attention = "eager" if self._engine.is_eager else "sdpa"
+        kind = "packed" if self._engine.runner.is_packed else "simple"
+        attention = "eager" if self._engine.runner.is_eager else "sdpa"
         size = self.max_cache_tokens * self.bytes_per_token / 2**30
         weights = ", packed weights" if self.pack_weights else ""
         return (

@@ -33,16 +33,17 @@ class Piece:
         keys: the slots they may see, a slice of the pool.
         mask: columns of the step's mask that stand for these slots; None if all queries see all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
-        own: (Q, K) int64, for each query the slots it sees, padded with any; attention then leaves all others out.
-        own_mask: (Q, 1, 1, K) additive, which of ``own`` is padding; None if none is.
+        runs: for each query the parts of the keys that it sees whole, with as many or fewer others; attention then
+            leaves out those of the other queries. Empty if not known.
+        shared: the parts of the keys that are in no run.
     """
 
     queries: slice
     keys: slice
     mask: slice | None
     causal: bool = False
-    own: torch.Tensor | None = None
-    own_mask: torch.Tensor | None = None
+    runs: list[list[slice]] = field(default_factory=list)
+    shared: list[slice] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +88,64 @@ def packed_attention(
     outputs = []
     step = multiverse_step
     for number, piece in enumerate(step.pieces):
-        if piece.own is not None:
-            outputs.append(_attend_own(piece, query[:, :, piece.queries], key, value, kwargs.get("scaling")))
-            continue
         keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         mask = None if piece.mask is None else attention_mask[:, :, piece.queries, piece.mask]
+        if piece.runs:
+            outputs.append(attend_runs(piece, query[:, :, piece.queries], keys, values, mask, kwargs.get("scaling")))
+            continue
         kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, id(attention_mask)))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def _attend_own(
-    piece: Piece, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+def attend_runs(
+    piece: Piece,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float | None,
 ) -> torch.Tensor:
-    """Attend with each query to a copy of the keys it sees, all queries at once.
+    """Attend with each query to its own runs of keys and to the shared ones, and to no others.
 
-    Long branches side by side would otherwise meet each other's keys only to mask them.
+    Long branches side by side would otherwise meet each other's keys only to mask them. Precision is that of
+    transformers' eager attention: products in the queries' dtype, softmax in float32.
+
+    Args:
+        query: (1, heads, Q, head_dim).
+        key, value: (1, kv_heads, K, head_dim).
+        attention_mask: (1, 1, Q, K), added to the scores of shared keys.
+
+    Returns:
+        (1, Q, heads, head_dim).
     """
     _, heads, queries, head_dim = query.shape
-    kv_heads, length = key.shape[1], piece.own.shape[1]
-    slots = piece.own.flatten()
-    keys = key[0].index_select(1, slots).view(kv_heads, queries, length, -1).transpose(0, 1)
-    values = value[0].index_select(1, slots).view(kv_heads, queries, length, -1).transpose(0, 1)
-    folded = query[0].view(kv_heads, heads // kv_heads, queries, head_dim).permute(2, 0, 1, 3)
-    output = torch.nn.functional.scaled_dot_product_attention(folded, keys, values, piece.own_mask, scale=scaling)
-    return output.reshape(1, queries, heads, -1)
+    kv_heads = key.shape[1]
+    rows = query[0].view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2)  # (kv, Q, groups, head_dim)
+    shared_keys = torch.cat([key[0, :, part] for part in piece.shared], dim=1)
+    shared_values = torch.cat([value[0, :, part] for part in piece.shared], dim=1)
+    mask = torch.cat([attention_mask[0, 0, :, part] for part in piece.shared], dim=1)
+    num_shared = mask.shape[1]
+    runs = []  # (query, its columns of the scores, the keys they are of)
+    for row, parts in enumerate(piece.runs):
+        column = num_shared
+        for part in parts:
+            runs.append((row, slice(column, column + part.stop - part.start), part))
+            column = runs[-1][1].stop
+    width = max(columns.stop for _, columns, _ in runs)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = torch.full((*rows.shape[:3], width), -torch.inf, dtype=dtype)
+    scores[..., :num_shared] = (rows.flatten(1, 2) @ shared_keys.mT).unflatten(1, (queries, -1))
+    for row, columns, part in runs:
+        scores[:, row, :, columns] = rows[:, row] @ key[0, :, part].mT
+    scores *= head_dim**-0.5 if scaling is None else scaling
+    scores[..., :num_shared] += mask[:, None]
+    weights = scores.softmax(dim=-1).to(query.dtype)
+    output = (weights[..., :num_shared].flatten(1, 2) @ shared_values).unflatten(1, (queries, -1)).to(dtype)
+    for row, columns, part in runs:
+        output[:, row] += weights[:, row, :, columns] @ value[0, :, part]
+    return output.to(query.dtype).transpose(0, 1).reshape(1, queries, heads, head_dim)
 
 
 def attend_sdpa(

@@ -6,46 +6,25 @@ does. Fork and reduce only make rows of visibility and set positions. Sequences 
 """
 
 import bisect
-import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
-from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
 from .interpreter import Mask, Stage, Structure
 from .layout import Event
+from .runner import ModelRunner, Reading
 from .sampling import TokenScores, mix, score_tokens
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
 
 ANSWER = -1  # as `until`: close the whole answer
 DEFAULT_CHUNK = 512
-MIN_OWN = 1 << 14  # queries times log entries; below, masking costs less than leaving out
-OWN_SHARE = 3  # a query that sees less than one of so many log entries meets no others
-
-
-@dataclass(slots=True)
-class Reading:
-    """Log entries of one sequence that a step reads: ``first`` to ``end``, packed as ``queries`` of its row."""
-
-    sequence: Sequence
-    entries: list[tuple[int, np.ndarray]]  # each with what it sees
-    queries: slice
-    first: int
-    end: int
-
-    @property
-    def is_last(self) -> bool:
-        """Nothing is left to read: the sequence's branches choose their next tokens."""
-        return len(self.entries) == len(self.sequence.pending)
 
 
 class Engine:
@@ -76,19 +55,10 @@ class Engine:
         self.model, self.tags, self.cache = model, tags, cache
         self.max_num_seqs, self.prefill_chunk, self.on_step = max_num_seqs, prefill_chunk, on_step
         self.context = getattr(model.config, "max_position_embeddings", None)
-        self.kinds = layer_kinds(model.config)
-        self.window = model.config.sliding_window if SLIDING in self.kinds else None
-        self.is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
-        with TURN:
-            own = model.config._attn_implementation
-        # flash and flex kernels take no mask of single tokens
-        can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
-        self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
-        self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        self.runner = ModelRunner(model, cache, decoding)
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.num_steps = self.num_preemptions = 0
-        self.min_own, self.own_share = MIN_OWN, OWN_SHARE
         self._arrivals = itertools.count()
 
     # Requests
@@ -280,13 +250,14 @@ class Engine:
             self.cache.release(victim.arrival)
             victim.num_computed = 0
             victim.pending.clear()
+            victim.slots, victim.runs = victim.slots[:0], []
             self.enqueue(victim)
             self.num_preemptions += 1
             if victim is sequence:
                 return False
         return True
 
-    # Prepare and forward
+    # Forward
 
     def _forward(self, batch: list[Reading]) -> tuple[list[tuple[Sequence, Branch]], torch.Tensor]:
         """Read log entries.
@@ -294,8 +265,7 @@ class Engine:
         Returns:
             The branches that choose a token now, N of them, and the (N, V) logits they choose it from.
         """
-        with TURN, self._attention():
-            logits = self._forward_packed(batch) if self.is_packed else self._forward_simple(batch)
+        logits = self.runner(batch)
         queries: list[tuple[Sequence, Branch]] = []
         for reading in batch:
             sequence = reading.sequence
@@ -306,115 +276,6 @@ class Engine:
                 queries += [(sequence, branch) for branch in sequence.live]
             del sequence.pending[: len(reading.entries)]
         return queries, logits if logits.dtype == torch.float64 else logits.float()
-
-    def _forward_packed(self, batch: list[Reading]) -> torch.Tensor:
-        """Read the entries of all sequences in one row."""
-        device = self.model.device
-        ids, positions, slots, pieces, rows = [], [], [], [], []
-        for reading in batch:
-            sequence, first, end = reading.sequence, reading.first, reading.end
-            base = self.cache.extents[sequence.arrival].base
-            ids += sequence.ids[first:end]
-            positions.append(sequence.positions[first:end])
-            slots.append((base + first, base + end))
-            causal = sequence.root.block is None and (self.window is None or end <= self.window)
-            own = None if causal else self._own_slots(reading, base)
-            if own is not None:
-                pieces.append(Piece(reading.queries, slice(base, base + end), None, False, *own))
-            else:
-                mask = None if causal else slice(0, end)
-                pieces.append(Piece(reading.queries, slice(base, base + end), mask, causal))
-            if reading.is_last:
-                shift = reading.queries.start - first
-                rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
-        self.cache.prepare(slots, device)
-        output = self.model(
-            input_ids=torch.tensor(ids, device=device)[None],
-            position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
-            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if piece.mask is not None]),
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=torch.tensor(rows or [0], device=device),
-            multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
-        )
-        return output.logits[0]
-
-    def _own_slots(self, reading: Reading, base: int) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Give the slots each query sees, where a query sees so few that it should meet no others; else None."""
-        if self.is_eager or self.window is not None or reading.end * len(reading.entries) < self.min_own:
-            return None
-        seen = [np.flatnonzero(sees[: entry + 1]) for entry, sees in reading.entries]
-        length = max(map(len, seen))
-        if self.own_share * length > reading.end:
-            return None
-        slots = np.zeros((len(seen), length), dtype=np.int64)
-        padding = np.arange(length) >= np.array([len(row) for row in seen])[:, None]
-        for row, columns in enumerate(seen):
-            slots[row, : len(columns)] = columns + base
-        own, mask = torch.from_numpy(slots).to(self.model.device), None
-        if padding.any():
-            mask = to_additive(torch.from_numpy(~padding).to(self.model.device), self.model.dtype)[:, None, None]
-        return own, mask
-
-    def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
-        """Read the entries of each sequence in a pass of its own, as anyone would."""
-        device, logits = self.model.device, []
-        for reading in batch:
-            sequence, first, end = reading.sequence, reading.first, reading.end
-            base = self.cache.extents[sequence.arrival].base
-            self.cache.prepare([(base + first, base + end)], device, slice(base, base + end))
-            alone = Reading(sequence, reading.entries, slice(0, end - first), first, end)
-            rows = [branch.segment.entries[-1] - first for branch in sequence.live] if reading.is_last else [0]
-            output = self.model(
-                input_ids=torch.tensor(sequence.ids[first:end], device=device)[None],
-                position_ids=torch.from_numpy(sequence.positions[first:end])[None].to(device),
-                attention_mask=self._masks([alone]),
-                past_key_values=self.cache,
-                use_cache=True,
-                logits_to_keep=torch.tensor(rows, device=device),
-            )
-            logits += [output.logits[0]] if reading.is_last else []
-        return torch.cat(logits) if logits else output.logits[0]
-
-    @contextlib.contextmanager
-    def _attention(self) -> Iterator[None]:
-        """Have the model attend as the engine decodes, for one pass."""
-        own = self.configs[0]._attn_implementation
-        name = PACKED if self.is_packed else "eager" if self.is_eager else "sdpa"
-        for config in self.configs:
-            config._attn_implementation = name
-        try:
-            yield
-        finally:
-            for config in self.configs:
-                config._attn_implementation = own
-
-    def _masks(self, batch: list[Reading]) -> Any:
-        """Give the model's ``attention_mask``: one tensor (1, 1, queries, entries), or one for each kind of layer."""
-        shape = (max(r.queries.stop for r in batch), max(r.end for r in batch)) if batch else (1, 1)
-        mask = np.zeros(shape, dtype=bool)
-        for reading in batch:
-            begin = reading.queries.start
-            for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
-                entries = list(run)
-                last, seen = entries[-1][0], entries[-1][1]
-                rows = mask[begin : begin + len(entries), : last + 1]
-                rows[:] = seen[: last + 1]
-                if len(entries) > 1:
-                    rows &= np.arange(last + 1) <= np.array([entry for entry, _ in entries])[:, None]
-                begin += len(entries)
-        masks = {}
-        for kind in self.kinds:
-            allowed = mask
-            if kind == SLIDING and batch:
-                allowed = mask.copy()
-                for reading in batch:
-                    positions = reading.sequence.positions[: reading.end]
-                    near = positions[reading.first :, None] - positions < self.window
-                    allowed[reading.queries, : reading.end] &= near
-            tensor = torch.from_numpy(allowed)[None, None].to(self.model.device)
-            masks[kind] = to_additive(tensor, self.model.dtype) if self.is_packed or self.is_eager else tensor
-        return masks if len(masks) > 1 else masks.popitem()[1]
 
     # Sample and interpret
 

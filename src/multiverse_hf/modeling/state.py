@@ -201,6 +201,14 @@ class Request:
         return self.max_new_tokens * (self.options.max_paths if self.structured else 1)
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Part of a sequence's slots with what one branch alone saw: whoever sees ``entry`` of it sees all of it."""
+
+    slots: slice
+    entry: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One answer being written: its log, and its live branches.
@@ -210,6 +218,9 @@ class Sequence:
         live: branches being written, in document order.
         pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
         num_computed: log entries the model has read.
+        slots: (n,) int64, for the first n log entries their place in the sequence's part of the cache; those that
+            follow are in order.
+        runs: parts of the cache that hold what one branch alone saw, next to each other, up to slot n.
         prompt_length: positions the prompt takes.
         budget: positions the answer may take.
         total: tokens the answer may take.
@@ -229,6 +240,8 @@ class Sequence:
     live: list[Branch] = field(default_factory=list)
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    runs: list[Run] = field(default_factory=list)
     prompt_length: int = 0
     budget: int = 0
     total: int = 0

@@ -1,0 +1,205 @@
+"""The runner: one forward pass over what the engine's sequences have to read, as cheap as the device allows."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from .attention import SLIDING, layer_kinds, to_additive
+from .cache import LogCache
+from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
+from .state import Run, Sequence
+
+MIN_RUN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
+RUN_SHARE = 3  # branches are kept apart if none sees more than one of so many log entries
+MIN_TAIL = 512  # log entries written since they were last brought apart
+
+
+@dataclass(slots=True)
+class Reading:
+    """Log entries of one sequence that a step reads: ``first`` to ``end``, packed as ``queries`` of its row."""
+
+    sequence: Sequence
+    entries: list[tuple[int, np.ndarray]]  # each with what it sees
+    queries: slice
+    first: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        """Nothing is left to read: the sequence's branches choose their next tokens."""
+        return len(self.entries) == len(self.sequence.pending)
+
+
+class ModelRunner:
+    """Calls the model for :class:`~.engine.Engine`.
+
+    Args:
+        model: a causal LM of transformers whose backbone takes positions, a 4-D mask and a cache.
+        cache: the pool of logs.
+        decoding: as for the engine.
+    """
+
+    def __init__(self, model: Any, cache: LogCache, decoding: str) -> None:
+        self.model, self.cache = model, cache
+        self.kinds = layer_kinds(model.config)
+        self.window = model.config.sliding_window if SLIDING in self.kinds else None
+        self.is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
+        with TURN:
+            own = model.config._attn_implementation
+        # flash and flex kernels take no mask of single tokens
+        can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
+        self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
+        self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        # a GPU reads keys no faster for meeting fewer queries
+        self.keeps_runs = model.device.type == "cpu" and not self.is_eager and self.window is None
+        self.min_run_work, self.run_share, self.min_tail = MIN_RUN_WORK, RUN_SHARE, MIN_TAIL
+
+    def __call__(self, batch: list[Reading]) -> torch.Tensor:
+        """Read log entries into the cache.
+
+        Returns:
+            (N, V) logits, a row for each live branch of each sequence that :attr:`Reading.is_last`.
+        """
+        with TURN, self._attention():
+            return self._forward_packed(batch) if self.is_packed else self._forward_simple(batch)
+
+    def _forward_packed(self, batch: list[Reading]) -> torch.Tensor:
+        """Read the entries of all sequences in one row."""
+        device = self.model.device
+        ids, positions, slots, pieces, rows = [], [], [], [], []
+        for reading in batch:
+            sequence, first, end = reading.sequence, reading.first, reading.end
+            if self.keeps_runs:
+                self._part_branches(sequence)
+            base = self.cache.extents[sequence.arrival].base
+            ids += sequence.ids[first:end]
+            positions.append(sequence.positions[first:end])
+            slots.append((base + first, base + end))
+            pieces.append(self._piece(reading, base))
+            if reading.is_last:
+                shift = reading.queries.start - first
+                rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
+        self.cache.prepare(slots, device)
+        output = self.model(
+            input_ids=torch.tensor(ids, device=device)[None],
+            position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
+            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if piece.mask is not None]),
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=torch.tensor(rows or [0], device=device),
+            multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
+        )
+        return output.logits[0]
+
+    def _piece(self, reading: Reading, base: int) -> Piece:
+        """Say what part of the pool a reading attends to."""
+        sequence, end = reading.sequence, reading.end
+        keys = slice(base, base + end)
+        if sequence.root.block is None and (self.window is None or end <= self.window):
+            return Piece(reading.queries, keys, None, causal=True)
+        if len(reading.entries) > 1 and sequence.runs:
+            seen = [[run.slots for run in sequence.runs if sees[run.entry]] for _, sees in reading.entries]
+            shared = [slice(0, sequence.runs[0].slots.start), slice(len(sequence.slots), end)]
+            work = len(seen) * sum(s.stop - s.start for s in shared) + sum(s.stop - s.start for r in seen for s in r)
+            if self.run_share * work <= len(seen) * end:
+                return Piece(reading.queries, keys, slice(0, end), shared=shared, runs=seen)
+        return Piece(reading.queries, keys, slice(0, end))
+
+    def _part_branches(self, sequence: Sequence) -> None:
+        """Once its branches are long, bring together in the pool what each alone sees: its run.
+
+        The log interleaves branches that are written at the same time. Attention would meet the keys of all of them
+        only to mask them, which costs the square of the branches.
+        """
+        end = sequence.num_computed
+        is_due = end - len(sequence.slots) >= max(self.min_tail, end // 16)
+        if not is_due or len(sequence.live) * end < self.min_run_work or sequence.is_reading:
+            return
+        # of all that have something to read: paths that just closed do not see what the branch after them does
+        views = {id(sees): sees[:end] for _, sees in sequence.pending}
+        sees = np.stack(list(views.values()))
+        if self.run_share * np.count_nonzero(sees, axis=1).max() > end:
+            return
+        count = np.count_nonzero(sees, axis=0)
+        # first what several see or none does, then branch by branch
+        owner = np.where(count == 1, sees.argmax(axis=0) + 1, 0)
+        order = np.argsort(owner, kind="stable")
+        slots = np.arange(end)
+        slots[: len(sequence.slots)] = sequence.slots
+        self.cache.arrange(sequence.arrival, slots[order])
+        sequence.slots = np.empty(end, dtype=np.int64)
+        sequence.slots[order] = np.arange(end)
+        ends = np.searchsorted(owner[order], np.arange(len(views) + 2))
+        sequence.runs = [
+            Run(slice(int(begin), int(stop)), int(order[begin]))
+            for begin, stop in itertools.pairwise(ends[1:])
+            if begin < stop
+        ]
+
+    def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
+        """Read the entries of each sequence in a pass of its own, as anyone would."""
+        device, logits = self.model.device, []
+        for reading in batch:
+            sequence, first, end = reading.sequence, reading.first, reading.end
+            base = self.cache.extents[sequence.arrival].base
+            self.cache.prepare([(base + first, base + end)], device, slice(base, base + end))
+            alone = Reading(sequence, reading.entries, slice(0, end - first), first, end)
+            rows = [branch.segment.entries[-1] - first for branch in sequence.live] if reading.is_last else [0]
+            output = self.model(
+                input_ids=torch.tensor(sequence.ids[first:end], device=device)[None],
+                position_ids=torch.from_numpy(sequence.positions[first:end])[None].to(device),
+                attention_mask=self._masks([alone]),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=torch.tensor(rows, device=device),
+            )
+            logits += [output.logits[0]] if reading.is_last else []
+        return torch.cat(logits) if logits else output.logits[0]
+
+    @contextlib.contextmanager
+    def _attention(self) -> Iterator[None]:
+        """Have the model attend as the engine decodes, for one pass."""
+        own = self.configs[0]._attn_implementation
+        name = PACKED if self.is_packed else "eager" if self.is_eager else "sdpa"
+        for config in self.configs:
+            config._attn_implementation = name
+        try:
+            yield
+        finally:
+            for config in self.configs:
+                config._attn_implementation = own
+
+    def _masks(self, batch: list[Reading]) -> Any:
+        """Give the model's ``attention_mask``: one tensor (1, 1, queries, slots), or one for each kind of layer."""
+        shape = (max(r.queries.stop for r in batch), max(r.end for r in batch)) if batch else (1, 1)
+        mask = np.zeros(shape, dtype=bool)
+        for reading in batch:
+            begin = reading.queries.start
+            for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
+                entries = list(run)
+                last, seen = entries[-1][0], entries[-1][1]
+                rows = mask[begin : begin + len(entries), : last + 1]
+                rows[:] = seen[: last + 1]
+                if len(entries) > 1:
+                    rows &= np.arange(last + 1) <= np.array([entry for entry, _ in entries])[:, None]
+                begin += len(entries)
+            if moved := len(reading.sequence.slots):
+                rows = mask[reading.queries]
+                rows[:, reading.sequence.slots] = rows[:, :moved].copy()
+        masks = {}
+        for kind in self.kinds:
+            allowed = mask
+            if kind == SLIDING and batch:
+                allowed = mask.copy()
+                for reading in batch:
+                    positions = reading.sequence.positions[: reading.end]
+                    near = positions[reading.first :, None] - positions < self.window
+                    allowed[reading.queries, : reading.end] &= near
+            tensor = torch.from_numpy(allowed)[None, None].to(self.model.device)
+            masks[kind] = to_additive(tensor, self.model.dtype) if self.is_packed or self.is_eager else tensor
+        return masks if len(masks) > 1 else masks.popitem()[1]
