@@ -106,12 +106,13 @@ class Pressure(RuleBasedStateMachine):
 
     name = "qwen2"
     meets_own = False
+    decoding = "packed"
     CAPACITY = 160
     asked = Bundle("asked")
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7)
+        self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7, decoding=self.decoding)
         if self.meets_own:
             self.engine.runner.min_run_work, self.engine.runner.run_share, self.engine.runner.min_tail = 0, 1, 4
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
@@ -175,6 +176,13 @@ class PressureOnLongBranches(Pressure):
     meets_own = True
 
 
+class PressureOnStaticShapes(Pressure):
+    """What a GPU replays as graphs, without the graphs."""
+
+    name = "llama"
+    decoding = "static"
+
+
 class PressureOnSlidingWindows(Pressure):
     name = "gemma3_text"
 
@@ -182,8 +190,10 @@ class PressureOnSlidingWindows(Pressure):
 Pressure.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
 PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 PressureOnLongBranches.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
+PressureOnStaticShapes.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 TestPressure = Pressure.TestCase
 TestPressureOnLongBranches = PressureOnLongBranches.TestCase
+TestPressureOnStaticShapes = PressureOnStaticShapes.TestCase
 TestPressureOnSlidingWindows = PressureOnSlidingWindows.TestCase
 
 
@@ -236,6 +246,40 @@ def test_branches_that_are_kept_apart_choose_the_same(monkeypatch, family, depth
     assert answer_of(sequence) == answer_of(oracle)
     for entry, logits in sequence.logits.items():
         assert (logits - oracle.logits[entry]).abs().max() < 1e-9
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_static_shapes_are_few_and_choose_the_same():
+    engine = new_engine("qwen2", 1000, decoding="static")
+    options = {"max_new_tokens": 60, "max_total_tokens": 300, "do_sample": True, "temperature": 8.0}
+    asked = [GOAL, [60, 61], [*GOAL, TAGS.close("goal")]]
+    sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt in asked]
+    drain(engine)
+    assert engine.num_steps > 3 * len(engine.runner.static.shapes) > 0
+    for sequence, prompt in zip(sequences, asked, strict=True):
+        oracle = alone("qwen2", tuple(prompt), tuple(sorted(options.items())))
+        assert answer_of(sequence) == answer_of(oracle)
+        for entry, logits in sequence.logits.items():
+            assert (logits - oracle.logits[entry]).abs().max() < 1e-9
+
+
+@pytest.mark.gpu
+def test_graphs_on_a_gpu_choose_the_same_with_one_copy_to_the_host_a_step():
+    model = copy.deepcopy(tiny_model("qwen2")).float().cuda()
+    prompts = [torch.tensor(GOAL), torch.tensor([60, 61])]
+    options = {"max_new_tokens": 60, "max_total_tokens": 300, "seed": 1, "do_sample": True, "temperature": 8.0}
+    answers = {}
+    for decoding in ("static", "packed"):
+        with MultiverseEngine(model, max_cache_tokens=1000, decoding=decoding) as front:
+            front.generate(prompts, **options)  # kernels are compiled, graphs captured
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                steps = front._engine.num_steps
+                answers[decoding] = [result.ids for result in front.generate(prompts, **options)]
+                steps = front._engine.num_steps - steps
+            copies = sum("DtoH" in event.key and event.count for event in profile.key_averages())
+            assert copies <= steps
+            assert front._engine.runner.kind == decoding, "nothing fell back"
+    assert answers["static"] == answers["packed"]
 
 
 def test_a_long_prompt_is_read_in_chunks_while_others_write():
@@ -437,7 +481,7 @@ def test_a_closed_engine_gives_its_memory_back():
         ({"max_num_seqs": 0}, "max_num_seqs must be an integer of at least 1, got 0"),
         ({"max_cache_tokens": 5, "cache_memory": 5}, "not both"),
         ({"cache_memory": 5}, "one takes"),
-        ({"decoding": "fast"}, "'packed' or 'simple'"),
+        ({"decoding": "fast"}, "'packed', 'static' or 'simple'"),
         ({"pack_weights": True}, "bfloat16"),
     ],
 )

@@ -43,7 +43,8 @@ class MultiverseEngine:
         cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
             256 MiB, and never more than ``max_num_seqs`` contexts.
         prefill_chunk: prompt tokens read in one step.
-        decoding: ``"packed"`` or ``"simple"``, see :class:`~.engine.Engine`; chosen by the model by default.
+        decoding: ``"packed"``, ``"static"`` or ``"simple"``, see :class:`~.engine.Engine`. By default static on a GPU
+            and packed elsewhere, or simple where the model cannot.
         pack_weights: keep a second copy of bfloat16 weights on a CPU in the order its instructions read them. By
             default where that is possible and the copy takes less than half of the free memory.
 
@@ -79,8 +80,8 @@ class MultiverseEngine:
                 raise ValueError(f"{name} must be an integer of at least 1{unit}, got {value!r}")
         if max_cache_tokens is not None and cache_memory is not None:
             raise ValueError("give max_cache_tokens or cache_memory, not both")
-        if decoding not in (None, "packed", "simple"):
-            raise ValueError(f"decoding must be 'packed' or 'simple', got {decoding!r}")
+        if decoding not in (None, "packed", "static", "simple"):
+            raise ValueError(f"decoding must be 'packed', 'static' or 'simple', got {decoding!r}")
         if pack_weights and not can_pack(model):
             raise ValueError(
                 "pack_weights=True needs bfloat16 weights on a CPU with bfloat16 instructions, and free memory of "
@@ -105,7 +106,8 @@ class MultiverseEngine:
         self.max_cache_tokens = max_cache_tokens
         self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
         cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
-        self._engine = Engine(model, model.tags, cache, max_num_seqs, prefill_chunk, decoding or "packed")
+        decoding = decoding or ("static" if model.device.type == "cuda" else "packed")
+        self._engine = Engine(model, model.tags, cache, max_num_seqs, prefill_chunk, decoding)
         self._handles: dict[Sequence, RequestHandle] = {}
         self._inbox: collections.deque[Sequence] = collections.deque()
         self._lock = threading.Lock()
@@ -116,8 +118,8 @@ class MultiverseEngine:
 
     def describe(self) -> str:
         """Say in a line how this engine decodes."""
-        kind = "packed" if self._engine.runner.is_packed else "simple"
-        attention = "eager" if self._engine.runner.is_eager else "sdpa"
+        kind = self._engine.runner.kind
+        attention = "eager" if self._engine.runner.is_eager else "flex" if kind == "static" else "sdpa"
         size = self.max_cache_tokens * self.bytes_per_token / 2**30
         weights = ", packed weights" if self.pack_weights else ""
         return (

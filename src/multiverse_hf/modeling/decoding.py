@@ -20,6 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .static import StaticStep, attend_static
+
 PACKED = "multiverse_packed"
 FOLD_QUERIES = 512  # folded queries; above, as in a prompt, the copies that folding avoids are cheap
 
@@ -68,7 +70,7 @@ def packed_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *args: Any,
-    multiverse_step: Step | None = None,
+    multiverse_step: Step | StaticStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend piece by piece.
@@ -83,6 +85,8 @@ def packed_attention(
     Returns:
         (1, Q, heads, head_dim), and no weights.
     """
+    if isinstance(multiverse_step, StaticStep):
+        return attend_static(multiverse_step, query, key, value, kwargs.get("scaling")), None
     if multiverse_step is None:  # not the engine's own pass: a layer that is computed again for its gradient
         return sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
     outputs = []

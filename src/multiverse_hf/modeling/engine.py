@@ -37,8 +37,9 @@ class Engine:
         max_num_seqs: sequences that may run at once; others wait, first come, first served.
         prefill_chunk: prompt tokens read in one step, all sequences together, so that a long prompt does not hold up
             those that are writing.
-        decoding: ``"packed"`` reads all sequences in one pass; ``"simple"`` each in a pass of its own, with the
-            model's own attention: slower, needs nothing of the model, and the oracle of the other.
+        decoding: ``"packed"`` reads all sequences in one pass; ``"static"`` does so in fixed shapes, which a GPU
+            replays as CUDA graphs; ``"simple"`` reads each in a pass of its own, with the model's own attention:
+            slower, needs nothing of the model, and the oracle of the others.
         on_step: called after every step.
     """
 

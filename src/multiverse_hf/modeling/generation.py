@@ -130,7 +130,7 @@ def read_requests(
     if attention_mask is None and isinstance(input_ids, torch.Tensor):
         attention_mask = infer_mask(config, input_ids)
     prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().num_embeddings)
-    max_new_tokens = bound_length(config, input_ids.shape[1], has_default_max_length)
+    max_new_tokens = int(bound_length(config, input_ids.shape[1], has_default_max_length))
 
     device = model.device
     model._prepare_special_tokens(config, attention_mask is not None, device=device, batch_size=len(prompts))

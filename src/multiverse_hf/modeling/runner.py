@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
 from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
 from .state import Run, Sequence
+from .static import StaticRunner
+
+logger = logging.get_logger(__name__)
 
 MIN_RUN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
 RUN_SHARE = 3  # branches are kept apart if none sees more than one of so many log entries
@@ -48,15 +52,17 @@ class ModelRunner:
         self.model, self.cache = model, cache
         self.kinds = layer_kinds(model.config)
         self.window = model.config.sliding_window if SLIDING in self.kinds else None
-        self.is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
+        self.is_packed = decoding != "simple" and getattr(model, "_supports_attention_backend", False)
         with TURN:
             own = model.config._attn_implementation
         # flash and flex kernels take no mask of single tokens
         can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
         self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
         self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        is_static = decoding == "static" and self.is_packed and not self.is_eager and self.window is None
+        self.static = StaticRunner(model, cache) if is_static else None
         # a GPU reads keys no faster for meeting fewer queries
-        self.keeps_runs = model.device.type == "cpu" and not self.is_eager and self.window is None
+        self.keeps_runs = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
         self.min_run_work, self.run_share, self.min_tail = MIN_RUN_WORK, RUN_SHARE, MIN_TAIL
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
@@ -66,7 +72,22 @@ class ModelRunner:
             (N, V) logits, a row for each live branch of each sequence that :attr:`Reading.is_last`.
         """
         with TURN, self._attention():
-            return self._forward_packed(batch) if self.is_packed else self._forward_simple(batch)
+            if not self.is_packed:
+                return self._forward_simple(batch)
+            if self.static is not None and self.static.fits(batch):
+                try:
+                    return self.static(batch)
+                except RuntimeError as err:  # kernels that cannot be made here, or no memory for another graph
+                    if self.model.device.type != "cuda":
+                        raise
+                    logger.warning(f"static decoding fails on this device, packed decoding goes on: {err}")
+                    self.static = None
+            return self._forward_packed(batch)
+
+    @property
+    def kind(self) -> str:
+        """How it decodes: ``"static"``, ``"packed"`` or ``"simple"``."""
+        return "static" if self.static is not None else "packed" if self.is_packed else "simple"
 
     def _forward_packed(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of all sequences in one row."""

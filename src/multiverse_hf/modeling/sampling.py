@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,12 +89,16 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> l
         tokens: N ids.
         num_top: how many of the likeliest tokens to name.
     """
-    logprobs = logits.log_softmax(dim=-1)
-    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1).tolist()
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0].tolist()
+    logprobs = logits.log_softmax(dim=-1).double()
+    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     top, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
-    likeliest = [tuple(zip(row, best, strict=True)) for row, best in zip(ids.tolist(), top.tolist(), strict=True)]
-    return [TokenScores(*each) for each in zip(chosen, entropy, likeliest, strict=True)]
+    rows = torch.cat([chosen, entropy[:, None], top, ids.double()], dim=-1).tolist()  # one copy from the device
+    num_top = top.shape[1]
+    return [
+        TokenScores(row[0], row[1], tuple(zip(map(int, row[2 + num_top :]), row[2 : 2 + num_top], strict=True)))
+        for row in rows
+    ]
 
 
 class Sampler:
@@ -157,12 +162,11 @@ class Sampler:
                 else next(iter(self.processors.values()))(None, scores)
             )
             scores = _apply(masks, processed.to(logits.dtype))
-        if self.do_sample:
-            tokens = self._draw(scores, masks, keys)
-        else:
-            tokens = argmax(scores)
-            self._check(scores.gather(-1, tokens[:, None])[:, 0], masks)
-        return tokens.tolist(), scores
+        tokens = self._draw(scores, keys) if self.do_sample else argmax(scores)
+        best = scores.amax(dim=-1) if self.do_sample else scores.gather(-1, tokens[:, None])[:, 0]
+        chosen, greatest = torch.stack([tokens.double(), best.double()]).tolist()  # one copy from the device
+        self._check(greatest, masks)
+        return [int(token) for token in chosen], scores
 
     def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Run the processors on rows whose contexts have one length together, as the paths of a block mostly do."""
@@ -180,14 +184,10 @@ class Sampler:
             begin += len(ids)
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
-    def _draw(
-        self, scores: torch.Tensor, masks: Sequence[Mask | None], keys: Sequence[tuple[int, int, int, int]]
-    ) -> torch.Tensor:
+    def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
         """Invert the distribution function at keyed uniforms."""
         uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
         probabilities = torch.softmax(scores.double(), dim=-1)
-        if bool(probabilities.isnan().any()):
-            self._check(scores.max(dim=-1).values, masks)
         cumulative = probabilities.cumsum(-1)
         target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
         tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
@@ -196,13 +196,12 @@ class Sampler:
         return torch.minimum(tokens, last)
 
     @staticmethod
-    def _check(best: torch.Tensor, masks: Sequence[Mask | None]) -> None:
+    def _check(best: Sequence[float], masks: Sequence[Mask | None]) -> None:
         """Refuse to choose where the best score of a row is not a finite number."""
-        bad = (~torch.isfinite(best)).nonzero()
-        if not len(bad):
+        row = next((row for row, score in enumerate(best) if not math.isfinite(score)), None)
+        if row is None:
             return
-        row = int(bad[0])
-        if bool(torch.isneginf(best[row])):
+        if best[row] == -math.inf:
             mask = masks[row]
             rule = "all ids" if mask is None else f"{'only' if mask.only else 'all but'} {mask.ids}"
             raise ValueError(
@@ -210,6 +209,6 @@ class Sampler:
                 f"here (it allows {rule}); let them allow what the grammar does, or raise the temperature"
             )
         raise ValueError(
-            f"the model's scores are not finite ({best[row].item()}): the checkpoint is damaged, a logits processor "
+            f"the model's scores are not finite ({best[row]}): the checkpoint is damaged, a logits processor "
             "gave NaN, or the dtype overflows; try dtype=float32"
         )
