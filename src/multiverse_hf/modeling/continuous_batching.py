@@ -4,6 +4,7 @@ import collections
 import contextlib
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Ids
@@ -15,7 +16,7 @@ from transformers.utils import logging
 
 from .cache import LogCache, bytes_per_entry
 from .decoding import can_pack, packed_weights
-from .engine import DEFAULT_CHUNK, Engine, document_entries
+from .engine import DEFAULT_CHUNK, Agreement, Engine, document_entries
 from .generation import read_requests
 from .handles import MultiverseResult, RequestHandle
 from .sampling import sequence_key
@@ -26,6 +27,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
 CPU_MEMORY = 1 << 28  # bytes; more only if asked for
+PATIENCE = 60  # seconds that a process waits for a request that another one has
 
 
 class MultiverseEngine:
@@ -34,6 +36,9 @@ class MultiverseEngine:
     Requests are admitted first come, first served. A long prompt is read in chunks, so that running answers go on.
     When the cache is full the last come is preempted and later read again; no answer changes by it, nor by what it
     was batched with. The weights must not change while the engine lives.
+
+    With a tensor-parallel model every process makes the same calls, in the same order and from one thread, and closes
+    its engine.
 
     Args:
         model: a Multiverse model.
@@ -213,7 +218,9 @@ class MultiverseEngine:
                 self._handles[handle._sequence] = handle
             self._inbox.extend(handle._sequence for handle in handles)
             if self._thread is None:
-                arguments = weakref.ref(self), self.model, self.pack_weights, self._wake, self._stop
+                arguments = (
+                    weakref.ref(self), self.model, self.pack_weights, self._engine.agree, self._wake, self._stop
+                )  # fmt: skip
                 self._thread = threading.Thread(target=_run, args=arguments, daemon=True)
                 self._thread.start()
                 # also at the interpreter's exit, which must not find the thread inside torch
@@ -307,12 +314,22 @@ class MultiverseEngine:
         self._engine.cancel(sequence)
         self._wake.set()
 
-    def _work(self) -> bool:
-        """Take in what has come and make one step; say whether there is more to do. In the engine's thread."""
+    def _work(self, num_new: int, closed: bool) -> None:
+        """Take in requests and make one step. In the engine's thread.
+
+        Args:
+            num_new: how many to take in.
+            closed: cancel what there is.
+        """
         engine = self._engine
-        while self._inbox:
+        until = time.monotonic() + PATIENCE
+        for _ in range(num_new):
+            while not self._inbox:  # of a tensor-parallel model's other processes: about to come
+                if time.monotonic() > until:
+                    raise RuntimeError("the processes of a tensor-parallel model have to submit the same requests")
+                time.sleep(0.001)
             engine.enqueue(self._inbox.popleft())
-        if self._closed:
+        if closed:
             for sequence in [*engine.running, *engine.waiting]:
                 engine.cancel(sequence)
         try:
@@ -321,7 +338,6 @@ class MultiverseEngine:
             done = engine.fail_running(err)
         for sequence in done:
             self._complete(sequence)
-        return engine.has_work or bool(self._inbox)
 
     def _give_up(self, error: BaseException) -> None:
         """Fail every request there is."""
@@ -366,6 +382,7 @@ def _run(
     reference: "weakref.ref[MultiverseEngine]",
     model: Any,
     pack: bool,
+    agree: Agreement,
     wake: threading.Event,
     stop: threading.Event,
 ) -> None:
@@ -379,19 +396,24 @@ def _run(
         while True:
             wake.clear()
             front = reference()
-            if front is None:
+            if front is not None:
+                front._closed = front._closed or stop.is_set()
+            # what is submitted before it is closed is still worked on
+            plan = agree(None if front is None else (front._closed, len(front._inbox)))
+            if front is None or plan is None:
                 return
-            front._closed = front._closed or stop.is_set()
-            closed = front._closed  # asked before the work: what is submitted until then is still worked on
+            closed, num_new = plan
             try:
-                busy = front._work()
+                front._work(num_new, closed)
             except BaseException as err:  # nobody may wait for a thread that is gone
                 front._give_up(err)
                 raise
-            del front
-            if not busy and closed:
+            has_work = front._engine.has_work
+            if closed and not num_new and not has_work:
                 return
-            if not busy:
+            is_idle = not has_work and not front._inbox
+            del front
+            if is_idle and agree.leads:
                 wake.wait(timeout=1.0)
 
 

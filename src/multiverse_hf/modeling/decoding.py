@@ -289,6 +289,7 @@ def _packable(model: torch.nn.Module) -> list[torch.nn.Linear]:
         module
         for module in model.modules()
         if type(module) is torch.nn.Linear
+        and type(module.weight) is torch.nn.Parameter  # not a part of one
         and module.weight.dtype == torch.bfloat16
         and module.weight.device.type == "cpu"
         and module.weight.numel() >= MIN_PACKED

@@ -27,6 +27,33 @@ ANSWER = -1  # as `until`: close the whole answer
 DEFAULT_CHUNK = 512
 
 
+class Agreement:
+    """Has the processes of a tensor-parallel model decide alike what the clock or a caller decides.
+
+    They must make the same forward passes, so the first of them decides for all.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.group: Any = None
+        self.device = model.device
+        if (getattr(model, "tp_size", None) or 1) > 1:
+            mesh = next(weight.device_mesh for weight in model.parameters() if hasattr(weight, "device_mesh"))
+            self.group = mesh.get_group("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
+
+    @property
+    def leads(self) -> bool:
+        """This process decides."""
+        return self.group is None or torch.distributed.get_rank(self.group) == 0
+
+    def __call__(self, decision: Any) -> Any:
+        """Give the first process's decision, which must pickle; all have to ask."""
+        if self.group is None:
+            return decision
+        box = [decision]
+        torch.distributed.broadcast_object_list(box, group=self.group, group_src=0, device=self.device)
+        return box[0]
+
+
 class Engine:
     """Writes the answers to requests, step by step, in the thread that calls it.
 
@@ -57,6 +84,7 @@ class Engine:
         self.max_num_seqs, self.prefill_chunk, self.on_step = max_num_seqs, prefill_chunk, on_step
         self.context = getattr(model.config, "max_position_embeddings", None)
         self.runner = ModelRunner(model, cache, decoding)
+        self.agree = Agreement(model)
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.num_steps = self.num_preemptions = 0
@@ -579,12 +607,17 @@ class Engine:
 
     def _enforce(self) -> None:
         """End what was cancelled or has had its time."""
-        now = time.monotonic()
+        now, reasons = time.monotonic(), {}
         for sequence in [*self.running, *self.waiting]:
-            late = sequence.deadline is not None and now >= sequence.deadline
-            if sequence.live and (late or sequence.is_cancelled):
+            if sequence.is_cancelled:
+                reasons[sequence.arrival] = FinishReason.CANCELLED
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                reasons[sequence.arrival] = FinishReason.TIME
+        reasons = self.agree(reasons)
+        for sequence in [*self.running, *self.waiting]:
+            if sequence.live and sequence.arrival in reasons:
                 try:
-                    self._finish(sequence, FinishReason.CANCELLED if sequence.is_cancelled else FinishReason.TIME)
+                    self._finish(sequence, reasons[sequence.arrival])
                 except BaseException as err:
                     self._fail(sequence, err)
 

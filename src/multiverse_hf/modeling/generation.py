@@ -157,6 +157,8 @@ def read_requests(
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
         raise TypeError(f"seed must be an integer, got {seed!r}")
+    if seed is None and config.do_sample and (getattr(model, "tp_size", None) or 1) > 1:
+        raise ValueError("the processes of a tensor-parallel model have to draw alike: give seed=")
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if config.do_sample else 0
     sampler = Sampler(processors, bool(config.do_sample), operator.index(seed))
