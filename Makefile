@@ -67,6 +67,7 @@ $(TORCH): constraints.txt
 		echo "multiverse_hf needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>/dev/null || echo not there)." >&2; \
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@{ test -f $(BIN)/activate && $(PIP) --version >/dev/null 2>&1; } || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and what else is needed into $(VENV); the first time this takes minutes"
 	$(PIP) install -q -c constraints.txt $(TORCH_PIP_ARGS) torch
 	@touch $@
 
