@@ -25,9 +25,13 @@ MIN_WIDTH = 16  # queries of one sequence; flex_attention computes so many in an
 MIN_LENGTH = 2 * BLOCK
 
 
+MAX_SHAPES = 256  # kernels to compile; torch's own limit of 8 is for code that is compiled again by mistake
+
+
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    # fullgraph: an error at the limit, where torch would otherwise go on with scores of the whole pool
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def round_up(count: int, least: int = 1, factor: int = 2) -> int:
@@ -156,8 +160,9 @@ class StaticShape:
 
         first = base // BLOCK
         num_blocks = torch.where(used > 0, (base + used - 1) // BLOCK + 1 - first, 0)
-        blocks = first[:, None] + torch.arange(length // BLOCK + 1, device=base.device)
-        blocks = blocks.clamp(max=(self.cache.capacity - 1) // BLOCK)
+        # as many columns as the pool has blocks, which flex_attention wants; those after num_blocks are not looked at
+        last = (self.cache.capacity - 1) // BLOCK
+        blocks = (first[:, None] + torch.arange(last + 1, device=base.device)).clamp(max=last)
         mask = BlockMask.from_kv_blocks(
             num_blocks.int()[:, None, None],
             blocks.int()[:, None, None],
@@ -182,7 +187,7 @@ class StaticShape:
         """Record the forward pass; a step that is read twice writes the same keys to the same slots."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
             for _ in range(2):  # what compiles or allocates on first use must have done so
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
