@@ -20,9 +20,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from decode_cpu import EOS, TEXT, VOCAB, make_models, make_tags
-from report import count, environment, finish, make_parser, show, spread
+from decode_cpu import VOCAB, make_models
+from report import count, environment, finish, make_parser, show, show_environment, spread
 from transformers import AutoModelForCausalLM, GenerationConfig
+from workload import EOS, make_prompts, make_tags
 
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.decoding import can_pack
@@ -31,7 +32,7 @@ from multiverse_hf.modeling.decoding import can_pack
 def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) -> dict[str, Any]:
     """Time all sides on one batch size."""
     parallel, plain, paged = models
-    prompts = torch.randint(TEXT, VOCAB, (batch, args.prompt), generator=torch.Generator().manual_seed(1))
+    prompts = make_prompts(batch, args.prompt, VOCAB)
     greedy = {"max_new_tokens": args.tokens, "do_sample": False}
     config = GenerationConfig(**greedy, eos_token_id=-1, pad_token_id=EOS)
     capacity = batch * (args.prompt + args.tokens + 64)
@@ -86,8 +87,7 @@ def main() -> None:
     paged = AutoModelForCausalLM.from_config(plain.config, dtype=torch.bfloat16).eval()
     paged.load_state_dict(plain.state_dict(), assign=True)
     result = {"benchmark": "autoregressive_cpu", **environment(), "weights_packed": can_pack(parallel)}
-    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
-    print(f"{result['versions']}, commit {result['commit']}")
+    show_environment(result)
     result["results"] = []
     for batch in args.batch:
         row = measure(batch, args, (parallel, plain, paged))

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import count, environment, finish, make_parser, show, spread
+from report import count, environment, finish, make_parser, show, show_environment, spread
 from transformers import AutoModelForCausalLM
 
 from multiverse_hf.checkpoints import (
@@ -144,8 +144,7 @@ def main() -> None:
     rng = random.Random(args.seed)
     problems = [sample_problem(rng, Kind.FLAT, args.chains) for _ in range(args.problems)]
     result = {"benchmark": "chains_wallclock", **environment(), "model": args.model.name}
-    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
-    print(f"{result['versions']}, commit {result['commit']}")
+    show_environment(result)
     warm_up = sample_problem(rng, Kind.FLAT, 2, max_ops=1)
     for side in sides.values():
         answer(side, warm_up, tokenizer)

@@ -32,44 +32,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from report import count, environment, finish, make_parser, show, spread
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel, Qwen2Config
+from geometry import GEOMETRIES, make_config
+from report import count, environment, finish, make_parser, show, show_environment, spread
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
 from multiverse_hf.modeling.cache import LogCache
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import PACKED, Step, attend_sdpa, can_pack
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.sampling import argmax
-from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
+from multiverse_hf.modeling.tags import TagSet
 
 SIDES = ("transformers", "generate", "engine", "bare")
-VOCAB = 32_000
+GEOMETRY = "cpu-0.24b"
+VOCAB = GEOMETRIES[GEOMETRY]["vocab_size"]
 LONGEST = 16_384  # positions an answer may take
-EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
-
-
-def make_tags() -> TagSet:
-    """Make a tag set over ids at the low end of the vocabulary: the random model needs no tokenizer."""
-    ids = {tag: TAG + number for number, tag in enumerate(MULTIVERSE.tokens)}
-    digits = {str(digit): [DIGIT + digit] for digit in range(10)} | {".": [DOT]}
-    pieces = {DIGIT + digit: str(digit) for digit in range(10)} | {COLON: ":", DOT: ".", NEWLINE: " "}
-    return TagSet(MULTIVERSE, ids, [NEWLINE], [COLON], digits, pieces)
 
 
 def make_models(tags: TagSet, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Make the model with and without branches, over one set of weights."""
-    config = Qwen2Config(
-        vocab_size=VOCAB,
-        hidden_size=896,
-        num_hidden_layers=12,
-        num_attention_heads=14,
-        num_key_value_heads=2,
-        intermediate_size=4864,
-        max_position_embeddings=32_768,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-        bos_token_id=None,
-    )
+    config = make_config(GEOMETRY)
     torch.manual_seed(seed)
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     parallel = MultiverseForCausalLM.from_config(config, tags, dtype=torch.bfloat16).eval()
@@ -125,15 +108,9 @@ def make_workload(
     tags: TagSet, prompt_tokens: int, num_paths: int, path_tokens: int, write_goal: bool, batch: int
 ) -> Workload:
     """Lay out one block of ``num_paths`` paths after each of ``batch`` random prompts."""
-    goal = [tags.open("parallel"), tags.open("goal")]
-    for number in range(1, num_paths + 1):
-        goal += [tags.open("outline"), *tags.ordinal(number), TEXT + number, tags.close("outline")]
-    goal.append(tags.close("goal"))
+    goal = make_goal(tags, num_paths)
     given = 0 if write_goal else len(goal) - 1
-    if given >= prompt_tokens:
-        raise ValueError(f"{num_paths} outlines take {given} tokens of a prompt of {prompt_tokens}; raise --prompt")
-    text = torch.randint(TEXT, VOCAB, (batch, prompt_tokens - given), generator=torch.Generator().manual_seed(1))
-    prompts = torch.cat([text, torch.tensor(goal[:given], dtype=torch.long).expand(batch, -1)], dim=1)
+    prompts = make_prompts(batch, prompt_tokens, VOCAB, goal[:given])
     processor = ForceBlock(tags, goal, given, prompt_tokens, num_paths, path_tokens)
     num_tokens = len(goal) - given + num_paths * path_tokens + len(tags.conclusion_prefix()) + 4
     return Workload(prompts, processor, num_paths, num_tokens)
@@ -338,8 +315,7 @@ def main() -> None:
     num_parameters = sum(parameter.numel() for parameter in models[0].parameters())
     result |= {"parameters": num_parameters, "dtype": "bfloat16", "weights_packed": can_pack(models[0])}
     result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "goal_written": args.write_goal}
-    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
-    print(f"{result['versions']}, commit {result['commit']}")
+    show_environment(result)
     print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
     result["results"] = []
     for batch in args.batch:

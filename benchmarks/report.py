@@ -53,10 +53,17 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
-def environment() -> dict[str, Any]:
-    """Say where and on what a result was measured: device, versions, load, command and commit."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Say where and on what a result was measured: device, versions, load, command and commit.
+
+    Args:
+        device: where the model is; the CPU by default.
+    """
+    where = {"device": _processor()}
+    if device is not None and device.type == "cuda":
+        where = {"device": torch.cuda.get_device_name(device), "processor": _processor()}
     return {
-        "device": _processor(),
+        **where,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -69,6 +76,12 @@ def environment() -> dict[str, Any]:
         "command": shlex.join(["python", _from_root(Path(sys.argv[0])), *sys.argv[1:]]),
         "commit": _commit(),
     }
+
+
+def show_environment(result: dict[str, Any]) -> None:
+    """Print what :func:`environment` gave, for people."""
+    print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
+    print(f"{result['versions']}, commit {result['commit']}")
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -1,0 +1,267 @@
+"""Latency per token against # parallel, and how much of it parallelism does not divide.
+
+A model with random weights writes answers of a given number of tokens, all paths together, on 1, 2, 4, ... paths.
+For each number of tokens the medians are fitted with y = a/x + b (Multiverse, section on efficiency): y is the latency
+per token, x the # parallel, tokens over critical path, as measured. b is what every token costs however many are
+written at once, and b/(a+b) its share of the latency at x = 1.
+
+One path means ordinary autoregressive writing (``structure="off"``) on the same engine and weights: what a user would
+have instead, without the tokens and the bookkeeping of a block. Latency counts from the first token chosen, as
+# parallel leaves out the prompt. Each block is what the engine's own limits make of it: the prompt ends with the
+outlines, the model can write nothing but ``</Goal>``, each path ends at max_path_tokens, and the conclusion, which
+takes the tokens that the paths leave over, at max_new_tokens.
+
+The share b/(a+b) is given three times:
+
+- of the medians of all repeats: the figure to quote.
+- of the least times: other work on the machine adds to some points and not to others, and lies least in these.
+- of the medians, on tokens per forward pass in place of # parallel. The engine writes the start and the end of a path
+  itself, in no pass of their own. Where paths are short these tokens are many, latency falls faster than # parallel
+  rises, and b comes out too small, even negative. Such tokens gain nothing here.
+
+    python benchmarks/latency_vs_parallelism.py
+    python benchmarks/latency_vs_parallelism.py --lengths 512 --paths 1 4 16 --repeats 1 --plot latency.png
+    python benchmarks/latency_vs_parallelism.py --geometry qwen2.5-7b --device cuda --plot latency.png
+    python benchmarks/latency_vs_parallelism.py --geometry qwen2.5-32b --device cuda --lengths 8192 --paths 1 2 4 8 16
+"""
+
+import argparse
+import statistics
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from geometry import (
+    Load,
+    add_model_arguments,
+    count_parameters,
+    describe_model,
+    make_config,
+    make_model,
+    peak_memory,
+    plan_cache,
+)
+from plots import make_axes, plot_file, save
+from report import count, environment, finish, make_parser, show, show_environment, spread
+from tqdm import tqdm
+from workload import Answer, Run, in_turns, make_goal, make_prompts, make_tags, plan_answer, write
+
+from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.tags import TagSet
+
+LENGTHS = {"cpu": [512, 1024, 2048], "cuda": [8192, 16_384, 32_768]}
+# b/(a+b) in percent, by tokens of the answer (Multiverse, section on efficiency)
+PAPER_SHARES = {8192: 3.7, 32_768: 12.2}
+WARM_UP = 16  # tokens a path
+
+
+@dataclass(frozen=True)
+class Fit:
+    """y = a/x + b.
+
+    Attributes:
+        a_ms, b_ms: milliseconds per token.
+        r_squared: share of the variance of y that the curve explains.
+        residual_percent: the greatest distance of a point from the curve, in percent of the point.
+    """
+
+    a_ms: float
+    b_ms: float
+    r_squared: float
+    residual_percent: float
+
+    @property
+    def share_percent(self) -> float:
+        """b/(a+b): what parallelism does not divide, of the latency at x = 1. Negative where b is."""
+        return 100 * self.b_ms / (self.a_ms + self.b_ms)
+
+    def to_dict(self) -> dict[str, float]:
+        """Give all of it as the result stores it."""
+        return {
+            name: round(value, 6) for name, value in (asdict(self) | {"share_percent": self.share_percent}).items()
+        }
+
+
+def fit(parallelism: list[float], latency: list[float]) -> Fit:
+    """Fit latency, in milliseconds per token, as a linear function of 1/parallelism, by least squares.
+
+    Raises:
+        ValueError: if there are not two different degrees of parallelism.
+    """
+    x, y = np.array(parallelism), np.array(latency)
+    if len(np.unique(x)) < 2:
+        raise ValueError(f"a curve needs at least two degrees of parallelism, got {parallelism}")
+    (a, b), *_ = np.linalg.lstsq(np.stack([1 / x, np.ones_like(x)], axis=1), y, rcond=None)
+    residuals = y - (a / x + b)
+    variance = float(((y - y.mean()) ** 2).sum())
+    r_squared = 1 - float((residuals**2).sum()) / variance if variance else 1.0
+    return Fit(float(a), float(b), r_squared, 100 * float(np.abs(residuals / y).max()))
+
+
+def measure(
+    engine: MultiverseEngine, tags: TagSet, answers: list[list[Answer]], args: argparse.Namespace
+) -> list[list[list[Run]]]:
+    """Have the answers of each length written in turns; give the runs of each answer."""
+    vocab_size = engine.model.config.vocab_size
+
+    def run(answer: Answer) -> Run:
+        end = make_goal(tags, answer.num_paths)[:-1] if answer.num_paths > 1 else []
+        return write(engine, make_prompts(1, args.prompt, vocab_size, end), answer)
+
+    total = len(answers[0]) * (1 + args.repeats * len(answers))
+    with tqdm(total=total, unit="answer", file=sys.stderr) as bar:
+        for answer in answers[0]:
+            bar.set_description("warming up", refresh=False)
+            run(plan_answer(tags, WARM_UP * (answer.num_paths + 1), answer.num_paths))
+            bar.update()
+        runs: list[list[list[Run]]] = []
+        for same_length in answers:
+            runs.append([[] for _ in same_length])
+            for number in in_turns(range(len(same_length)), args.repeats):
+                answer = same_length[number]
+                bar.set_description(f"{answer.num_tokens} tokens, {answer.num_paths} paths", refresh=False)
+                runs[-1][number].append(run(answer))
+                bar.update()
+    return runs
+
+
+def summarize(answers: list[Answer], runs: list[list[Run]]) -> dict[str, Any]:
+    """Give the points and the curve of one length."""
+    # the first token is chosen by the prompt's pass, so one less is written in the time that counts
+    written = answers[0].num_tokens - 1
+    latency = [[1000 * run.seconds / written for run in of] for of in runs]
+    parallelism = [of[0].stats.parallelism for of in runs]
+    per_pass = [written / of[0].stats.num_steps for of in runs]
+    points = [
+        {
+            "paths": answer.num_paths,
+            "parallelism": round(x, 4),
+            "tokens_per_pass": round(tokens, 4),
+            "length": answer.length,
+            "forward_passes": of[0].stats.num_steps,
+            "sampled_tokens": of[0].num_sampled,
+            "ms_per_token": spread(y),
+            "prompt_seconds": spread([run.prompt_seconds for run in of]),
+        }
+        for answer, of, x, tokens, y in zip(answers, runs, parallelism, per_pass, latency, strict=True)
+    ]
+    medians, least = [statistics.median(y) for y in latency], [min(y) for y in latency]
+    shares = [fit(parallelism, list(repeat)).share_percent for repeat in zip(*latency, strict=True)]
+    return {
+        "tokens": answers[0].num_tokens,
+        "points": points,
+        "fit": fit(parallelism, medians).to_dict(),
+        "share_percent_of_repeats": spread(shares),
+        "fit_of_least": fit(parallelism, least).to_dict(),
+        "fit_on_tokens_per_pass": fit(per_pass, medians).to_dict(),
+        "share_percent_of_paper": PAPER_SHARES.get(answers[0].num_tokens),
+    }
+
+
+def print_results(results: list[dict[str, Any]]) -> None:
+    """Print points and curves, for people."""
+    print(f"\n{'tokens':>7} {'paths':>6} {'# parallel':>11} {'passes':>7}   ms per token [least, greatest]")
+    for row in results:
+        for point in row["points"]:
+            print(
+                f"{row['tokens']:7} {point['paths']:6} {point['parallelism']:11.2f} {point['forward_passes']:7}   "
+                f"{show(point['ms_per_token'])}"
+            )
+    print(
+        "\ny = a/x + b by least squares, and b/(a+b): of medians [single repeats], of least times, by passes, paper's"
+    )
+    print(
+        f"{'tokens':>7} {'a (ms)':>9} {'b (ms)':>9} {'R²':>8} {'farthest':>9}   {'b/(a+b)':25} {'least':>8} "
+        f"{'passes':>8} {'paper':>8}"
+    )
+    for row in results:
+        curve, repeats, paper = row["fit"], row["share_percent_of_repeats"], row["share_percent_of_paper"]
+        share = f"{curve['share_percent']:.2f} % [{repeats['min']:.2f}, {repeats['max']:.2f}]"
+        others = [row[name]["share_percent"] for name in ("fit_of_least", "fit_on_tokens_per_pass")]
+        print(
+            f"{row['tokens']:7} {curve['a_ms']:9.4g} {curve['b_ms']:9.3g} {curve['r_squared']:8.5f} "
+            f"{curve['residual_percent']:7.1f} %   {share:25} {others[0]:6.2f} % {others[1]:6.2f} % "
+            f"{'-' if paper is None else f'{paper} %':>8}"
+        )
+    shares = " and ".join(f"{share} % at {tokens // 1024}k" for tokens, share in PAPER_SHARES.items())
+    lengths = ", ".join(str(row["tokens"]) for row in results)
+    print(
+        f"The paper's engine has b/(a+b) = {shares} tokens, with another model on other hardware; here it is at "
+        f"{lengths} tokens. The share grows with the length: only equal lengths compare."
+    )
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw the points, the range of their repeats, and the curves."""
+    figure, axes = make_axes("# parallel (tokens / critical path)", "latency per token (ms)")
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    for row in results:
+        x = np.array([point["parallelism"] for point in row["points"]])
+        y = [point["ms_per_token"] for point in row["points"]]
+        middle = np.array([each["median"] for each in y])
+        bars = [middle - [each["min"] for each in y], [each["max"] for each in y] - middle]
+        label = f"{row['tokens']:,} tokens: b/(a+b) = {row['fit']['share_percent']:.1f} %"
+        container = axes.errorbar(x, middle, bars, fmt="o", markersize=4, capsize=3, label=label)
+        along = np.geomspace(x.min(), x.max(), 200)
+        curve = row["fit"]["a_ms"] / along + row["fit"]["b_ms"]
+        axes.plot(along, curve, linewidth=1, color=container.lines[0].get_color())
+    axes.legend(title="median, least and greatest; y = a/x + b", frameon=False)
+    save(figure, path)
+
+
+def main() -> None:
+    parser = make_parser(__doc__, repeats=3)
+    add_model_arguments(parser)
+    parser.add_argument(
+        "--lengths",
+        type=count,
+        nargs="+",
+        help="tokens of an answer, all paths together (default: 512 1024 2048 on a CPU, 8192 16384 32768 on a GPU)",
+    )
+    parser.add_argument(
+        "--paths",
+        type=count,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="paths of the block; 1 is ordinary autoregressive writing (default: 1 2 4 8 16 32)",
+    )
+    parser.add_argument("--prompt", type=count, default=256, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--plot", type=plot_file, default=None, help="also draw points and curves to this PNG file")
+    args = parser.parse_args()
+    lengths, paths = sorted(set(args.lengths or LENGTHS[args.device.type])), sorted(set(args.paths))
+    if len(paths) < 2:
+        parser.error(f"--paths needs at least two different numbers to fit a curve to, got {args.paths}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+
+    tags = make_tags(newlines=False)
+    try:
+        answers = [[plan_answer(tags, tokens, num_paths) for num_paths in paths] for tokens in lengths]
+        make_prompts(1, args.prompt, make_config(args.geometry).vocab_size, make_goal(tags, paths[-1])[:-1])
+        num_parameters = count_parameters(args.geometry, tags)
+        load = Load(1, paths[-1], args.prompt, lengths[-1])
+        cache_tokens = plan_cache(args.geometry, args.device, num_parameters, load)
+    except ValueError as err:
+        parser.error(str(err))
+    result = {"benchmark": "latency_vs_parallelism", **environment(args.device)}
+    show_environment(result)
+    print(f"random {args.geometry}, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
+    model = make_model(args.geometry, args.device, tags, args.seed)
+    result |= describe_model(args.geometry, model, num_parameters)
+    result |= {"prompt_tokens": args.prompt, "repeats": args.repeats, "cache_tokens": cache_tokens}
+    with MultiverseEngine(model, max_cache_tokens=cache_tokens) as engine:
+        runs = measure(engine, tags, answers, args)
+    result["results"] = [summarize(*each) for each in zip(answers, runs, strict=True)]
+    result["peak_memory_bytes"] = peak_memory(args.device)
+    print_results(result["results"])
+    if args.plot is not None:
+        plot(result["results"], args.plot)
+    finish(result, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""What the benchmarks have a random model write: made-up ids, tags over them, and blocks of a given size, timed."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.state import BranchEvent, GenerationStats
+from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
+
+EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
+FAR = 1 << 30  # tokens; a limit that is never met, nor looked out for
+
+Item = TypeVar("Item")
+
+
+def make_tags(newlines: bool = True) -> TagSet:
+    """Make a tag set over ids at the low end of the vocabulary: the random model needs no tokenizer.
+
+    Args:
+        newlines: have newlines between tags, as in real documents. Without, a goal with its last outline leaves
+            ``</Goal>`` as the only thing a guided answer may write.
+    """
+    ids = {tag: TAG + number for number, tag in enumerate(MULTIVERSE.tokens)}
+    digits = {str(digit): [DIGIT + digit] for digit in range(10)} | {".": [DOT]}
+    pieces = {DIGIT + digit: str(digit) for digit in range(10)} | {COLON: ":", DOT: ".", NEWLINE: " "}
+    return TagSet(MULTIVERSE, ids, [NEWLINE] if newlines else [], [COLON], digits, pieces)
+
+
+def make_goal(tags: TagSet, num_paths: int) -> list[int]:
+    """Spell the opening of a block, from ``<Parallel>`` to ``</Goal>``, with an outline of one token a path."""
+    goal = [tags.open("parallel"), tags.open("goal")]
+    for number in range(1, num_paths + 1):
+        goal += [tags.open("outline"), *tags.ordinal(number), TEXT + number, tags.close("outline")]
+    return [*goal, tags.close("goal")]
+
+
+def make_prompts(batch: int, length: int, vocab_size: int, end: Sequence[int] = ()) -> torch.Tensor:
+    """Make (batch, length) ids: random text, different in each row, that ends with ``end``.
+
+    Raises:
+        ValueError: if ``end`` leaves no room for any text.
+    """
+    if len(end) >= length:
+        raise ValueError(f"the outlines take {len(end)} tokens of a prompt of {length}; raise --prompt")
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(TEXT, vocab_size, (batch, length - len(end)), generator=generator)
+    return torch.cat([text, torch.tensor(end, dtype=torch.long).expand(batch, -1)], dim=1)
+
+
+# Answers of a given size, forced by the engine's own limits. A logits processor would force them as well, but then the
+# engine keeps the ids every branch sees and copies them at every step: 25 ms for 128 answers on 8 paths that see 768.
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """An answer to have written.
+
+    Attributes:
+        num_tokens: tokens of it, all paths together, those the engine writes itself among them.
+        num_paths: paths of its one block; 1 for ordinary autoregressive writing, without a block.
+        path_tokens: tokens of each path.
+        length: its critical path, in tokens.
+    """
+
+    num_tokens: int
+    num_paths: int
+    path_tokens: int
+    length: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the engine's ``generate`` that make it come out like this."""
+        options = {"do_sample": False, "eos_token_id": None, "max_new_tokens": self.length, "max_total_tokens": FAR}
+        if self.num_paths == 1:
+            return options | {"structure": "off"}
+        block = {"max_depth": 1, "max_paths": self.num_paths, "max_path_tokens": self.path_tokens}
+        return options | block | {"structure": "guided"}
+
+
+def plan_answer(tags: TagSet, num_tokens: int, num_paths: int) -> Answer:
+    """Lay out an answer: ``</Goal>``, paths of one length, and the conclusion, which takes what they leave over.
+
+    Raises:
+        ValueError: if it is too short for so many paths.
+    """
+    if num_paths == 1:
+        return Answer(num_tokens, 1, num_tokens, num_tokens)
+    conclusion = [*tags.conclusion_prefix(), tags.close("conclusion"), tags.close("parallel")]
+    others = 1 + len(conclusion) + 1  # one token of text in the conclusion
+    path_tokens, least = (num_tokens - others) // num_paths, Structure(tags).empty_path_length()
+    if path_tokens < least:
+        raise ValueError(
+            f"{num_paths} paths in an answer of {num_tokens} tokens would have {max(path_tokens, 0)} each, and one "
+            f"takes at least {least}; have {num_paths * least + others} tokens written, or fewer paths"
+        )
+    return Answer(num_tokens, num_paths, path_tokens, num_tokens - (num_paths - 1) * path_tokens)
+
+
+@torch.no_grad()
+def silence_tags(model: Any, tags: TagSet) -> None:
+    """Have a random model never choose a tag by chance: one of zeros is not the greatest of many random scores."""
+    model.get_output_embeddings().weight[tags.control_ids] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What writing some answers took.
+
+    Attributes:
+        prompt_seconds: until the first token of an answer was chosen: the prompts' own pass.
+        seconds: from then on.
+        stats: of one answer; all of a run are alike.
+        num_sampled: tokens of one answer that the model chose; the engine wrote the others.
+    """
+
+    prompt_seconds: float
+    seconds: float
+    stats: GenerationStats
+    num_sampled: int
+
+
+def write(engine: MultiverseEngine, prompts: torch.Tensor, answer: Answer) -> Run:
+    """Have an answer written to each prompt, and check that all came out as asked.
+
+    Raises:
+        RuntimeError: if one did not.
+    """
+    first: list[float] = []
+
+    def listen(_event: BranchEvent) -> None:
+        if not first:  # a token's id has come back from the device, so the pass before it is over
+            first.append(time.perf_counter())
+
+    synchronize(engine.model.device)
+    begin = time.perf_counter()
+    results = engine.generate(list(prompts), on_event=listen, **answer.options)
+    synchronize(engine.model.device)
+    end = time.perf_counter()
+    due = (answer.num_tokens, answer.length, answer.num_paths, int(answer.num_paths > 1), 0)
+    for result in results:
+        stats = result.stats
+        if (stats.num_tokens, stats.length, stats.max_width, stats.num_forks, stats.malformed) != due:
+            raise RuntimeError(f"an answer has to come out as {answer}, got {stats}")
+    if preempted := engine.memory()["num_preemptions"]:
+        raise RuntimeError(
+            f"{preempted} answers were preempted and read again: the cache is too small to measure with"
+        )
+    return Run(first[0] - begin, end - first[0], results[0].stats, sum(results[0].sampled))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was given to a device; a CPU is done when the call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def in_turns(items: Sequence[Item], repeats: int) -> Iterator[Item]:
+    """Give items in turns, all of them ``repeats`` times, each time beginning with another."""
+    for repeat in range(repeats):
+        begin = repeat % len(items)
+        yield from (*items[begin:], *items[:begin])
