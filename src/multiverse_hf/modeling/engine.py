@@ -302,6 +302,7 @@ class Engine:
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
+                sequence.is_near_end = self._is_near_end(sequence)
                 queries += [(sequence, branch) for branch in sequence.live]
             del sequence.pending[: len(reading.entries)]
         return queries, logits if logits.dtype == torch.float64 else logits.float()
@@ -528,7 +529,7 @@ class Engine:
                 return None  # it closes something
         depth, spare = len(branch.blocks), 64 * (structure.depth + 2)  # more than closing one branch can take
         left = sequence.total - sequence.num_written - 1
-        is_near = token is not None and left < (spare + 32 * request.options.max_paths) * len(sequence.live)
+        is_near = token is not None and sequence.is_near_end
         if left < 0 or (is_near and left < self._closing_cost(sequence, branch, structure)):
             return sequence.total_reason, ANSWER
         if request.options.max_path_tokens is not None:
@@ -542,6 +543,15 @@ class Engine:
             # siblings may have room left: only this path ends here, and what follows the block ends by itself
             return FinishReason.LENGTH, depth - 1
         return None
+
+    def _is_near_end(self, sequence: Sequence) -> bool:
+        """Say whether this step may come to where closing takes all the tokens that are left."""
+        left = sequence.total - sequence.num_written
+        step = 64 * (len(sequence.live) + 1)  # more than one token of each branch can add, forced ones included
+        most = 64 * (sequence.stats.depth + 2) + 32 * sequence.request.options.max_paths  # of one branch
+        if left >= step + most * len(sequence.live):
+            return False
+        return left < step + self._closing_cost(sequence)
 
     def _closing_cost(
         self, sequence: Sequence, branch: Branch | None = None, structure: Structure | None = None

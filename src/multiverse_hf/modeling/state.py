@@ -256,6 +256,7 @@ class Sequence:
     is_prompt: bool = True  # its prompt is being interpreted
     is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
     is_cancelled: bool = False
+    is_near_end: bool = False  # in this step closing may take all the tokens that are left
 
     @property
     def num_written(self) -> int:
