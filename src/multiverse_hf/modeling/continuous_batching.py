@@ -272,12 +272,13 @@ class MultiverseEngine:
         ``used_by`` gives the tokens that each running answer holds, in order of arrival.
         """
         engine, cache = self._engine, self._engine.cache
+        extents = dict(cache.extents)  # a copy: the engine's thread goes on
         return {
             "capacity_tokens": self.max_cache_tokens,
             "used_tokens": cache.num_used,
             "capacity_bytes": self.max_cache_tokens * self.bytes_per_token,
             "used_bytes": cache.num_used * self.bytes_per_token,
-            "used_by": [extent.used for _, extent in sorted(list(cache.extents.items()))],
+            "used_by": [extent.used for _, extent in sorted(extents.items())],
             "num_running": len(engine.running),
             "num_waiting": len(engine.waiting) + len(self._inbox),
             "num_preemptions": engine.num_preemptions,
