@@ -76,5 +76,5 @@ $(CORE): $(TORCH) pyproject.toml
 	@touch $@
 
 $(DEV): $(TORCH) pyproject.toml
-	$(PIP) install -q -c constraints.txt -e '.[train,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[train,batch,dev]'
 	@touch $(CORE) $@

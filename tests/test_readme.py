@@ -1,5 +1,6 @@
 """What the README shows is run as it stands."""
 
+import json
 import os
 import re
 import shutil
@@ -24,6 +25,22 @@ def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
     assert float(re.findall(r"[\d.]+", generated)[-1]) > 1
     assert "\nfork" in served
     assert "Answer: 55" in served
+
+
+def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
+    pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
+    answer, submit = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--input" in text)
+    root = Path(__file__).parents[1]
+    (tmp_path / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
+    (tmp_path / "multiverse").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"} | {"PYTHONPATH": f"{root}/src"}
+    command = ["bash", "-ec", answer + submit]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["answer"]) for row in rows] == [("a", "44"), ("b", "26")]
+    assert rows[1]["level"] == 1
+    assert "#SBATCH --array=0-63" in done.stdout
 
 
 def test_every_file_the_readme_names_is_there() -> None:

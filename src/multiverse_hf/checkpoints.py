@@ -69,8 +69,8 @@ class Checkpoint:
     hidden: frozenset[int]  # ids that are not part of an answer's text: end and padding tokens
     revision: str = "main"
 
-    def encode(self, prompt: str) -> list[int]:
-        """Tokenize a prompt.
+    def encode(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
+        """Tokenize a prompt: text or chat messages.
 
         Raises:
             CommandError: if the checkpoint's chat template fails, or the prompt does not fit the context.

@@ -4,6 +4,7 @@ torch and transformers are imported inside the commands that run a model, so tha
 """
 
 import contextlib
+import dataclasses
 import difflib
 import json
 import os
@@ -19,6 +20,8 @@ from rich.console import Console
 from rich.text import Text
 
 from multiverse_hf import __version__
+from multiverse_hf.batch.launch import run_batch
+from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Cluster, Executor, Outcome
 from multiverse_hf.checkpoints import (
     FAILURE,
     INTERRUPTED,
@@ -33,7 +36,7 @@ from multiverse_hf.checkpoints import (
     open_checkpoint,
     quiet,
 )
-from multiverse_hf.data.chains import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from multiverse_hf.data.chains import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
 
@@ -42,16 +45,10 @@ TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error 
 MIN_TEMPERATURE = 1e-6
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 
+MANY, CLUSTER = "Many prompts", "Slurm and Ray"  # panels of the help
+
 # typer has no public name for the base of what it raises on bad usage, in some versions click's and in some its own.
 _UsageException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-
-
-class Suffix(StrEnum):
-    """Sentence of record at the end of a prompt."""
-
-    PARALLEL = "parallel"
-    SEQUENTIAL = "sequential"
-    NONE = "none"
 
 
 class StructureMode(StrEnum):
@@ -159,9 +156,7 @@ def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
         raise CommandError(f"the {source} is not UTF-8 text ({err.reason} at byte {err.start}); convert it") from err
     if not text:
         raise CommandError(f"the {source} is empty; give the problem to answer")
-    if suffix is Suffix.NONE or text.endswith((PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX)):
-        return text
-    return f"{text} {PARALLEL_SUFFIX if suffix is Suffix.PARALLEL else SEQUENTIAL_SUFFIX}"
+    return suffix.end(text)
 
 
 def wants_live(live: bool | None, as_json: bool) -> bool:
@@ -237,9 +232,70 @@ def generate(
     threads: ThreadsOption = None,
     live: LiveOption = None,
     as_json: JsonOption = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="JSONL", help="Rows with a prompt or messages.", rich_help_panel=MANY),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Their answers; the same command again goes on.", rich_help_panel=MANY),
+    ] = None,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(metavar="NAME", help="local (default), slurm or ray.", rich_help_panel=MANY),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Shares of the rows; by default 1.", rich_help_panel=MANY)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tasks at once, each with its own model; here by default one for each GPU, or each core.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help=f"Answers a task writes at once; by default {MAX_NUM_SEQS}.", rich_help_panel=MANY
+        ),
+    ] = None,
+    max_cache_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens a task's cache holds.", rich_help_panel=MANY)
+    ] = None,
+    partition: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Slurm's, for each task.", rich_help_panel=CLUSTER)
+    ] = None,
+    time: Annotated[
+        str | None, typer.Option(metavar="H:MM:SS", help="Slurm's limit, for each task.", rich_help_panel=CLUSTER)
+    ] = None,
+    cpus_per_task: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="By default 1.", rich_help_panel=CLUSTER)
+    ] = None,
+    gpus_per_task: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="By default none.", rich_help_panel=CLUSTER)
+    ] = None,
+    mem_per_cpu: Annotated[
+        int | None, typer.Option(min=1, metavar="GB", help="By default 2.", rich_help_panel=CLUSTER)
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="More for Slurm, such as account=me; any number.", rich_help_panel=CLUSTER
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print Slurm's script and start nothing.", rich_help_panel=CLUSTER)
+    ] = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Answer a prompt; in a terminal the branches appear side by side as they are written.
+    """Answer a prompt, or a file of them.
+
+    In a terminal the branches of one answer appear side by side as they are written. With --input each row of a file
+    is answered, by tasks on this machine or on a cluster. A run that was cut off is gone on with by the same command:
+    rows that are finished are never done again.
 
     \b
     Examples:
@@ -247,6 +303,9 @@ def generate(
       multiverse generate --file problem.txt --json
       echo "A=5+6; B=7+8; total?" | multiverse generate --plain
       multiverse generate --model ./my-checkpoint --temperature 0.6 --seed 1 "..."
+      multiverse generate --input prompts.jsonl --output out --tasks 4
+      multiverse generate --input prompts.jsonl --output out --tasks 64 \\
+        --executor slurm --partition gpu --time 4:00:00 --gpus-per-task 1
     """
     shows_live = wants_live(live, as_json)
     if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
@@ -260,12 +319,6 @@ def generate(
         if do_sample is False:
             raise CommandError("--greedy takes no --temperature or --top-p; leave one out")
         do_sample = True
-    text = read_prompt(prompt, file, suffix)
-    with waiting("loading the model"):
-        quiet()
-        checkpoint = open_checkpoint(model)
-        ids = checkpoint.encode(text)
-        loaded = load_model(checkpoint, dtype, attn, device, threads)
     options = {
         "structure": structure.value,
         "max_new_tokens": max_new_tokens,
@@ -279,6 +332,26 @@ def generate(
         "top_p": top_p,
         "seed": seed,
     }
+    cluster = {
+        **{"partition": partition, "time": time, "sbatch": sbatch, "dry_run": dry_run or None},
+        **{"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task, "mem_per_cpu": mem_per_cpu},
+    }
+    many = {
+        **{"tasks": tasks, "workers": workers, "executor": executor},
+        **{"max_num_seqs": max_num_seqs, "max_cache_tokens": max_cache_tokens},
+    }
+    if wants_many(source, output, {"PROMPT": prompt, "--file": file, "--live": live or None}, many | cluster):
+        asked = {name: value for name, value in many.items() if value is not None}
+        asked["cluster"] = Cluster(**{name: value for name, value in cluster.items() if value is not None})
+        outcome = run_batch(Batch(source, output, model, suffix, options, dtype, attn, device, threads, **asked))
+        print_outcome(outcome, output, as_json)
+        return
+    text = read_prompt(prompt, file, suffix)
+    with waiting("loading the model"):
+        quiet()
+        checkpoint = open_checkpoint(model)
+        ids = checkpoint.encode(text)
+        loaded = load_model(checkpoint, dtype, attn, device, threads)
     if as_json:
         answer = answer_prompt(loaded, checkpoint, ids, **options)
         print_json({"prompt": text, **answer.to_dict(), "model": checkpoint.name})
@@ -292,6 +365,57 @@ def generate(
         room = (getattr(checkpoint.config, "max_position_embeddings", None) or float("inf")) - len(ids)
         if note := _cut_off(answer, room, max_new_tokens):
             print(f"note: {note}", file=sys.stderr)
+
+
+def wants_many(source: Path | None, output: Path | None, single: dict[str, Any], many: dict[str, Any]) -> bool:
+    """Say whether a file of prompts is to be answered.
+
+    Args:
+        source, output: of it.
+        single: options that one prompt takes and a file does not, by name; None where not given.
+        many: the other way round.
+
+    Raises:
+        CommandError: if the options do not fit together.
+    """
+    if source is None:
+        given = ["--output"] * (output is not None) + [name for name, value in many.items() if value is not None]
+        if given:
+            raise CommandError(
+                f"--{given[0].strip('-').replace('_', '-')} is for many prompts; give them with --input"
+            )
+        return False
+    if output is None:
+        raise CommandError("--input needs --output, the folder for the answers")
+    if given := [name for name, value in single.items() if value is not None]:
+        raise CommandError(f"{given[0]} and --input exclude each other; leave one out")
+    return True
+
+
+def print_outcome(outcome: Outcome, output: Path, as_json: bool) -> None:
+    """Say how a run over many prompts ended."""
+    summary = outcome.summary
+    if outcome.script is not None:
+        print(outcome.script, end="")
+        return
+    if as_json:
+        report = {"output": str(outcome.answers), "job": outcome.job, "finished_before": outcome.finished_before}
+        print_json(report | (dataclasses.asdict(summary) if summary else {}) | {"seconds": round(outcome.seconds, 4)})
+        return
+    if summary is None:
+        print(f"job {outcome.job} submitted; its last task writes {outcome.answers}")
+        print(f"log: {output / 'logs'}. If tasks fail, the same command again does what is missing.")
+        return
+    if outcome.finished_before == summary.rows:
+        print(f"already complete: {summary.rows} rows")
+    else:
+        before = f", {outcome.finished_before} of them before" if outcome.finished_before else ""
+        print(f"{summary.rows} rows in {outcome.seconds:.1f} s{before}")
+    if summary.parallelism is not None:
+        print(f"{summary.tokens} tokens, # parallel {summary.parallelism:.2f} on average")
+    if summary.errors:
+        print(f"{summary.errors} could not be answered; first {summary.first_error}", file=sys.stderr)
+    print(outcome.answers)
 
 
 def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:

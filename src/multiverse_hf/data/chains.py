@@ -17,6 +17,20 @@ MAX_OPS = 8
 NAMES = "ABCDEFGH"
 
 
+class Suffix(StrEnum):
+    """Sentence of record at the end of a prompt."""
+
+    PARALLEL = "parallel"
+    SEQUENTIAL = "sequential"
+    NONE = "none"
+
+    def end(self, text: str) -> str:
+        """End a prompt with the sentence; one that has either is left as it is."""
+        if self is Suffix.NONE or text.endswith((PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX)):
+            return text
+        return f"{text} {PARALLEL_SUFFIX if self is Suffix.PARALLEL else SEQUENTIAL_SUFFIX}"
+
+
 class Kind(StrEnum):
     """Shape of a problem."""
 

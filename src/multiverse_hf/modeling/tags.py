@@ -281,7 +281,7 @@ def encode_prompt(
     names = names or find_preset(tokenizer.get_vocab())
     is_batch = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
     if not is_batch or isinstance(prompt[0], Mapping):
-        ids = _encode(tokenizer, _read_messages(prompt, "the prompt"), names, add_generation_prompt)
+        ids = _encode(tokenizer, read_messages(prompt, "the prompt"), names, add_generation_prompt)
         if return_tensors is None:
             return ids
         import torch
@@ -291,7 +291,7 @@ def encode_prompt(
     from transformers import BatchEncoding
 
     rows = [
-        _encode(tokenizer, _read_messages(each, f"prompt {number}"), names, add_generation_prompt)
+        _encode(tokenizer, read_messages(each, f"prompt {number}"), names, add_generation_prompt)
         for number, each in enumerate(prompt)
     ]
     width = max(map(len, rows))
@@ -303,8 +303,17 @@ def encode_prompt(
     return BatchEncoding(batch, tensor_type="pt")
 
 
-def _read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
-    """Read one prompt as chat messages."""
+def read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
+    """Read one prompt as chat messages.
+
+    Args:
+        prompt: text or chat messages.
+        where: what to call it in an error.
+
+    Raises:
+        ValueError: if it is empty.
+        TypeError: if it is neither text nor chat messages.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
         raise TypeError(f"{where} must be text or a list of chat messages, got {reprlib.repr(prompt)}")

@@ -1,0 +1,350 @@
+"""Files of a batch: rows of the input, parts that tasks append answers to, the parts merged in the input's order."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from multiverse_hf.checkpoints import FAILURE, CommandError, one_line
+from multiverse_hf.data.chains import Suffix
+from multiverse_hf.modeling.tags import read_messages
+
+OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # of an answer
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of the input.
+
+    Attributes:
+        number: from 0, blank lines left out.
+        line: of the file, from 1.
+        id: as given, else the number.
+        fields: all others, as they came; ``prompt`` or ``messages`` is among them.
+    """
+
+    number: int
+    line: int
+    id: str | int
+    fields: dict[str, Any]
+
+    def question(self, suffix: Suffix) -> str | list[dict[str, str]]:
+        """Give what the model is asked: the prompt, or the messages, the last of the user's with the suffix."""
+        if "prompt" in self.fields:
+            return suffix.end(self.fields["prompt"].strip())
+        messages = [dict(message) for message in self.fields["messages"]]
+        for message in reversed(messages):
+            if message["role"] == "user":
+                message["content"] = suffix.end(message["content"])
+                break
+        return messages
+
+
+# The input
+
+
+def read_rows(path: Path, digest: Any = None) -> Iterator[Row]:
+    """Read a file of rows, one JSON object a line; blank lines are left out.
+
+    Args:
+        path: of the file, UTF-8.
+        digest: of hashlib; fed with the file's bytes.
+
+    Raises:
+        CommandError: if the file cannot be read, or a row is not as it should be, with its line.
+    """
+    number = 0
+    try:
+        with path.open("rb") as file:
+            for line, data in enumerate(file, 1):
+                if digest is not None:
+                    digest.update(data)
+                text = data.removeprefix(BYTE_ORDER_MARK).strip() if line == 1 else data.strip()
+                if text:
+                    try:
+                        yield _read_row(number, line, text)
+                    except (ValueError, TypeError, RecursionError) as err:
+                        raise CommandError(f"{path}, line {line}: {one_line(err)}") from err
+                    number += 1
+    except OSError as err:
+        raise CommandError(f"cannot read {path}: {err.strerror or err}; check the path") from err
+
+
+def _read_row(number: int, line: int, data: bytes) -> Row:
+    """Read one line.
+
+    Raises:
+        ValueError, TypeError: saying what is wrong.
+        RecursionError: if it nests too deeply.
+    """
+    try:
+        fields = json.loads(data.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as err:
+        raise ValueError(f"not UTF-8 text ({err.reason} at byte {err.start}); convert the file") from err
+    except json.JSONDecodeError as err:
+        raise ValueError(f"not JSON: {err.msg} at column {err.colno}; write one object a line") from err
+    if not isinstance(fields, dict):
+        raise TypeError(f"holds {json.dumps(fields):.40}, not an object with a prompt")
+    if b"\\u" in data:
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as err:
+            raise ValueError("holds half of a character (a lone surrogate); write it whole") from err
+    for name in OWN_FIELDS:
+        if name in fields:
+            raise ValueError(f"the field {name!r} is one that the answer brings; give it another name")
+    row_id = fields.pop("id", number)
+    if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
+        raise TypeError(f"the id must be text or an integer, got {json.dumps(row_id):.40}")
+    if ("prompt" in fields) == ("messages" in fields):
+        raise ValueError("give it a prompt or messages, and not both")
+    if "prompt" in fields and not isinstance(fields["prompt"], str):
+        raise TypeError(f"the prompt must be text, got {json.dumps(fields['prompt']):.40}; chats go into messages")
+    if "messages" in fields and not isinstance(fields["messages"], list):
+        raise TypeError(f"messages must be a list, got {json.dumps(fields['messages']):.40}")
+    read_messages(*(fields.get(name) for name in ("prompt", "messages") if name in fields), f"the {_kind(fields)}")
+    return Row(number, line, row_id, fields)
+
+
+def _kind(fields: dict[str, Any]) -> str:
+    return "prompt" if "prompt" in fields else "chat"
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"not JSON: {name} is no JSON value; write null")
+
+
+def check_input(path: Path) -> tuple[int, str]:
+    """Read a whole input, before any work begins.
+
+    Returns:
+        How many rows it has, and the SHA-256 of its bytes.
+
+    Raises:
+        CommandError: as :func:`read_rows`; if there is no row, or two have the same id.
+    """
+    if path.exists() and not path.is_file():
+        raise CommandError(f"{path} is not a file; give --input one: each task reads it, and again later")
+    digest = hashlib.sha256()
+    lines: dict[str, int] = {}
+    for row in read_rows(path, digest):
+        # as text: 7 and "7" are one id to most who read the answers
+        first = lines.setdefault(str(row.id), row.line)
+        if first != row.line:
+            raise CommandError(f"{path}, line {row.line}: id {row.id!r} is that of line {first} too; ids are unique")
+    if not lines:
+        raise CommandError(f"{path} holds no rows; write one JSON object with a prompt a line")
+    return len(lines), digest.hexdigest()
+
+
+def read_unchanged(path: Path, digest: str) -> Iterator[Row]:
+    """Read the rows of an input that was checked before.
+
+    Raises:
+        CommandError: as :func:`read_rows`; at the end, if it is not what it was then.
+    """
+    now = hashlib.sha256()
+    yield from read_rows(path, now)
+    if now.hexdigest() != digest:
+        raise CommandError(f"{path} changed after the run began; put the old one back, or begin in another folder")
+
+
+# The output
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """Where things are in an output folder.
+
+    A task appends the rows it finishes to its part, which gets its final name when all of them are there: what is
+    finished can be seen from the names alone, and nothing else has to be kept in step with the files.
+    """
+
+    path: Path
+    tasks: int
+
+    @property
+    def settings(self) -> Path:
+        """What the run was begun with."""
+        return self.path / "run.json"
+
+    @property
+    def answers(self) -> Path:
+        """All rows in the input's order; there only when all are."""
+        return self.path / "answers.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What datatrove and Slurm write."""
+        return self.path / "logs"
+
+    def part(self, task: int) -> Path:
+        """A task's rows, complete."""
+        return self.path / "parts" / f"{task:05d}.jsonl"
+
+    def unfinished(self, task: int) -> Path:
+        """A task's rows so far."""
+        return self.path / "parts" / f"{task:05d}.unfinished.jsonl"
+
+    def open_tasks(self) -> list[int]:
+        """Give the tasks that have rows to do."""
+        names = {path.name for path in (self.path / "parts").glob("*.jsonl")}
+        return [task for task in range(self.tasks) if self.part(task).name not in names]
+
+    @contextlib.contextmanager
+    def lock(self, name: str, busy: str | None = None) -> Iterator[None]:
+        """Keep other processes, on other machines too, out of the same work.
+
+        A record lock, not flock: a process forked from this one must not go on holding it.
+
+        Args:
+            name: of the work.
+            busy: the error's message if it is held; None waits.
+
+        Raises:
+            CommandError: if it is held.
+        """
+        import fcntl  # Windows has none, and the rest of the command line works there
+
+        path = self.logs / "locks" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
+            except (BlockingIOError, PermissionError) as err:
+                raise CommandError(busy, FAILURE) from err
+            except OSError:  # a file system without locks: then users see to it themselves
+                pass
+            yield
+
+
+def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Read which rows a part holds.
+
+    Returns:
+        By id as text, where in the file a row's line begins and how many bytes it takes; and the bytes of all whole
+        lines. What a killed task wrote of a line comes after them.
+
+    Raises:
+        CommandError: if a line in it is damaged or there twice.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    end = 0
+    with part.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            if not data.endswith(b"\n"):
+                break
+            try:
+                row_id = str(json.loads(data)["id"])
+            except (ValueError, TypeError, KeyError) as err:
+                raise CommandError(
+                    f"{part}, line {number} is damaged; delete the line and run again", FAILURE
+                ) from err
+            if row_id in found:
+                raise CommandError(f"{part}, line {number} repeats id {row_id}; delete the line", FAILURE)
+            found[row_id] = (end, len(data))
+            end += len(data)
+    return found, end
+
+
+@contextlib.contextmanager
+def append_rows(part: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
+    """Open a part to append to, without the torn line that a killed task may have left; give the ids it has too."""
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.touch()
+    found, end = finished_rows(part)
+    with part.open("r+b") as file:
+        file.truncate(end)
+        file.seek(end)
+        yield file, set(found)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_row(file: IO[bytes], row: dict[str, Any]) -> None:
+    """Append a row; once this returns, a kill of the process cannot lose it."""
+    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+
+
+def merge(folder: Folder, source: Path, digest: str) -> None:
+    """Write all rows to one file, in the input's order: whole or not at all. Whoever comes second waits.
+
+    Args:
+        folder: whose parts are all complete.
+        source, digest: the input.
+
+    Raises:
+        CommandError: if a part lacks a row, or the input is another by now.
+    """
+    with folder.lock("merge"):
+        if folder.answers.exists():
+            return
+        parts = [folder.part(task) for task in range(folder.tasks)]
+        found = [finished_rows(part)[0] for part in parts]
+        order = [str(row.id) for row in read_unchanged(source, digest)]
+        new = folder.path / ".answers.jsonl.unfinished"
+        with new.open("wb") as file:
+            for number, row_id in enumerate(order):
+                task = number % folder.tasks
+                if row_id not in found[task]:
+                    raise CommandError(f"{parts[task]} lacks row {row_id}; delete it and run again", FAILURE)
+                begin, length = found[task][row_id]
+                with parts[task].open("rb") as part:  # each time: there may be more parts than files one may open
+                    part.seek(begin)
+                    file.write(part.read(length))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(folder.answers)
+
+
+def count_lines(path: Path, begin: int = 0) -> tuple[int, int]:
+    """Count the line ends in a file from a place on, none if it is not there; and give the place where it ends."""
+    count = 0
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        file.seek(begin)
+        while data := file.read(1 << 20):
+            count += data.count(b"\n")
+            begin += len(data)
+    return count, begin
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished batch came to.
+
+    Attributes:
+        rows: of the input.
+        errors: rows that could not be answered.
+        first_error: of them.
+        tokens: of all answers.
+        parallelism: mean # parallel of the answers; None if there are none.
+    """
+
+    rows: int
+    errors: int
+    first_error: str | None
+    tokens: int
+    parallelism: float | None
+
+
+def summarize(answers: Path) -> Summary:
+    """Add up what a batch came to."""
+    rows = errors = tokens = 0
+    parallelism, first_error = 0.0, None
+    with answers.open("rb") as file:
+        for data in file:
+            row = json.loads(data)
+            rows += 1
+            if row["error"] is not None:
+                errors += 1
+                first_error = first_error or f"row {row['id']}: {row['error']}"
+            else:
+                tokens += row["stats"]["num_tokens"]
+                parallelism += row["stats"]["parallelism"]
+    return Summary(rows, errors, first_error, tokens, parallelism / (rows - errors) if rows > errors else None)

@@ -1,0 +1,80 @@
+"""Looking after a run that is on its way: how far it is, and whether its workers are still there."""
+
+import os
+import signal
+import sys
+import threading
+
+import multiprocess
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from multiverse_hf.batch.rows import Folder, count_lines
+
+WATCH_S = 0.5
+
+
+class Watch:
+    """Looks after a run from a thread: shows in a terminal how far it is, and ends it when a worker was killed.
+
+    A pool whose worker is killed would wait for its task for ever.
+    """
+
+    def __init__(self, folder: Folder, rows: int) -> None:
+        self.folder, self.rows = folder, rows
+        self.has_lost_worker = False
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._console = Console(file=sys.stderr)  # what that is now: it is turned away while a single worker runs
+
+    def __enter__(self) -> "Watch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        columns = TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        shown = self._console.is_terminal
+        with Progress(
+            *columns, console=self._console, disable=not shown, redirect_stdout=False, redirect_stderr=False
+        ) as progress:
+            bar = progress.add_task("rows", total=self.rows)
+            counts: dict[int, tuple[int, int]] = {}
+            alive: set[int] = set()
+            missing: set[int] = set()
+            while not self._stop.wait(WATCH_S):
+                if shown:
+                    progress.update(bar, completed=self._count(counts))
+                lost = {pid for pid in alive if not _is_alive(pid)}
+                # missing twice: at the end of a run they go away by themselves
+                if lost & missing and not self.has_lost_worker:
+                    self.has_lost_worker = True
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+                missing = lost
+                alive |= _children()
+            if shown:
+                progress.update(bar, completed=self._count(counts))
+
+    def _count(self, counts: dict[int, tuple[int, int]]) -> int:
+        """Count the rows that are finished, reading on where the last count ended."""
+        for task in range(self.folder.tasks):
+            rows, end = counts.get(task, (0, 0))
+            path = self.folder.unfinished(task)
+            new, end = count_lines(path if path.exists() else self.folder.part(task), end)
+            counts[task] = rows + new, end
+        return sum(rows for rows, _ in counts.values())
+
+
+def _children() -> set[int]:
+    return {child.pid for child in multiprocess.active_children()}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
