@@ -27,6 +27,23 @@ FOLD_QUERIES = 512  # folded queries; above, as in a prompt, the copies that fol
 
 
 @dataclass(frozen=True, slots=True)
+class Paged:
+    """Where the keys lie that one query alone sees.
+
+    Attributes:
+        keys: pages of them, a slice of the piece's keys.
+        size: keys of a page.
+        owners: (pages,) int64, the query that sees the page; -1 if none does.
+        shared: the other parts of the piece's keys.
+    """
+
+    keys: slice
+    size: int
+    owners: torch.Tensor
+    shared: list[slice]
+
+
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Queries that attend to the same slots.
 
@@ -35,17 +52,14 @@ class Piece:
         keys: the slots they may see, a slice of the pool.
         mask: columns of the step's mask that stand for these slots; None if all queries see all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
-        runs: for each query the parts of the keys that it sees whole, with as many or fewer others; attention then
-            leaves out those of the other queries. Empty if not known.
-        shared: the parts of the keys that are in no run.
+        paged: where the keys of each query lie; attention then leaves those of the others out. None if not known.
     """
 
     queries: slice
     keys: slice
     mask: slice | None
     causal: bool = False
-    runs: list[list[slice]] = field(default_factory=list)
-    shared: list[slice] = field(default_factory=list)
+    paged: Paged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +108,9 @@ def packed_attention(
     for number, piece in enumerate(step.pieces):
         keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         mask = None if piece.mask is None else attention_mask[:, :, piece.queries, piece.mask]
-        if piece.runs:
-            outputs.append(attend_runs(piece, query[:, :, piece.queries], keys, values, mask, kwargs.get("scaling")))
+        if piece.paged is not None:
+            rows = query[:, :, piece.queries]
+            outputs.append(attend_paged(piece.paged, rows, keys, values, mask, kwargs.get("scaling")))
             continue
         kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, id(attention_mask)))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
@@ -103,15 +118,15 @@ def packed_attention(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
 
 
-def attend_runs(
-    piece: Piece,
+def attend_paged(
+    paged: Paged,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attend with each query to its own runs of keys and to the shared ones, and to no others.
+    """Attend with each query to its own pages of keys and to the shared ones, and to no others.
 
     Long branches side by side would otherwise meet each other's keys only to mask them. Precision is that of
     transformers' eager attention: products in the queries' dtype, softmax in float32.
@@ -125,31 +140,36 @@ def attend_runs(
         (1, Q, heads, head_dim).
     """
     _, heads, queries, head_dim = query.shape
-    kv_heads = key.shape[1]
-    rows = query[0].view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2)  # (kv, Q, groups, head_dim)
-    shared_keys = torch.cat([key[0, :, part] for part in piece.shared], dim=1)
-    shared_values = torch.cat([value[0, :, part] for part in piece.shared], dim=1)
-    mask = torch.cat([attention_mask[0, 0, :, part] for part in piece.shared], dim=1)
-    num_shared = mask.shape[1]
-    runs = []  # (query, its columns of the scores, the keys they are of)
-    for row, parts in enumerate(piece.runs):
-        column = num_shared
-        for part in parts:
-            runs.append((row, slice(column, column + part.stop - part.start), part))
-            column = runs[-1][1].stop
-    width = max(columns.stop for _, columns, _ in runs)
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    scores = torch.full((*rows.shape[:3], width), -torch.inf, dtype=dtype)
-    scores[..., :num_shared] = (rows.flatten(1, 2) @ shared_keys.mT).unflatten(1, (queries, -1))
-    for row, columns, part in runs:
-        scores[:, row, :, columns] = rows[:, row] @ key[0, :, part].mT
-    scores *= head_dim**-0.5 if scaling is None else scaling
-    scores[..., :num_shared] += mask[:, None]
-    weights = scores.softmax(dim=-1).to(query.dtype)
-    output = (weights[..., :num_shared].flatten(1, 2) @ shared_values).unflatten(1, (queries, -1)).to(dtype)
-    for row, columns, part in runs:
-        output[:, row] += weights[:, row, :, columns] @ value[0, :, part]
+    kv_heads, num_pages = key.shape[1], len(paged.owners)
+    rows = query[0] * (head_dim**-0.5 if scaling is None else scaling)
+    rows = rows.view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2)  # (kv, Q, groups, head_dim)
+    shared_key, shared_value = (torch.cat([s[0, :, part] for part in paged.shared], dim=1) for s in (key, value))
+    mask = torch.cat([attention_mask[0, 0, :, part] for part in paged.shared], dim=1)
+    scores = (rows.flatten(1, 2) @ shared_key.mT).unflatten(1, (queries, -1)) + mask[:, None]
+    weights, lse = _softmax(scores)
+    output = (weights.flatten(1, 2) @ shared_value).unflatten(1, (queries, -1))
+
+    owners = paged.owners.clamp(min=0)
+    own_rows = rows[:, owners]  # (kv, pages, groups, head_dim)
+    own_key, own_value = (s[0, :, paged.keys].unflatten(1, (num_pages, paged.size)) for s in (key, value))
+    scores = torch.stack([each @ keys.mT for each, keys in zip(own_rows, own_key, strict=True)])
+    weights, own_lse = _softmax(scores)
+    own_output = torch.stack([each @ values for each, values in zip(weights, own_value, strict=True)])
+    own_lse[:, paged.owners < 0] = -torch.inf
+
+    # as if one softmax had been over all keys of a query
+    top = lse.scatter_reduce(1, owners[None, :, None, None].expand_as(own_lse), own_lse, "amax")
+    share, own_share = (lse - top).exp_(), (own_lse - top[:, owners]).exp_()
+    total = share.index_add(1, owners, own_share)
+    output = (output * share).index_add_(1, owners, own_output * own_share) / total
     return output.to(query.dtype).transpose(0, 1).reshape(1, queries, heads, head_dim)
+
+
+def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the softmax of (..., K) scores, in their dtype, and the (..., 1) logarithm of what it was divided by."""
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    lse = scores.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
+    return weights.to(scores.dtype), lse
 
 
 def attend_sdpa(

@@ -279,7 +279,7 @@ class Engine:
             self.cache.release(victim.arrival)
             victim.num_computed = 0
             victim.pending.clear()
-            victim.slots, victim.runs = victim.slots[:0], []
+            victim.slots, victim.pages = victim.slots[:0], None
             self.enqueue(victim)
             self.num_preemptions += 1
             if victim is sequence:

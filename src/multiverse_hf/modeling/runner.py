@@ -12,15 +12,17 @@ from transformers.utils import logging
 
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
-from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
-from .state import Run, Sequence
+from .decoding import PACKED, TURN, Paged, Piece, Step, attend_eager, attend_sdpa
+from .state import Pages, Sequence
 from .static import StaticRunner
 
 logger = logging.get_logger(__name__)
 
-MIN_RUN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
-RUN_SHARE = 3  # branches are kept apart if none sees more than one of so many log entries
-MIN_TAIL = 512  # log entries written since they were last brought apart
+# When branches are kept apart
+MIN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
+SHARE = 3  # if that leaves one of so many products to do
+MIN_TAIL = 512  # log entries written since it was last done
+MIN_PAGE = 64
 
 
 @dataclass(slots=True)
@@ -62,8 +64,8 @@ class ModelRunner:
         is_static = decoding == "static" and self.is_packed and not self.is_eager and self.window is None
         self.static = StaticRunner(model, cache) if is_static else None
         # a GPU reads keys no faster for meeting fewer queries
-        self.keeps_runs = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
-        self.min_run_work, self.run_share, self.min_tail = MIN_RUN_WORK, RUN_SHARE, MIN_TAIL
+        self.keeps_pages = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
+        self.min_work, self.share, self.min_tail, self.min_page = MIN_WORK, SHARE, MIN_TAIL, MIN_PAGE
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
         """Read log entries into the cache.
@@ -95,7 +97,7 @@ class ModelRunner:
         ids, positions, slots, pieces, rows = [], [], [], [], []
         for reading in batch:
             sequence, first, end = reading.sequence, reading.first, reading.end
-            if self.keeps_runs:
+            if self.keeps_pages:
                 self._part_branches(sequence)
             base = self.cache.extents[sequence.arrival].base
             ids += sequence.ids[first:end]
@@ -123,44 +125,69 @@ class ModelRunner:
         keys = slice(base, base + end)
         if sequence.root.block is None and (self.window is None or end <= self.window):
             return Piece(reading.queries, keys, None, causal=True)
-        if len(reading.entries) > 1 and sequence.runs:
-            seen = [[run.slots for run in sequence.runs if sees[run.entry]] for _, sees in reading.entries]
-            shared = [slice(0, sequence.runs[0].slots.start), slice(len(sequence.slots), end)]
-            work = len(seen) * sum(s.stop - s.start for s in shared) + sum(s.stop - s.start for r in seen for s in r)
-            if self.run_share * work <= len(seen) * end:
-                return Piece(reading.queries, keys, slice(0, end), shared=shared, runs=seen)
+        if len(reading.entries) > 1 and sequence.pages is not None:
+            pages = sequence.pages
+            seen = np.stack([sees[pages.entries] for _, sees in reading.entries])
+            count = np.count_nonzero(seen, axis=0)
+            begins = [pages.begin + page * pages.size for page in np.flatnonzero(count > 1).tolist()]
+            shared = [slice(0, pages.begin), *(slice(begin, begin + pages.size) for begin in begins)]
+            shared.append(slice(len(sequence.slots), end))
+            work = len(seen) * sum(part.stop - part.start for part in shared) + len(count) * pages.size
+            if self.share * work <= len(seen) * end:
+                owners = torch.from_numpy(np.where(count == 1, seen.argmax(axis=0), -1))
+                paged = Paged(slice(pages.begin, len(sequence.slots)), pages.size, owners, shared)
+                return Piece(reading.queries, keys, slice(0, end), paged=paged)
         return Piece(reading.queries, keys, slice(0, end))
 
     def _part_branches(self, sequence: Sequence) -> None:
-        """Once its branches are long, bring together in the pool what each alone sees: its run.
+        """Once its branches are long, bring together in the pool what each alone sees, in pages of one size.
 
         The log interleaves branches that are written at the same time. Attention would meet the keys of all of them
         only to mask them, which costs the square of the branches.
         """
         end = sequence.num_computed
         is_due = end - len(sequence.slots) >= max(self.min_tail, end // 16)
-        if not is_due or len(sequence.live) * end < self.min_run_work or sequence.is_reading:
+        if not is_due or len(sequence.live) * end < self.min_work or sequence.is_reading:
             return
         # of all that have something to read: paths that just closed do not see what the branch after them does
         views = {id(sees): sees[:end] for _, sees in sequence.pending}
         sees = np.stack(list(views.values()))
-        if self.run_share * np.count_nonzero(sees, axis=1).max() > end:
+        if self.share * np.count_nonzero(sees, axis=1).max() > end:
             return
-        count = np.count_nonzero(sees, axis=0)
-        # first what several see or none does, then branch by branch
-        owner = np.where(count == 1, sees.argmax(axis=0) + 1, 0)
-        order = np.argsort(owner, kind="stable")
+        owner = np.where(np.count_nonzero(sees, axis=0) == 1, sees.argmax(axis=0), -1)
+        own = [np.flatnonzero(owner == view) for view in range(len(sees))]
+        size = self._page_size([len(entries) for entries in own if len(entries)])
+        if size is None:
+            return
+        pages = [entries[: len(entries) // size * size].reshape(-1, size) for entries in own]
+        paged = np.concatenate([page.ravel() for page in pages])
+        rest = np.ones(end, dtype=bool)
+        rest[paged] = False
+        order = np.concatenate([np.flatnonzero(rest), paged])
         slots = np.arange(end)
         slots[: len(sequence.slots)] = sequence.slots
         self.cache.arrange(sequence.arrival, slots[order])
         sequence.slots = np.empty(end, dtype=np.int64)
         sequence.slots[order] = np.arange(end)
-        ends = np.searchsorted(owner[order], np.arange(len(views) + 2))
-        sequence.runs = [
-            Run(slice(int(begin), int(stop)), int(order[begin]))
-            for begin, stop in itertools.pairwise(ends[1:])
-            if begin < stop
-        ]
+        sequence.pages = Pages(end - len(paged), size, np.concatenate([page[:, 0] for page in pages]))
+
+    def _page_size(self, lengths: list[int]) -> int | None:
+        """Choose the size of pages that leaves the fewest entries in none, of few pages rather than many.
+
+        Args:
+            lengths: entries that each branch alone sees.
+
+        Returns:
+            None if all are too few for a page.
+        """
+        least, longest = self.min_page, max(lengths, default=0)
+        sizes = {min(lengths, default=0) // least * least, longest // least * least}
+        sizes |= {least << power for power in range(6)}
+
+        def cost(size: int) -> tuple[int, int]:
+            return sum(length % size + 16 * (length // size) for length in lengths), -size
+
+        return min((size for size in sizes if least <= size <= longest), key=cost, default=None)
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of each sequence in a pass of its own, as anyone would."""

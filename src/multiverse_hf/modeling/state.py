@@ -202,11 +202,18 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """Part of a sequence's slots with what one branch alone saw: whoever sees ``entry`` of it sees all of it."""
+class Pages:
+    """Parts of equal size of a sequence's slots, next to each other, each with what one branch alone saw.
 
-    slots: slice
-    entry: int
+    Attributes:
+        begin: the first slot.
+        size: slots of a page.
+        entries: (pages,) int64, of each page a log entry in it: whoever sees that sees the whole page.
+    """
+
+    begin: int
+    size: int
+    entries: np.ndarray
 
 
 @dataclass(slots=True, eq=False)
@@ -220,7 +227,7 @@ class Sequence:
         num_computed: log entries the model has read.
         slots: (n,) int64, for the first n log entries their place in the sequence's part of the cache; those that
             follow are in order.
-        runs: parts of the cache that hold what one branch alone saw, next to each other, up to slot n.
+        pages: parts of those n slots that hold what one branch alone saw, the last ones of them.
         prompt_length: positions the prompt takes.
         budget: positions the answer may take.
         total: tokens the answer may take.
@@ -241,7 +248,7 @@ class Sequence:
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    runs: list[Run] = field(default_factory=list)
+    pages: Pages | None = None
     prompt_length: int = 0
     budget: int = 0
     total: int = 0
