@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .cache import LogCache, bytes_per_entry
-from .decoding import can_pack, packed_weights
+from .decoding import can_pack, packed_weights, release_workers
 from .engine import DEFAULT_CHUNK, Agreement, Engine, document_entries
 from .generation import read_requests
 from .handles import MultiverseResult, RequestHandle
@@ -209,6 +209,8 @@ class MultiverseEngine:
 
     def _enqueue(self, handles: list[RequestHandle]) -> None:
         """Hand requests to the engine's thread, all at one step."""
+        if self.model.device.type == "cpu":
+            release_workers()
         with self._lock:
             if self._closed:
                 raise RuntimeError("the engine is closed; make another")
@@ -418,6 +420,8 @@ def _run(
                 return
             is_idle = not has_work and not front._inbox
             del front
+            if is_idle and model.device.type == "cpu":
+                release_workers()  # so that other threads compute at full speed
             if is_idle and agree.leads:
                 wake.wait(timeout=1.0)
 
