@@ -235,11 +235,12 @@ def nested(depth: int, width: int) -> list[int]:
     return goal if depth == 1 else [*goal, TAGS.open("path"), *nested(depth - 1, width)]
 
 
-@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("depth", "width"), [(1, 6), (2, 4)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_branches_that_are_kept_apart_choose_the_same(monkeypatch, family, depth):
-    prompt = [60, *nested(depth, 6)]
-    options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0}
+def test_branches_that_are_kept_apart_choose_the_same(monkeypatch, family, depth, width, seed):
+    prompt = [60, *nested(depth, width)]
+    options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0, "seed": seed}
     taken = []
     piece_of = ModelRunner._piece
     monkeypatch.setattr(ModelRunner, "_piece", lambda *args: taken.append(piece_of(*args)) or taken[-1])

@@ -29,18 +29,18 @@ FOLD_QUERIES = 512  # folded queries; above, as in a prompt, the copies that fol
 
 @dataclass(frozen=True, slots=True)
 class Paged:
-    """Where the keys lie that one query alone sees.
+    """Where keys lie that one query alone sees.
 
     Attributes:
         keys: pages of them, a slice of the piece's keys.
         size: keys of a page.
-        owners: (pages,) int64, the query that sees the page; -1 if none does.
+        owners: of each page the one query that sees it, -1 if none does. A query has one page at most.
         shared: the other parts of the piece's keys.
     """
 
     keys: slice
     size: int
-    owners: torch.Tensor
+    owners: list[int]
     shared: list[slice]
 
 
@@ -146,31 +146,28 @@ def attend_paged(
     rows = rows.view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2)  # (kv, Q, groups, head_dim)
     shared_key, shared_value = (torch.cat([s[0, :, part] for part in paged.shared], dim=1) for s in (key, value))
     mask = torch.cat([attention_mask[0, 0, :, part] for part in paged.shared], dim=1)
-    scores = (rows.flatten(1, 2) @ shared_key.mT).unflatten(1, (queries, -1)) + mask[:, None]
-    weights, lse = _softmax(scores)
-    output = (weights.flatten(1, 2) @ shared_value).unflatten(1, (queries, -1))
-
-    owners = paged.owners.clamp(min=0)
-    own_rows = rows[:, owners]  # (kv, pages, groups, head_dim)
     own_key, own_value = (s[0, :, paged.keys].unflatten(1, (num_pages, paged.size)) for s in (key, value))
-    scores = torch.stack([each @ keys.mT for each, keys in zip(own_rows, own_key, strict=True)])
-    weights, own_lse = _softmax(scores)
-    own_output = torch.stack([each @ values for each, values in zip(weights, own_value, strict=True)])
-    own_lse[:, paged.owners < 0] = -torch.inf
 
-    # as if one softmax had been over all keys of a query
-    top = lse.scatter_reduce(1, owners[None, :, None, None].expand_as(own_lse), own_lse, "amax")
-    share, own_share = (lse - top).exp_(), (own_lse - top[:, owners]).exp_()
-    total = share.index_add(1, owners, own_share)
-    output = (output * share).index_add_(1, owners, own_output * own_share) / total
-    return output.to(query.dtype).transpose(0, 1).reshape(1, queries, heads, head_dim)
-
-
-def _softmax(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the softmax of (..., K) scores, in their dtype, and the (..., 1) logarithm of what it was divided by."""
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    lse = scores.amax(dim=-1, keepdim=True) - weights.amax(dim=-1, keepdim=True).log()
-    return weights.to(scores.dtype), lse
+    shared = (rows.flatten(1, 2) @ shared_key.mT).unflatten(1, (queries, -1)) + mask[:, None]
+    is_whole = paged.owners == list(range(queries))  # each query has its page, as most of the time
+    at = rows if is_whole else rows[:, [max(owner, 0) for owner in paged.owners]]
+    own = torch.stack([each @ keys.mT for each, keys in zip(at, own_key, strict=True)])
+    if not is_whole:
+        pages = [page for page, owner in enumerate(paged.owners) if owner >= 0]
+        owners = [paged.owners[page] for page in pages]
+        scores = own.new_full((kv_heads, queries, *own.shape[2:]), -torch.inf)
+        scores[:, owners] = own[:, pages]
+        own = scores
+    weights = torch.cat([own, shared], dim=-1).softmax(dim=-1)  # float32 inside
+    own, shared = weights.split([paged.size, shared.shape[-1]], dim=-1)
+    output = (shared.flatten(1, 2) @ shared_value).unflatten(1, (queries, -1))
+    if is_whole:
+        output += torch.stack([each @ values for each, values in zip(own, own_value, strict=True)])
+    else:
+        output[:, owners] += torch.stack(
+            [each @ values for each, values in zip(own[:, owners], own_value[:, pages], strict=True)]
+        )
+    return output.transpose(0, 1).reshape(1, queries, heads, head_dim)
 
 
 def attend_sdpa(

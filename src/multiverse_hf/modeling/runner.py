@@ -21,7 +21,7 @@ logger = logging.get_logger(__name__)
 # When branches are kept apart
 MIN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
 SHARE = 3  # if that leaves one of so many products to do
-MIN_TAIL = 512  # log entries written since it was last done
+MIN_TAIL = 256  # log entries written since it was last done
 MIN_PAGE = 64
 
 
@@ -128,13 +128,17 @@ class ModelRunner:
         if len(reading.entries) > 1 and sequence.pages is not None:
             pages = sequence.pages
             seen = np.stack([sees[pages.entries] for _, sees in reading.entries])
-            count = np.count_nonzero(seen, axis=0)
-            begins = [pages.begin + page * pages.size for page in np.flatnonzero(count > 1).tolist()]
-            shared = [slice(0, pages.begin), *(slice(begin, begin + pages.size) for begin in begins)]
+            owners: list[int] = []
+            shared = [slice(0, pages.begin)]
+            for page, (count, owner) in enumerate(zip(seen.sum(axis=0), seen.argmax(axis=0), strict=True)):
+                is_own = count == 1 and owner not in owners  # after a reduce one query sees the pages of several
+                owners.append(int(owner) if is_own else -1)
+                if count and not is_own:
+                    begin = pages.begin + page * pages.size
+                    shared.append(slice(begin, begin + pages.size))
             shared.append(slice(len(sequence.slots), end))
-            work = len(seen) * sum(part.stop - part.start for part in shared) + len(count) * pages.size
+            work = len(seen) * sum(part.stop - part.start for part in shared) + len(owners) * pages.size
             if self.share * work <= len(seen) * end:
-                owners = torch.from_numpy(np.where(count == 1, seen.argmax(axis=0), -1))
                 paged = Paged(slice(pages.begin, len(sequence.slots)), pages.size, owners, shared)
                 return Piece(reading.queries, keys, slice(0, end), paged=paged)
         return Piece(reading.queries, keys, slice(0, end))
@@ -146,7 +150,7 @@ class ModelRunner:
         only to mask them, which costs the square of the branches.
         """
         end = sequence.num_computed
-        is_due = end - len(sequence.slots) >= max(self.min_tail, end // 16)
+        is_due = end - len(sequence.slots) >= max(self.min_tail, end // 32)
         if not is_due or len(sequence.live) * end < self.min_work or sequence.is_reading:
             return
         # of all that have something to read: paths that just closed do not see what the branch after them does
@@ -156,11 +160,14 @@ class ModelRunner:
             return
         owner = np.where(np.count_nonzero(sees, axis=0) == 1, sees.argmax(axis=0), -1)
         own = [np.flatnonzero(owner == view) for view in range(len(sees))]
-        size = self._page_size([len(entries) for entries in own if len(entries)])
-        if size is None:
+        # live branches have mostly forked together, and are of one length; what they have beyond a page is shared
+        lengths = sorted(len(entries) for entries in own)
+        sizes = [length // self.min_page * self.min_page for length in lengths]
+        size = max(sizes, key=lambda size: size * sum(length >= size for length in lengths))
+        if size == 0:
             return
-        pages = [entries[: len(entries) // size * size].reshape(-1, size) for entries in own]
-        paged = np.concatenate([page.ravel() for page in pages])
+        pages = [entries[:size] for entries in own if len(entries) >= size]
+        paged = np.concatenate(pages)
         rest = np.ones(end, dtype=bool)
         rest[paged] = False
         order = np.concatenate([np.flatnonzero(rest), paged])
@@ -169,25 +176,7 @@ class ModelRunner:
         self.cache.arrange(sequence.arrival, slots[order])
         sequence.slots = np.empty(end, dtype=np.int64)
         sequence.slots[order] = np.arange(end)
-        sequence.pages = Pages(end - len(paged), size, np.concatenate([page[:, 0] for page in pages]))
-
-    def _page_size(self, lengths: list[int]) -> int | None:
-        """Choose the size of pages that leaves the fewest entries in none, of few pages rather than many.
-
-        Args:
-            lengths: entries that each branch alone sees.
-
-        Returns:
-            None if all are too few for a page.
-        """
-        least, longest = self.min_page, max(lengths, default=0)
-        sizes = {min(lengths, default=0) // least * least, longest // least * least}
-        sizes |= {least << power for power in range(6)}
-
-        def cost(size: int) -> tuple[int, int]:
-            return sum(length % size + 16 * (length // size) for length in lengths), -size
-
-        return min((size for size in sizes if least <= size <= longest), key=cost, default=None)
+        sequence.pages = Pages(end - len(paged), size, np.array([page[0] for page in pages]))
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of each sequence in a pass of its own, as anyone would."""

@@ -203,7 +203,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Parts of equal size of a sequence's slots, next to each other, each with what one branch alone saw.
+    """Parts of equal size of a sequence's slots, next to each other: of each long branch one, with what it alone saw.
 
     Attributes:
         begin: the first slot.
