@@ -121,9 +121,17 @@ def _from_root(script: Path) -> str:
 
 def _commit() -> str | None:
     """Give the commit measured, marked where tracked files differ from it; None outside a checkout."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
+
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+        commit = git("rev-parse", "--short=12", "HEAD").strip()
+        # what an earlier benchmark stored makes no difference to what is measured
+        changed = git(
+            "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results"
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return f"{commit}-dirty" if changed.strip() else commit
