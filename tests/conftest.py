@@ -1,9 +1,11 @@
 """Settings of every test run: offline, one thread a worker, repeatable."""
 
 import atexit
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 # Before anything imports torch or transformers; subprocesses that tests start inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -40,3 +42,15 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def unquiet() -> Iterator[None]:
+    """Undo what the command line does to a process of its own: silence libraries, and let --traceback be known."""
+    from transformers.utils import logging as transformers_logging
+
+    yield
+    logging.disable(logging.NOTSET)
+    transformers_logging.set_verbosity_warning()
+    transformers_logging.enable_progress_bar()
+    os.environ.pop("MULTIVERSE_TRACEBACK", None)

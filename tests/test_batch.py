@@ -3,7 +3,6 @@
 import contextlib
 import importlib.util
 import json
-import logging
 import os
 import random
 import re
@@ -12,14 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.utils import logging as transformers_logging
 
 from multiverse_hf.batch.rows import Folder, append_rows, check_input, merge, read_rows, summarize, write_row
 from multiverse_hf.checkpoints import CommandError
@@ -34,13 +31,7 @@ ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "
 SHORT = ("--max-new-tokens", "150", "--threads", "1")
 
 
-@pytest.fixture(autouse=True)
-def unquiet() -> Iterator[None]:
-    """Undo what the command line does to a process of its own."""
-    yield
-    logging.disable(logging.NOTSET)
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.enable_progress_bar()
+pytestmark = pytest.mark.usefixtures("unquiet")
 
 
 def write_problems(path: Path, count: int, num_chains: int = 2) -> list[dict[str, Any]]:

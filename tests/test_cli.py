@@ -3,7 +3,6 @@
 import importlib.util
 import io
 import json
-import logging
 import os
 import shutil
 import signal
@@ -18,7 +17,6 @@ import torch
 from helpers import COLON, DIGITS, FIRST_TEXT, NEWLINE, TAGS
 from rich.console import Console
 from transformers import AutoConfig, Qwen3Config
-from transformers.utils import logging as transformers_logging
 
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.cli import read_prompt, run
@@ -48,14 +46,7 @@ def call(capfd: pytest.CaptureFixture[str], *arguments: str) -> subprocess.Compl
     return subprocess.CompletedProcess(arguments, code, captured.out, captured.err)
 
 
-@pytest.fixture(autouse=True)
-def unquiet() -> Iterator[None]:
-    """Undo what the command line does to a process of its own: silence libraries, and let --traceback be known."""
-    yield
-    logging.disable(logging.NOTSET)
-    transformers_logging.set_verbosity_warning()
-    transformers_logging.enable_progress_bar()
-    os.environ.pop("MULTIVERSE_TRACEBACK", None)
+pytestmark = pytest.mark.usefixtures("unquiet")
 
 
 @pytest.fixture(scope="module")
