@@ -150,7 +150,12 @@ def check(stats: list[Any], work: Workload) -> int:
 
 def run_engine(engine: MultiverseEngine, work: Workload) -> int:
     """Write the blocks with the engine."""
-    results = engine.generate(list(work.prompts), logits_processor=[work.processor], max_new_tokens=LONGEST)
+    results = engine.generate(
+        list(work.prompts),
+        logits_processor=[work.processor],
+        max_new_tokens=LONGEST,
+        max_paths=work.num_paths,
+    )
     return check([result.stats for result in results], work)
 
 
@@ -160,6 +165,7 @@ def run_generate(model: PreTrainedModel, work: Workload) -> int:
         work.prompts,
         logits_processor=LogitsProcessorList([work.processor]),
         max_new_tokens=LONGEST,
+        max_paths=work.num_paths,
         return_dict_in_generate=True,
     )
     return check(output.stats, work)
