@@ -73,7 +73,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "python": platform.python_version(),
         },
-        "command": shlex.join(["python", _from_root(Path(sys.argv[0])), *sys.argv[1:]]),
+        "command": shlex.join(["python", _from_root(Path(sys.argv[0])), *map(_without_folder, sys.argv[1:])]),
         "commit": _commit(),
     }
 
@@ -111,6 +111,11 @@ def _processor() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def _without_folder(argument: str) -> str:
+    """Leave out of an absolute path what is true of this machine only."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
 
 
 def _from_root(script: Path) -> str:

@@ -53,7 +53,7 @@ def make_prompts(batch: int, length: int, vocab_size: int, end: Sequence[int] = 
 
 
 # Answers of a given size, forced by the engine's own limits. A logits processor would force them as well, but then the
-# engine keeps the ids every branch sees and copies them at every step: 25 ms for 128 answers on 8 paths that see 768.
+# engine keeps the ids every branch sees and copies them at every step.
 
 
 @dataclasses.dataclass(frozen=True)

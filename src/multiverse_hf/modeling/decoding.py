@@ -349,7 +349,7 @@ def release_workers() -> None:
     """Have OpenMP end the worker threads of the thread that calls, which get new ones when it next computes.
 
     GNU's OpenMP counts all threads of all pools. When there are more than cores, even idle ones, workers sleep between
-    two operations and not for an instant: a decoding step in a thread of its own then takes 1.3 times as long.
+    two operations and not for an instant, which makes decoding in a thread of its own slower.
     """
     if (pause := _pause()) is not None:
         pause(SOFT)
