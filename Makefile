@@ -21,7 +21,7 @@ DEV := $(VENV)/.stamp-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow style quality train-tiny evaluate-tiny clean
+.PHONY: help venv demo test test-slow style quality train-tiny evaluate-tiny paper-tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +53,9 @@ train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, over an hour)
 
 evaluate-tiny: $(DEV)  ## measure the embedded model on 500 unseen problems of each kind
 	$(BIN)/python recipes/multiverse-tiny/evaluate.py --model src/multiverse_hf/assets/multiverse-tiny
+
+paper-tiny: $(DEV)  ## the paper's central table in small, three seeds (two cores, over an hour; goes on after a stop)
+	$(BIN)/python recipes/multiverse-tiny/paper.py --output runs/paper-tiny
 
 clean:  ## remove caches and build outputs (.venv stays)
 	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis

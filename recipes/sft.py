@@ -1,64 +1,94 @@
-"""Fine-tune a model on Multiverse documents with TRL's SFTTrainer.
+"""Fine-tune a causal language model on Multiverse documents with TRL's SFTTrainer.
 
     accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
+    accelerate launch recipes/sft.py --config recipes/llama3.1-8b/sft_lora.yaml --dataset_name my-documents.jsonl
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py --config recipes/qwen2.5-7b/sft.yaml
 
-Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-4``. The trainer is a stock
-one: the collator lays rows out, and the model would do so itself. Full fine-tuning only, on the chains family.
+Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-6``. A killed run goes on
+with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the rows, says what would be dropped, and
+stops.
 """
 
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from transformers import set_seed
 
 try:
     from datasets import Dataset
-    from trl import ModelConfig, SFTConfig, SFTTrainer, TrlParser
+    from tqdm.auto import tqdm
+    from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config, get_quantization_config
 except ModuleNotFoundError as err:
     raise SystemExit(f"sft.py: {err.name} is missing; pip install -c constraints.txt -e '.[train]'") from None
 
 from multiverse_hf.checkpoints import (
+    FAILURE,
     USAGE,
     CommandError,
     check_output,
-    load_weights,
     one_line,
-    open_checkpoint,
     write_output,
 )
+from multiverse_hf.data.building import TrainingRows, build_rows
 from multiverse_hf.data.collation import DocumentCollator
+from multiverse_hf.data.curriculum import CurriculumSampler
 from multiverse_hf.data.mixtures import ChainsMixture
-from multiverse_hf.data.rows import encode_row
+from multiverse_hf.data.records import Form, load_rows
+from multiverse_hf.data.rows import RowEncoder
+from multiverse_hf.training.generations import GenerationCallback
+from multiverse_hf.training.models import Base, load_base, trainable_tokens
+from multiverse_hf.training.report import draw_run, write_page
+from multiverse_hf.training.trainer import MultiverseSFTTrainer
 
 
 @dataclass
 class DataArguments:
-    """What to train on."""
+    """What to train on, and in which form."""
 
-    num_rows: int = field(default=50_000, metadata={"help": "rows of the chains family"})
-    rows_seed: int = field(default=1, metadata={"help": "seed of the rows"})
-    sequential: bool = field(default=False, metadata={"help": "sequential rows only: the autoregressive twin"})
-    sequential_share: float = field(default=0.15, metadata={"help": "share of sequential rows otherwise"})
-    plain_share: float = field(default=0.15, metadata={"help": "share of parallel rows read as plain causal text"})
-    ramp: float = field(default=0.6, metadata={"help": "share of the rows over which chains grow to full length"})
-    bucket_batches: int = field(default=32, metadata={"help": "batches within which rows are grouped by length"})
-
-
-def group_by_length(rows: list[dict[str, list[int]]], batch_size: int, bucket_batches: int, seed: int) -> list[int]:
-    """Order rows so that a batch holds rows of like length, without moving any further than its bucket."""
-    order: list[int] = []
-    generator = torch.Generator().manual_seed(seed)
-    size = batch_size * bucket_batches
-    for begin in range(0, len(rows), size):
-        bucket = sorted(range(begin, min(begin + size, len(rows))), key=lambda i: len(rows[i]["input_ids"]))
-        batches = [bucket[i : i + batch_size] for i in range(0, len(bucket), batch_size)]
-        order += [i for b in torch.randperm(len(batches), generator=generator).tolist() for i in batches[b]]
-    return order
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "a .jsonl, .json, .parquet or .csv file, a folder, a dataset on the Hub, or 'chains'"},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "of a dataset that has several"})
+    dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
+    dataset_test_split: str | None = field(default=None, metadata={"help": "split to evaluate on"})
+    eval_rows: int = field(default=0, metadata={"help": "without a test split: the last so many rows are held out"})
+    eval_generations: int = field(default=8, metadata={"help": "rows whose prompts are answered at an evaluation"})
+    eval_max_new_tokens: int = field(default=2048, metadata={"help": "length of such an answer, at most"})
+    parallel_share: list[float] = field(
+        default_factory=lambda: [1.0],
+        metadata={
+            "help": "share of rows in parallel form, one for each epoch or one for all; the rest is sequential. "
+            "0 is the autoregressive baseline, '0 0 0.1 0.5 0.5 0.9 1 1' the paper's eight epochs"
+        },
+    )
+    overlong: str = field(
+        default="drop", metadata={"help": "rows above max_length: drop, or cut where no block is open"}
+    )
+    suffix: bool = field(default=True, metadata={"help": "end prompts with the sentence of record of their form"})
+    system_prompt: str | None = field(default=None, metadata={"help": "said before chats without a system message"})
+    tags: str | None = field(default=None, metadata={"help": "tag family for a base without tags: multiverse or npr"})
+    pack_rows: bool = field(default=False, metadata={"help": "pack documents into rows of up to max_length tokens"})
+    bucket_batches: int = field(
+        default=32, metadata={"help": "without packing: batches within which rows are grouped by length; 0 for none"}
+    )
+    check_rows: bool = field(default=False, metadata={"help": "only read and check the rows"})
+    num_rows: int = field(default=50_000, metadata={"help": "chains: rows"})
+    rows_seed: int = field(default=1, metadata={"help": "chains: seed of the rows"})
+    sequential: bool = field(default=False, metadata={"help": "chains: sequential rows only, the autoregressive twin"})
+    sequential_share: float = field(default=0.15, metadata={"help": "chains: share of sequential rows otherwise"})
+    plain_share: float = field(default=0.15, metadata={"help": "chains: share of parallel rows read as plain text"})
+    ramp: float = field(
+        default=0.6, metadata={"help": "chains: share of the rows over which they grow to full length"}
+    )
+    max_chains: int = field(default=8, metadata={"help": "chains: the most chains of a problem, 3 to 8"})
+    max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
 
 
 class Parser(TrlParser):
@@ -74,17 +104,39 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     Raises:
         CommandError: with the way out.
     """
-    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise CommandError("this recipe does full fine-tuning only; leave out use_peft, load_in_4bit and load_in_8bit")
-    counts = {"bucket_batches": data.bucket_batches}
+    if not data.dataset_name:
+        raise CommandError("dataset_name is missing; name a file, a folder, a dataset on the Hub, or chains")
+    counts = {"eval_max_new_tokens": data.eval_max_new_tokens}
     counts |= {n: getattr(training, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    counts |= {"max_length": training.max_length} if training.max_length is not None else {}
     for name, count in counts.items():
         if count < 1:
             raise CommandError(f"{name} must be at least 1, got {count}")
+    for name in ("eval_rows", "eval_generations", "bucket_batches"):
+        if getattr(data, name) < 0:
+            raise CommandError(f"{name} must be at least 0, got {getattr(data, name)}")
+    if data.overlong not in ("drop", "cut"):
+        raise CommandError(f"overlong is drop or cut, got {data.overlong!r}")
+    if not all(0 <= share <= 1 for share in data.parallel_share):
+        raise CommandError(f"parallel_share is a share from 0 to 1 for each epoch, got {data.parallel_share}")
+    named = len(data.parallel_share)
+    if named > 1 and training.max_steps < 1 and named != training.num_train_epochs:
+        raise CommandError(
+            f"parallel_share names {named} epochs and num_train_epochs is {training.num_train_epochs:g}; make the two "
+            "agree"
+        )
+    if data.pack_rows and training.max_length is None:
+        raise CommandError("pack_rows needs max_length: the most tokens a packed row may have")
+    if training.packing or training.padding_free:
+        raise CommandError("packing and padding_free of TRL know nothing of paths; use pack_rows")
+    if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
+        raise CommandError("quantized weights cannot be trained themselves; add use_peft, or leave out load_in_4bit")
     if training.learning_rate < 0:
         raise CommandError(f"learning_rate must be at least 0, got {training.learning_rate}")
     if training.max_steps < 1 and training.num_train_epochs <= 0:
         raise CommandError(f"num_train_epochs must be above 0, got {training.num_train_epochs}; or give max_steps")
+    if training.eval_strategy != "no" and not (data.dataset_test_split or data.eval_rows):
+        raise CommandError("an evaluation needs rows; give dataset_test_split or eval_rows")
 
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
     check_output(output, is_folder=True)
@@ -92,13 +144,99 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
         start = output if resume is True else Path(resume)
         if not any(start.glob("checkpoint-*" if resume is True else "trainer_state.json")):
             raise CommandError(f"{start} holds no checkpoint to resume from; leave out resume_from_checkpoint")
-    elif (output / "run.json").exists():
+    elif (output / "run.json").exists() and not data.check_rows:
         raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
-    elif any(output.glob("checkpoint-*")):
+    elif any(output.glob("checkpoint-*")) and not data.check_rows:
         raise CommandError(
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
             "output_dir, or move it away"
         )
+
+
+def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
+    """Load the base model, and give it tags where it has none.
+
+    Raises:
+        CommandError: if there is none, or it cannot be trained on documents.
+    """
+    name = model_args.model_name_or_path or ""
+    if not name.strip():
+        raise CommandError(
+            "the model's name is empty; give model_name_or_path a folder, or a repository as owner/name"
+        )
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise CommandError(f"no model folder {name}; give an existing one")
+    template, training.chat_template_path = training.chat_template_path, None  # rows are encoded before the trainer is
+    try:
+        if template is not None:
+            template = Path(template).read_text(encoding="utf-8")
+        quantization = get_quantization_config(model_args)
+        options = {} if quantization is None else {"quantization_config": quantization}
+        return load_base(
+            str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
+            model_args.model_revision,
+            data.tags,
+            chat_template=template,
+            eos_token=training.eos_token,
+            dtype=model_args.dtype or "float32",
+            attn_implementation=model_args.attn_implementation,
+            **options,
+        )
+    except Exception as err:  # a checkpoint is input: safetensors, pickle, json and the Hub raise errors of their own
+        raise CommandError(f"cannot load {name}: {one_line(err)}") from err
+
+
+def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split: str) -> TrainingRows:
+    """Read, check and encode the rows of a split.
+
+    Raises:
+        CommandError: if there is no such dataset, or not one row of it can be trained on.
+    """
+    source: Iterable[Any]
+    if data.dataset_name == "chains":
+        mixture = ChainsMixture(
+            num_rows=data.num_rows,
+            seed=data.rows_seed,
+            sequential=data.sequential,
+            sequential_share=data.sequential_share,
+            plain_share=data.plain_share,
+            ramp=data.ramp,
+            max_chains=data.max_chains,
+            max_ops=data.max_ops,
+        )
+        source = (row.record() for row in mixture)
+    else:
+        source = load_rows(data.dataset_name, data.dataset_config, split)
+    try:
+        built = build_rows(tqdm(source, desc=f"{split} rows", unit=" rows"), encoder, forms, data.system_prompt)
+    except ValueError as err:
+        raise CommandError(one_line(err)) from err
+    if not built.records:
+        raise CommandError(
+            f"{data.dataset_name}: none of {built.report.num_rows} rows can be trained on"
+            + (f"; row {built.report.dropped[0]['row']}: {built.report.dropped[0]['detail']}" if built.rows else "")
+            + "".join(f"; the first: {entry['reason']}: {entry['detail']}" for entry in built.report.dropped[:1])
+        )
+    return built
+
+
+def hold_out(built: TrainingRows, count: int) -> tuple[TrainingRows, TrainingRows]:
+    """Part the last records from the others, for evaluation.
+
+    Raises:
+        CommandError: if nothing is left to train on.
+    """
+    if count >= len(built.records):
+        raise CommandError(f"eval_rows holds out {count} of {len(built.records)} rows; leave some to train on")
+    at = len(built.records) - count
+    first, last = (
+        TrainingRows(records, built.rows, choices, built.report)
+        for records, choices in (
+            (built.records[:at], built.choices[:at]),
+            (built.records[at:], built.choices[at:]),
+        )
+    )
+    return first, last
 
 
 def main() -> None:
@@ -107,60 +245,152 @@ def main() -> None:
         data, training, model_args = parser.parse_args_and_config()
     except Exception as err:  # a config file is input: yaml, TRL and transformers raise errors of their own
         parser.error(one_line(err))
-    training.remove_unused_columns = False  # the collator wants `plain`
-    training.max_length = None  # rows are whole documents; truncation would cut blocks
+    training.remove_unused_columns = False  # the collator wants `plain` and `kinds`
     training.dataset_kwargs = {"skip_prepare_dataset": True}
     if training.resume_from_checkpoint in ("true", "True"):  # the command line gives a string
         training.resume_from_checkpoint = True
+    output = Path(training.output_dir)
     try:
-        mixture = ChainsMixture(
-            num_rows=data.num_rows,
-            seed=data.rows_seed,
-            sequential=data.sequential,
-            sequential_share=data.sequential_share,
-            plain_share=data.plain_share,
-            ramp=data.ramp,
-        )
         check_arguments(data, training, model_args)
         set_seed(training.seed)
-        checkpoint = open_checkpoint(model_args.model_name_or_path or "", model_args.model_revision)
-        tokenizer, tags = checkpoint.tokenizer, checkpoint.tags
-        if tokenizer.pad_token_id is None:
-            raise CommandError(f"{checkpoint.name} has no padding token; name one in its tokenizer_config.json")
-        model = load_weights(checkpoint, model_args.dtype or "float32", model_args.attn_implementation)
+        base = load_model(data, training, model_args)
+        model, tokenizer = base.model, base.tokenizer
+
+        # Rows
+        encoder = RowEncoder(tokenizer, base.tags, training.max_length, data.overlong == "cut", data.suffix)
+        wanted = {Form.PARALLEL: max(data.parallel_share) > 0, Form.SEQUENTIAL: min(data.parallel_share) < 1}
+        forms = [form for form, is_wanted in wanted.items() if is_wanted]
+        eval_form = Form.SEQUENTIAL if data.parallel_share[-1] < 0.5 or data.sequential else Form.PARALLEL
+        train, test = read_rows(data, encoder, forms, data.dataset_train_split), None
+        if data.dataset_test_split:
+            test = read_rows(data, encoder, [eval_form], data.dataset_test_split)
+        elif data.eval_rows:
+            train, test = hold_out(train, data.eval_rows)
+        if training.process_index == 0:
+            write_output(output / "dropped_rows.jsonl", train.report.lines())
+            print(f"rows: {json.dumps(train.report.summary())}, see {output / 'dropped_rows.jsonl'}")
+        if data.check_rows:
+            return
+        implementation = model.config._attn_implementation
+        has_blocks = any(document_has_blocks(record) for record in train.records) and Form.PARALLEL in forms
+        if "flash" in implementation and has_blocks:
+            raise CommandError(
+                f"attn_implementation {implementation} cannot mask sibling paths; use flex_attention, or "
+                "parallel_share 0 for the autoregressive baseline"
+            )
+        if implementation == "flex_attention" and not torch.cuda.is_available():
+            raise CommandError("flex_attention cannot train without a GPU (torch has no backward for it); use sdpa")
     except (CommandError, ValueError) as err:
         parser.error(str(err))
+    columns = ("input_ids", "labels", "kinds", "plain")
+    dataset = Dataset.from_dict({name: [row[name] for row in train.rows] for name in columns})
+    eval_dataset = None
+    if test is not None:
+        places = [c.parallel if eval_form is Form.PARALLEL else c.sequential for c in test.choices]
+        eval_dataset = Dataset.from_dict({name: [test.rows[at][name] for at in places] for name in columns})
 
-    rows = [encode_row(tokenizer, tags, row.prompt, row.document, row.plain) for row in mixture]
-    order = group_by_length(rows, training.per_device_train_batch_size, data.bucket_batches, data.rows_seed)
-    dataset = Dataset.from_list([rows[i] for i in order])
-
+    # Trainer
+    sampler = CurriculumSampler(
+        train.choices,
+        data.parallel_share,
+        training.seed if training.data_seed is None else training.data_seed,
+        shuffle=training.train_sampling_strategy != "sequential",
+        max_length=training.max_length if data.pack_rows else None,
+        group=data.bucket_batches,
+        batch_size=training.per_device_train_batch_size,
+        num_epochs=max(len(data.parallel_share), int(training.num_train_epochs)),
+    )
+    training.max_length = None  # rows are as long as they shall be; truncation would cut blocks
+    collator = DocumentCollator(
+        base.tags,
+        tokenizer.pad_token_id,
+        multiple=128 if implementation == "flex_attention" else 1,
+        flatten="flash" in implementation,
+    )
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        peft_config.trainable_token_indices = trainable_tokens(model, base.new_ids)
+        peft_config.revision = model_args.model_revision
     try:
-        trainer = SFTTrainer(
+        trainer = MultiverseSFTTrainer(
             model=model,
             args=training,
             train_dataset=dataset,
-            data_collator=DocumentCollator(tags, tokenizer.pad_token_id),
+            eval_dataset=eval_dataset,
+            data_collator=collator,
             processing_class=tokenizer,
+            peft_config=peft_config,
+            sampler=sampler,
         )
-    except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, an evaluation
+    except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, a LoRA target
         parser.error(one_line(err))
+    if test is not None and data.eval_generations:
+        records = test.records[: data.eval_generations]
+        trainer.add_callback(GenerationCallback(trainer, encoder, records, eval_form, data.eval_max_new_tokens))
+
+    # Train
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+    record = {
+        "data": asdict(data)
+        | {
+            "fingerprint": dataset._fingerprint,
+            "num_tokens": sum(map(len, dataset["input_ids"])),
+            "rows": train.report.summary(),
+        },
+        "training": training.to_dict(),
+        "model": asdict(model_args) | {"attn_implementation": implementation},
+        "processes": training.world_size,
+        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+    }
+    begun = output / "begun.json"
+    if training.resume_from_checkpoint:
+        check_same_run(parser, begun, record)
+    elif trainer.is_world_process_zero():
+        write_output(begun, json.dumps(record, indent=1, default=str) + "\n")
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     model.config.use_cache = True  # the trainer turned it off
     trainer.save_model(training.output_dir)
 
     if not trainer.is_world_process_zero():
         return
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
-    record = {
-        "data": asdict(data)
-        | {"fingerprint": dataset._fingerprint, "num_tokens": sum(map(len, dataset["input_ids"]))},
-        "training": training.to_dict(),
-        "model": asdict(model_args),
+    history = trainer.state.log_history
+    last = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
+    record |= {
         "metrics": result.metrics,
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "last_evaluation": {k: v for entry in last if entry["step"] == last[-1]["step"] for k, v in entry.items()},
     }
-    write_output(Path(training.output_dir, "run.json"), json.dumps(record, indent=1, default=str) + "\n")
+    shares = [sampler.parallel_share(epoch) for epoch in range(max(1, round(trainer.state.epoch or 1)))]
+    draw_run(output / "report.png", history, shares)
+    write_output(output / "report.md", write_page(json.loads(json.dumps(record, default=str)), "report.png"))
+    write_output(output / "run.json", json.dumps(record, indent=1, default=str) + "\n")
+    begun.unlink(missing_ok=True)
+
+
+def document_has_blocks(record: Any) -> bool:
+    """Say whether a record's document forks."""
+    return record.document.num_paths > 0
+
+
+def check_same_run(parser: Parser, begun: Path, record: dict[str, Any]) -> None:
+    """Check that a run is resumed with the rows it was begun with.
+
+    Stops the program if it is not: the sampler would go on in another order, over other rows.
+    """
+    if not begun.is_file():
+        return
+    before = json.loads(begun.read_bytes())
+    now = json.loads(json.dumps(record, default=str))
+    for part, names in (
+        ("data", [*before["data"]]),
+        ("training", ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"]),
+    ):
+        for name in names:
+            if name not in ("check_rows",) and before[part].get(name) != now[part].get(name):
+                parser.exit(
+                    FAILURE,
+                    f"error: {begun.parent} was begun with {name} {before[part].get(name)}, now it is "
+                    f"{now[part].get(name)}; resume it with the same rows and options, or choose another output_dir\n",
+                )
 
 
 if __name__ == "__main__":

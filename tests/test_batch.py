@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from multiverse_hf.batch.rows import Folder, append_rows, check_input, merge, read_rows, summarize, write_row
 from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.cli import run
-from multiverse_hf.data.chains import PARALLEL_SUFFIX, Kind, Suffix, sample_problem
+from multiverse_hf.data.chains import Kind, sample_problem
+from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, Suffix
 
 pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
 

@@ -20,7 +20,8 @@ from transformers import AutoConfig, Qwen3Config
 
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.cli import read_prompt, run
-from multiverse_hf.data.chains import PARALLEL_SUFFIX, Kind
+from multiverse_hf.data.chains import Kind
+from multiverse_hf.data.suffixes import PARALLEL_SUFFIX
 from multiverse_hf.demo import demo_problems, time_modes
 from multiverse_hf.display import BranchTree, LiveView, Painter, TextStream, share
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
@@ -623,7 +624,7 @@ def test_the_text_stream_writes_every_character_once():
 
 
 def test_a_prompt_that_has_its_suffix_gets_no_second():
-    from multiverse_hf.cli import Suffix
+    from multiverse_hf.data.suffixes import Suffix
 
     text = f"A=1+2; total? {PARALLEL_SUFFIX}"
     assert read_prompt(text, None, Suffix.PARALLEL) == text

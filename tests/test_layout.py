@@ -1,6 +1,7 @@
 """The layout contract, against a slow oracle that follows DESIGN's rules token by token."""
 
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from helpers import COLON, DIGITS, EOS, FIRST_TEXT, NEWLINE, TAGS, make_tags
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multiverse_hf.modeling import attention
 from multiverse_hf.modeling.attention import block_mask, dense_mask, pad_layouts, to_additive
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.tags import NPR, TagSet
@@ -225,15 +227,53 @@ def test_masks_of_a_padded_batch_are_those_of_its_rows_alone(rows: list[tuple], 
         assert masks[row, 0].any(-1).all(), "no row is empty: its softmax would not be a number"
 
 
-@pytest.mark.parametrize("window", [None, 5])
-def test_the_block_mask_of_flex_attention_holds_what_the_dense_mask_does(window: int | None):
+def expanded(mask) -> torch.Tensor:
+    """What flex_attention reads from a BlockMask: all pairs of a full tile; of a partial one, what mask_mod says."""
     from torch.nn.attention.flex_attention import create_mask
 
-    nested = (2, Block(((3,), (1, Block(((2,), (4,)))), (0,))), 2)
-    documents = [written(nested).ids, written((4,)).ids]
+    batch, size, (length, _) = mask.kv_indices.shape[0], mask.BLOCK_SIZE[0], mask.seq_lengths
+    pairs = create_mask(mask.mask_mod, batch, None, length, length, device="cpu")
+    seen = torch.zeros_like(pairs)
+    for row in range(batch):
+        for tile in range(mask.kv_indices.shape[2]):
+            here = slice(tile * size, (tile + 1) * size)
+            for keys in mask.kv_indices[row, 0, tile, : mask.kv_num_blocks[row, 0, tile]].tolist():
+                there = slice(keys * size, (keys + 1) * size)
+                seen[row, 0, here, there] = pairs[row, 0, here, there]
+            for keys in mask.full_kv_indices[row, 0, tile, : mask.full_kv_num_blocks[row, 0, tile]].tolist():
+                seen[row, 0, here, keys * size : (keys + 1) * size] = True
+    return seen
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@given(rows=st.lists(trees, min_size=1, max_size=3), left=st.booleans(), tile=st.sampled_from([2, 4, 128]))
+def test_the_block_mask_of_flex_attention_is_the_dense_mask(window: int | None, rows, left, tile):
+    documents = [written(tree).ids for tree in rows]
     width = max(map(len, documents))
-    ids = torch.tensor([document + [0] * (width - len(document)) for document in documents])
-    real = torch.tensor([[1] * len(document) + [0] * (width - len(document)) for document in documents])
+    ids, real = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, document in enumerate(documents):
+        where = slice(width - len(document), width) if left else slice(0, len(document))
+        ids[row, where], real[row, where] = torch.tensor(document), 1
     arguments = (*pad_layouts(ids, real, TAGS), real, window)
-    mask_mod = block_mask(*arguments).mask_mod
-    assert torch.equal(create_mask(mask_mod, 2, None, width, width, device="cpu"), dense_mask(*arguments))
+    with patch.object(attention, "_TILE", tile):
+        mask = block_mask(*arguments)
+    assert (tile, tile) == mask.BLOCK_SIZE
+    queries = (real[:, None, :, None] != 0) | torch.eye(width, dtype=torch.bool)  # what padding sees is of no account
+    assert torch.equal(expanded(mask) & queries, dense_mask(*arguments) & queries)
+
+
+def test_tiles_that_are_seen_whole_are_not_asked_about_each_pair():
+    ids = torch.tensor([written((600, Block(((600,), (600,))), 600)).ids])
+    mask = block_mask(*pad_layouts(ids, None, TAGS))
+    full, partial = int(mask.full_kv_num_blocks.sum()), int(mask.kv_num_blocks.sum())
+    tiles = mask.kv_indices.shape[-1]
+    assert full + partial < tiles * (tiles + 1) / 2  # siblings' tiles are skipped
+    assert full > partial
+
+
+def test_the_tables_of_a_block_mask_stay_small_however_long_the_row():
+    for length in (1 << 10, 1 << 15, 1 << 17):
+        segment_ids = torch.zeros(1, length, dtype=torch.long)
+        mask = block_mask(torch.arange(length)[None], segment_ids, torch.ones(1, 1, 1, dtype=torch.bool))
+        tables = [mask.kv_indices, mask.full_kv_indices, mask.q_indices, mask.full_q_indices]
+        assert sum(table.numel() * table.element_size() for table in tables) <= 1 << 20

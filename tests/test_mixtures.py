@@ -5,7 +5,6 @@ from itertools import islice
 import pytest
 
 from multiverse_hf.data.chains import (
-    PARALLEL_SUFFIX,
     Chain,
     Kind,
     document,
@@ -15,13 +14,15 @@ from multiverse_hf.data.chains import (
     sample_problem,
 )
 from multiverse_hf.data.mixtures import ChainsMixture
+from multiverse_hf.data.records import Form
+from multiverse_hf.data.suffixes import PARALLEL_SUFFIX
 from multiverse_hf.documents import check, parse_document
 
 
 def test_the_twin_sees_the_same_problems_in_the_same_order_all_sequential():
     parallel, twin = ChainsMixture(600, seed=3), ChainsMixture(600, seed=3, sequential=True)
     assert [row.problem for row in parallel] == [row.problem for row in twin]
-    assert not any("<Parallel>" in row.document or row.plain for row in twin)
+    assert not any("<Parallel>" in row.document or row.form is Form.PLAIN for row in twin)
 
 
 def test_a_stream_is_repeatable_and_grows_from_short_rows_to_all_shapes():
@@ -33,7 +34,7 @@ def test_a_stream_is_repeatable_and_grows_from_short_rows_to_all_shapes():
     assert {row.problem.kind for row in late} == set(Kind)
     assert {len(chain.terms) for row in late for chain in row.problem.chains} == set(range(1, 9))
     assert {len(row.problem.chains) for row in late} == set(range(1, 9))
-    assert 0.05 < sum(row.plain for row in rows) / len(rows) < 0.2
+    assert 0.05 < sum(row.form is Form.PLAIN for row in rows) / len(rows) < 0.2
 
 
 def test_every_document_is_valid_right_and_strips_to_the_sequential_one():

@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,6 +46,102 @@ def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str, **names:
     return 0
 
 
+# A user's own documents
+
+
+def documents(count: int) -> list[dict]:
+    """Rows as a user has them: two blocks, one of them nested, of their own making."""
+    rows = []
+    for number in range(count):
+        inner = block([f"{number}.{part} is odd" if (number + part) % 2 else "it is even" for part in range(2)], "1.")
+        work = block([f"See about {number}.\n{inner}\nSo much for that.", "Nothing else."])
+        rows.append({"id": f"d{number}", "prompt": f"What of {number}?", "document": work, "answer": str(number)})
+    return rows
+
+
+def block(paths: list[str], label: str = "") -> str:
+    outlines = "\n".join(f"<Outline>{label}{at}: part {at}</Outline>" for at in range(1, len(paths) + 1))
+    written = "\n".join(f"<Path>\n{label}{at}: {path}\n</Path>" for at, path in enumerate(paths, start=1))
+    return f"<Parallel>\n<Goal>\n{outlines}\n</Goal>\n{written}\n<Conclusion>\ndone\n</Conclusion>\n</Parallel>"
+
+
+def test_fifty_documents_of_ones_own_become_a_lora_on_a_llama_and_then_an_ordinary_checkpoint(tmp_path: Path) -> None:
+    rows = [json.dumps(row) for row in documents(50)]
+    rows[3:3] = ["{half of a row", json.dumps({"prompt": "x", "document": "<Think>"})]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    make_base = str(ROOT / "recipes/tiny-random/make_base.py")
+    run(sys.executable, make_base, "--architecture", "llama", "--output", "llama", cwd=tmp_path)
+    launch = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"]
+    config = ["--config", str(ROOT / "recipes/tiny-random/sft_lora.yaml"), "--model_name_or_path", "llama"]
+    command = [*launch, str(ROOT / "recipes/sft.py"), *config, "--dataset_name", "mine.jsonl", "--output_dir", "out"]
+    checked = run(*command, "--check_rows", cwd=tmp_path)
+    assert '"rows": 52, "kept": 50, "dropped": {"unreadable": 1, "malformed document": 1}' in checked
+    assert not (tmp_path / "out/begun.json").exists()
+    run(*command, "--pack_rows", "true", "--max_length", "2048", cwd=tmp_path)
+
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert record["data"]["rows"]["kept"] == 50
+    assert record["last_evaluation"]["eval_generated_well_formed"] == 1.0
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped_rows.jsonl").read_text().splitlines()]
+    assert [entry["row"] for entry in dropped] == [3, 4]
+    history = json.loads(next((tmp_path / "out").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert {entry["parallel_share"] for entry in steps} == {0.0, 0.5, 1.0}
+    assert "loss_path" not in steps[0]
+    assert {"loss_path", "loss_tag", "loss_conclusion", "loss_answer", "accuracy_goal"} <= steps[-1].keys()
+    answers = [json.loads(line) for line in next((tmp_path / "out/generations").iterdir()).read_text().splitlines()]
+    assert [answer["expected"] for answer in answers] == ["48", "49"]
+    assert "![Loss" in (tmp_path / "out/report.md").read_text()
+    assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG")
+    assert next((tmp_path / "out").rglob("events.out.tfevents*"))
+
+    multiverse = str(BIN / "multiverse")
+    run(multiverse, "merge", "--adapter", "out", "--output", "merged", cwd=tmp_path)
+    assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    answer = run(multiverse, "generate", "--model", "merged", "--json", "--max-new-tokens", "20", "x?", cwd=tmp_path)
+    assert json.loads(answer)["stats"]["length"] > 0
+
+
+def losses(folder: Path) -> list[tuple[float, ...]]:
+    """Step, loss and norm of the gradient of every step, as the last checkpoint has them."""
+    last = max(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parts[-2][11:]))
+    names = ("step", "loss", "grad_norm", "loss_path", "parallel_share")
+    history = json.loads(last.read_text())["log_history"]
+    return [tuple(entry.get(name) for name in names) for entry in history if "loss" in entry]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_uninterrupted_one(
+    base: Path, tmp_path: Path, packed: bool
+) -> None:
+    shares = ["--parallel_share", "0", "0.5", "1", "--num_train_epochs", "3", "--seed", "5"]
+    rows = ["--num_rows", "96", "--sequential_share", "0.1", "--train_sampling_strategy", "random"]
+    options = [*shares, *rows, "--model_name_or_path", str(base / "base"), "--save_steps", "4"]
+    options += ["--pack_rows", "true", "--max_length", "700"] if packed else []
+    options += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"] if packed else []
+    train(tmp_path, *options, "--output_dir", "whole")
+
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(tmp_path / "hf")}
+    process = subprocess.Popen(
+        train_command(*options, "--output_dir", "killed"), cwd=tmp_path, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "killed/checkpoint-8/trainer_state.json").exists():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (tmp_path / "killed/begun.json").exists()
+    assert not (tmp_path / "killed/run.json").exists()
+
+    train(tmp_path, *options, "--output_dir", "killed", "--resume_from_checkpoint", "true")
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == whole
+    assert {entry[-1] for entry in whole} == {0.0, 0.5, 1.0}
+
+
 SFT, BASE, EVALUATE = "recipes/sft.py", "recipes/multiverse-tiny/make_base.py", "recipes/multiverse-tiny/evaluate.py"
 EMBED, CHAINS, PARSE = (
     "recipes/multiverse-tiny/embed.py",
@@ -66,16 +164,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).mkdir(parents=True)
     (folder / "finished/run.json").write_text("{}")
     (folder / "a-file").touch()
+    (folder / "rows.jsonl").write_text('{"text": "x"}')
     (folder / "broken.yaml").write_text("[1, {")
     (folder / "unknown.yaml").write_text("learning_speed: 1")
     return folder
 
 
-def train(folder: Path, *options: str) -> str:
+def train_command(*options: str) -> list[str]:
     launch = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"]
     config = str(ROOT / "recipes/multiverse-tiny/sft.yaml")
     command = [*launch, str(ROOT / "recipes/sft.py"), "--config", config, "--model_name_or_path", "base"]
-    return run(*command, "--output_dir", "out", "--num_rows", "32", "--logging_steps", "1", *options, cwd=folder)
+    return [*command, "--output_dir", "out", "--num_rows", "32", "--logging_steps", "1", *options]
+
+
+def train(folder: Path, *options: str) -> str:
+    return run(*train_command(*options), cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -140,12 +243,28 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
         ([SFT, "--learning_rate", "-1"], ["learning_rate", "-1"]),
         ([SFT, "--num_rows", "2", "--report_to", "nothing"], ["nothing", "tensorboard"]),
         ([SFT, "--attn_implementation", "nope"], ["cannot load base", "nope", "sdpa"]),
-        ([SFT, "--bucket_batches", "0"], ["bucket_batches", "at least 1"]),
+        ([SFT, "--bucket_batches", "-1"], ["bucket_batches", "at least 0"]),
+        ([SFT, "--dataset_name", ""], ["dataset_name is missing"]),
+        ([SFT, "--dataset_name", "no-such.jsonl"], ["no file no-such.jsonl"]),
+        ([SFT, "--dataset_name", "rows.jsonl"], ["none of 1 rows", "found text"]),
+        ([SFT, "--parallel_share", "0", "2"], ["parallel_share", "[0.0, 2.0]"]),
+        ([SFT, "--parallel_share", "0", "1"], ["2 epochs", "num_train_epochs is 3"]),
+        ([SFT, "--pack_rows", "true", "--max_length", "0"], ["max_length", "at least 1"]),
+        ([SFT, "--packing", "true"], ["packing", "pack_rows"]),
+        ([SFT, "--overlong", "keep"], ["overlong", "drop or cut", "keep"]),
+        ([SFT, "--load_in_4bit", "true"], ["use_peft"]),
+        ([SFT, "--eval_rows", "8"], ["eval_rows", "8 of 8"]),
+        ([SFT, "--eval_strategy", "epoch"], ["dataset_test_split", "eval_rows"]),
+        ([SFT, "--max_length", "20"], ["none of 8 rows", "max_length is 20"]),
+        ([SFT, "--attn_implementation", "flex_attention"], ["flex_attention", "GPU", "sdpa"]),
+        ([SFT, "--eos_token", "<stop>"], ["<stop>"]),
+        ([SFT, "--tags", "nope"], ["nope", "multiverse or npr"]),
+        ([SFT, "--chat_template_path", "none.jinja"], ["none.jinja"]),
+        ([SFT, "--max_chains", "9"], ["max_chains", "3 to 8"]),
         ([SFT, "--num_train_epochs", "0"], ["num_train_epochs", "max_steps"]),
         ([SFT, "--model_name_or_path", ""], ["name is empty"]),
         ([SFT, "--model_name_or_path", "./no-such-base"], ["./no-such-base"]),
-        ([SFT, "--model_name_or_path", "damaged"], ["damaged", "weights"]),
-        ([SFT, "--model_name_or_path", "unpadded"], ["unpadded", "padding token"]),
+        ([SFT, "--model_name_or_path", "damaged"], ["cannot load damaged"]),
         ([SFT, "--output_dir", "a-file/out"], ["a-file/out", "cannot write"]),
         ([SFT, "--output_dir", "finished"], ["finished run", "output_dir"]),
         ([SFT, "--output_dir", "unfinished"], ["--resume_from_checkpoint true"]),
@@ -185,7 +304,8 @@ def test_bad_input_is_refused_at_once(
     monkeypatch.chdir(base)
     script, *options = command
     if script == SFT:
-        options = ["--use_cpu", "--model_name_or_path", "base", "--output_dir", "new", *options]
+        model = ["--model_name_or_path", "base", "--dataset_name", "chains", "--num_rows", "8"]
+        options = ["--use_cpu", *model, "--output_dir", "new", *options]
     code = call(monkeypatch, script, *options)
     *_, line = capfd.readouterr().err.splitlines()
     assert code == 2, line

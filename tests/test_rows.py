@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from multiverse_hf.data.chains import Kind, document, sample_problem
 from multiverse_hf.data.collation import DocumentCollator
-from multiverse_hf.data.rows import IGNORE, document_labels, encode_row
+from multiverse_hf.data.records import Form, read_record
+from multiverse_hf.data.rows import IGNORE, RowEncoder, document_labels
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
@@ -118,7 +119,9 @@ def test_the_rows_of_a_problem_hold_prompt_document_and_end(kind):
 
     tokenizer = tiny_tokenizer()
     tags, problem = TagSet.from_tokenizer(tokenizer), sample_problem(random.Random(3), kind)
-    row = encode_row(tokenizer, tags, problem.prompt(), document(problem))
+    encoder = RowEncoder(tokenizer, tags)
+    record = read_record({"prompt": str(problem), "document": document(problem)})
+    row = encoder.encode(record, Form.PARALLEL)
     text = tokenizer.decode(row["input_ids"])
     assert text.endswith(document(problem) + tokenizer.eos_token)
     learnt = [label for label in row["labels"] if label != IGNORE]
@@ -128,7 +131,7 @@ def test_the_rows_of_a_problem_hold_prompt_document_and_end(kind):
     assert "<Path>" not in decoded
     assert "<Conclusion>" not in decoded
     assert decoded.count("</Path>") == text.count("</Path>")
-    plain = encode_row(tokenizer, tags, problem.prompt(False), document(problem), plain=True)
+    plain = encoder.encode(record, Form.PLAIN)
     assert plain["plain"]
     assert (
         tokenizer.decode([label for label in plain["labels"] if label != IGNORE]) == document(problem) + "<|im_end|>"

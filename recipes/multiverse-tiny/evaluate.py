@@ -29,7 +29,7 @@ from multiverse_hf.checkpoints import (
     open_checkpoint,
     write_output,
 )
-from multiverse_hf.data.chains import Kind, Problem, is_correct, sample_problem
+from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct, sample_problem
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.modeling.tags import encode_prompt
@@ -53,12 +53,14 @@ def training_problems(model: str) -> set[str]:
     return {str(row.problem) for row in mixture}
 
 
-def unseen(kind: Kind, count: int, seed: int, seen: set[str]) -> Iterator[Problem]:
+def unseen(
+    kind: Kind, count: int, seed: int, seen: set[str], max_chains: int = MAX_CHAINS, max_ops: int = MAX_OPS
+) -> Iterator[Problem]:
     """Draw problems that are not among those seen, each once."""
     rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
     while count:
-        problem = sample_problem(rng, kind)
-        if str(problem) not in drawn:
+        problem = sample_problem(rng, kind, max_ops=max_ops)
+        if len(problem.chains) <= max_chains and str(problem) not in drawn:
             drawn.add(str(problem))
             count -= 1
             yield problem
@@ -130,6 +132,8 @@ def main() -> None:
     parser.add_argument("--suffix", default="parallel", choices=["parallel", "sequential"])
     parser.add_argument("--structure", default="guided", choices=["guided", "lenient", "off"])
     parser.add_argument("--max-new-tokens", type=int, default=2560)
+    parser.add_argument("--max-chains", type=int, default=MAX_CHAINS, help="of a problem, 4 to 8 (default: 8)")
+    parser.add_argument("--max-ops", type=int, default=MAX_OPS, help="of a chain, 1 to 8 (default: 8)")
     parser.add_argument("--batch-size", type=int, default=25)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
     parser.add_argument("--seed", type=int, default=1000)
@@ -137,6 +141,9 @@ def main() -> None:
     for name in ("problems", "batch_size", "max_new_tokens"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    for name, low, high in (("max_chains", 4, MAX_CHAINS), ("max_ops", 1, MAX_OPS)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name.replace('_', '-')} must be from {low} to {high}, got {getattr(args, name)}")
     try:
         if args.output:
             check_output(args.output)
@@ -158,7 +165,7 @@ def main() -> None:
         "results": {},
     }
     for kind in args.kinds:
-        problems = list(unseen(Kind(kind), args.problems, args.seed, seen))
+        problems = list(unseen(Kind(kind), args.problems, args.seed, seen, args.max_chains, args.max_ops))
         try:
             result = measure(
                 model, tokenizer, problems, args.suffix, args.batch_size,

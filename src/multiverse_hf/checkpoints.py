@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
@@ -118,11 +119,10 @@ class Answer:
         names = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
         stats = {name: getattr(self.stats, name) for name in names}
         stats |= {"finish_reason": str(self.stats.finish_reason), "malformed": self.stats.malformed}
-        last = re.search(r"^Answer:[ \t]*(\S[^\n]*?)\s*\Z", self.document, re.MULTILINE)
         return {
             "document": self.document,
             "text": self.text,
-            "answer": last[1] if last else None,
+            "answer": read_answer(self.document),
             "stats": stats,
             "seconds": round(self.seconds, 4),
         }
@@ -230,6 +230,9 @@ def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
 
 def _check_folder(folder: Path, name: str) -> None:
     """Check that a checkpoint's files are there and hold what they should, as far as transformers says it badly."""
+    if (folder / "adapter_config.json").is_file():
+        merge = f"multiverse merge --adapter {name} --output {name}-merged"
+        raise CommandError(f"{name} is a LoRA adapter without its base; put them together with: {merge}")
     if not (folder / "config.json").is_file():
         raise CommandError(f"{name} holds no config.json; give the folder of a checkpoint")
     # without its config a tokenizer is taken for the architecture's usual one, which may cut text in other places

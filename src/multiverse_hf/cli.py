@@ -31,12 +31,14 @@ from multiverse_hf.checkpoints import (
     CommandError,
     Dtype,
     answer_prompt,
+    check_output,
     load_model,
     one_line,
     open_checkpoint,
+    output_folder,
     quiet,
 )
-from multiverse_hf.data.chains import Suffix
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
 
@@ -494,6 +496,42 @@ def demo(
         print_json(report)
     else:
         print_report(console, report)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Folder that a LoRA run wrote.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the merged checkpoint to.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The base model, if it is no longer where the run found it.")
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    traceback: TracebackOption = False,
+) -> None:
+    """Add a LoRA adapter to its base: an ordinary checkpoint, which any loader takes.
+
+    \b
+    Examples:
+      multiverse merge --adapter runs/llama3.1-8b/multiverse-lora --output my-model
+      multiverse merge --adapter runs/lora --base ./Llama-3.1-8B-Instruct --output my-model --dtype bfloat16
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise CommandError(f"{output} is not empty; name a new folder")
+    check_output(output, is_folder=True)
+    with waiting("merging"):
+        quiet()
+        try:
+            from multiverse_hf.training.merging import merge_adapter
+
+            model, tokenizer = merge_adapter(adapter, base, dtype.value)
+        except ModuleNotFoundError as err:
+            raise CommandError(f"{err.name} is missing; pip install 'multiverse_hf[train]'", FAILURE) from err
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
+            raise CommandError(f"cannot merge {adapter}: {one_line(err)}") from err
+        with output_folder(output) as folder:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from multiverse_hf.batch.rows import Summary
 from multiverse_hf.checkpoints import Attention, CommandError, Dtype
-from multiverse_hf.data.chains import Suffix
+from multiverse_hf.data.suffixes import Suffix
 
 MAX_NUM_SEQS = 64  # the engine's own default
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from multiverse_hf.checkpoints import FAILURE, CommandError, one_line
-from multiverse_hf.data.chains import Suffix
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.modeling.tags import read_messages
 
 OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # of an answer

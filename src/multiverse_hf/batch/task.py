@@ -29,7 +29,7 @@ from multiverse_hf.checkpoints import (
     open_checkpoint,
     quiet,
 )
-from multiverse_hf.data.chains import Suffix
+from multiverse_hf.data.suffixes import Suffix
 
 # Handles wake whoever waits for them at every token; looking at them now and then costs a batch nothing.
 POLL_S = 0.01

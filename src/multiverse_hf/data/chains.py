@@ -10,25 +10,11 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-PARALLEL_SUFFIX = "Think step by step and in parallel before answering."
-SEQUENTIAL_SUFFIX = "Think step by step before answering."
+from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX, Suffix
+
 MAX_CHAINS = 8
 MAX_OPS = 8
 NAMES = "ABCDEFGH"
-
-
-class Suffix(StrEnum):
-    """Sentence of record at the end of a prompt."""
-
-    PARALLEL = "parallel"
-    SEQUENTIAL = "sequential"
-    NONE = "none"
-
-    def end(self, text: str) -> str:
-        """End a prompt with the sentence; one that has either is left as it is."""
-        if self is Suffix.NONE or text.endswith((PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX)):
-            return text
-        return f"{text} {PARALLEL_SUFFIX if self is Suffix.PARALLEL else SEQUENTIAL_SUFFIX}"
 
 
 class Kind(StrEnum):
@@ -117,7 +103,7 @@ class Problem:
 
     def prompt(self, parallel: bool = True) -> str:
         """Give the prompt: the problem, a space, and the suffix of record."""
-        return f"{self} {PARALLEL_SUFFIX if parallel else SEQUENTIAL_SUFFIX}"
+        return (Suffix.PARALLEL if parallel else Suffix.SEQUENTIAL).end(str(self))
 
 
 _CHAIN = re.compile(r"([A-H])=(\d+)((?:[+-]\d+)+)")

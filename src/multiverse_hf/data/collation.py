@@ -1,5 +1,10 @@
-"""Batches of rows with their layout, so that the model does not compute it again on the device."""
+"""Batches of rows with their layout, so that the model does not compute it again on the device.
 
+Several documents may stand in one row. Each keeps its own positions, and its segments see none of another document:
+the layout's own ``visible`` separates documents and sibling paths alike, in one mask.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,70 +14,113 @@ from multiverse_hf.data.rows import IGNORE
 from multiverse_hf.modeling.layout import Layout, build_layout
 from multiverse_hf.modeling.tags import TagSet
 
+Row = dict[str, Any]
+
 
 @dataclass
 class DocumentCollator:
-    """Pad rows on the right and lay each one out.
+    """Lay rows out and pad them on the right.
 
     Args:
         tags: the control tags.
         pad_token_id: what padding is made of.
+        multiple: pad to a multiple of this many tokens, and ``visible`` to a power of two of segments: kernels that
+            are
+            compiled for a shape then meet few.
+        flatten: put rows without a block end to end, in the form in which transformers' flash attention keeps
+            documents
+            apart (``cu_seq_lens_q`` and its like), without padding. Rows with a block are refused.
 
-    Calling it with B rows of :func:`~multiverse_hf.data.rows.encode_row` gives ``input_ids``, ``labels``,
-    ``attention_mask``, ``position_ids`` and ``segment_ids`` (B, L) int64, and ``visible`` (B, S, S) bool; the last two
-    only if a row has a block. A row marked ``plain`` is one segment: ordinary causal text, whatever tags it holds.
+    Calling it with B rows of :class:`~multiverse_hf.data.rows.RowEncoder`, or with B lists of rows to be packed, gives
+    ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` and ``segment_ids`` (B, L) int64, and ``visible``
+    (B, S, S) bool; the last two only if something has to be kept apart. And ``kinds`` (B, L) int8 if the rows have
+    them. A row marked ``plain`` is one segment: ordinary causal text, whatever tags it holds.
     """
 
     tags: TagSet
     pad_token_id: int
+    multiple: int = 1
+    flatten: bool = False
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        layouts = [self._layout(row) for row in rows]
-        if all(len(layout.visible) == 1 for layout in layouts):
-            return self._plain_batch(rows)
-        length = max(len(row["input_ids"]) for row in rows)
-        size = max(len(layout.visible) for layout in layouts)
-        shape = (len(rows), length)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "labels": torch.full(shape, IGNORE),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "position_ids": torch.zeros(shape, dtype=torch.long),
-            "segment_ids": torch.zeros(shape, dtype=torch.long),
-            "visible": torch.zeros(len(rows), size, size, dtype=torch.bool),
-        }
-        for index, (row, layout) in enumerate(zip(rows, layouts, strict=True)):
-            end = len(row["input_ids"])
-            batch["input_ids"][index, :end] = torch.tensor(row["input_ids"])
-            batch["labels"][index, :end] = torch.tensor(row["labels"])
-            batch["attention_mask"][index, :end] = 1
-            batch["position_ids"][index, :end] = layout.position_ids
-            batch["segment_ids"][index, :end] = layout.segment_ids
-            batch["visible"][index, : len(layout.visible), : len(layout.visible)] = layout.visible
+    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, torch.Tensor]:
+        packs = [[row] if isinstance(row, dict) else list(row) for row in rows]
+        layouts = [[self._layout(row) for row in pack] for pack in packs]
+        has_blocks = any(len(layout.visible) > 1 for pack in layouts for layout in pack)
+        if self.flatten:
+            if has_blocks:
+                raise ValueError("flash attention cannot mask sibling paths; use sdpa or flex_attention")
+            return self._flat_batch([row for pack in packs for row in pack])
+        batch = self._padded(packs)
+        if not has_blocks and all(len(pack) == 1 for pack in packs):
+            # No real token sees padding on its right, so no mask is needed: it is all ones, and transformers then
+            # takes the causal kernel, at half the price. Positions are given, so that tags in a plain row are not
+            # laid out.
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+            batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(packs), 1)
+            return batch
+        size = max(sum(len(layout.visible) for layout in pack) for pack in layouts)
+        if self.multiple > 1:
+            size = 1 << (size - 1).bit_length()
+        batch["position_ids"] = torch.zeros_like(batch["input_ids"])
+        batch["segment_ids"] = torch.zeros_like(batch["input_ids"])
+        batch["visible"] = torch.zeros(len(packs), size, size, dtype=torch.bool)
+        for row, pack in enumerate(layouts):
+            begin, segment = 0, 0
+            for layout in pack:
+                end, last = begin + len(layout.position_ids), segment + len(layout.visible)
+                batch["position_ids"][row, begin:end] = layout.position_ids
+                batch["segment_ids"][row, begin:end] = layout.segment_ids + segment
+                batch["visible"][row, segment:last, segment:last] = layout.visible
+                begin, segment = end, last
         return batch
 
-    def _plain_batch(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        """Pad rows without a block.
+    def _padded(self, packs: list[list[Row]]) -> dict[str, torch.Tensor]:
+        """Join the rows of each pack and pad them."""
+        joined = [_joined(pack) for pack in packs]
+        length = max(len(row["input_ids"]) for row in joined)
+        length = -(-length // self.multiple) * self.multiple
+        fill = {"input_ids": self.pad_token_id, "labels": IGNORE, "kinds": 0}
+        batch = {
+            name: torch.tensor(
+                [row[name] + [fill[name]] * (length - len(row[name])) for row in joined],
+                dtype=torch.int8 if name == "kinds" else torch.long,
+            )
+            for name in joined[0]
+        }
+        ends = torch.tensor([len(row["input_ids"]) for row in joined])
+        batch["attention_mask"] = (torch.arange(length) < ends[:, None]).long()
+        return batch
 
-        No real token sees padding on its right, so no mask is needed: it is all ones, and transformers then takes the
-        causal kernel, at half the price.
-        """
-        length = max(len(row["input_ids"]) for row in rows)
-        ids = [row["input_ids"] + [self.pad_token_id] * (length - len(row["input_ids"])) for row in rows]
-        labels = [row["labels"] + [IGNORE] * (length - len(row["labels"])) for row in rows]
-        input_ids = torch.tensor(ids)
-        # positions are given, so that tags in a plain row are not laid out
-        position_ids = torch.arange(length).expand(len(rows), length).contiguous()
-        return {
-            "input_ids": input_ids,
-            "labels": torch.tensor(labels),
-            "attention_mask": torch.ones_like(input_ids),
-            "position_ids": position_ids,
+    def _flat_batch(self, rows: list[Row]) -> dict[str, Any]:
+        """Put rows end to end, for kernels that take the places where documents begin."""
+        joined = _joined(rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        begins = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        batch = {name: torch.tensor([values]) for name, values in joined.items()}
+        if "kinds" in batch:
+            batch["kinds"] = batch["kinds"].to(torch.int8)
+        return batch | {
+            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+            "cu_seq_lens_q": begins,
+            "cu_seq_lens_k": begins,
+            "max_length_q": max(lengths),
+            "max_length_k": max(lengths),
         }
 
-    def _layout(self, row: dict[str, Any]) -> Layout:
+    def _layout(self, row: Row) -> Layout:
         if row.get("plain"):
             length = len(row["input_ids"])
             one = torch.ones(1, 1, dtype=torch.bool)
             return Layout(torch.arange(length), torch.zeros(length, dtype=torch.long), one)
         return build_layout(row["input_ids"], self.tags)
+
+
+def _joined(rows: Sequence[Row]) -> dict[str, list[int]]:
+    """Put rows end to end. The first token of each has no predecessor, so it is not learnt."""
+    names = [name for name in ("input_ids", "labels", "kinds") if name in rows[0]]
+    joined: dict[str, list[int]] = {name: [] for name in names}
+    for row in rows:
+        for name in names:
+            values = list(row[name])
+            joined[name] += [IGNORE, *values[1:]] if name == "labels" else values
+    return joined

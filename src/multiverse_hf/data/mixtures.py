@@ -5,17 +5,33 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, document, sample_problem
+from multiverse_hf.data.records import Form, Record
 from multiverse_hf.documents import parse_document
 
 
 @dataclass(frozen=True, slots=True)
 class ChainsRow:
-    """One training row: the problem, its prompt, and the document to learn."""
+    """One training row: a problem and the form in which its answer is learnt."""
 
     problem: Problem
-    prompt: str
-    document: str
-    plain: bool = False  # read as plain causal text: how a loader that knows nothing of branches writes it
+    form: Form
+
+    @property
+    def prompt(self) -> str:
+        """The problem with the suffix of its form."""
+        return self.problem.prompt(parallel=self.form is not Form.SEQUENTIAL)
+
+    @property
+    def document(self) -> str:
+        """The answer in its form."""
+        text = document(self.problem)
+        return parse_document(text).sequential() if self.form is Form.SEQUENTIAL else text
+
+    def record(self) -> Record:
+        """Give the record; a parallel row leaves its form to the epoch."""
+        messages = ({"role": "user", "content": str(self.problem)},)
+        form = None if self.form is Form.PARALLEL else self.form
+        return Record(messages, parse_document(document(self.problem)), form)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +45,9 @@ class ChainsMixture:
         sequential_share: otherwise, the share of rows in that form, so that the model obeys either suffix.
         plain_share: the share of parallel rows read as plain causal text, so that the same checkpoint also writes the
             tags one after the other (``structure="off"``, or a server that does not know Multiverse).
-        ramp: the share of the stream over which the most operations a chain may have grows from 2 to 8, and the most
-            chains from 3 to 8. Short rows are cheap, and they teach everything but length.
+        ramp: the share of the stream over which the most operations a chain may have grows from 2 to ``max_ops``, and
+            the most chains from 3 to ``max_chains``. Short rows are cheap, and they teach everything but length.
+        max_chains, max_ops: the longest problems, 3 to 8 chains of 2 to 8 operations.
         single_share, nested_share: shares of the shapes; the rest is flat.
     """
 
@@ -40,12 +57,17 @@ class ChainsMixture:
     sequential_share: float = 0.15
     plain_share: float = 0.15
     ramp: float = 0.6
+    max_chains: int = MAX_CHAINS
+    max_ops: int = MAX_OPS
     single_share: float = 0.08
     nested_share: float = 0.3
 
     def __post_init__(self) -> None:
         if self.num_rows < 1:
             raise ValueError(f"num_rows must be at least 1, got {self.num_rows}")
+        for name, low, high in (("max_chains", 3, MAX_CHAINS), ("max_ops", 2, MAX_OPS)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must be from {low} to {high}, got {getattr(self, name)}")
         for name in ("sequential_share", "plain_share", "ramp", "single_share", "nested_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share between 0 and 1, got {getattr(self, name)}")
@@ -54,8 +76,8 @@ class ChainsMixture:
         rng = random.Random(self.seed)
         for index in range(self.num_rows):
             progress = min(1.0, index / (self.ramp * self.num_rows)) if self.ramp else 1.0
-            max_ops = 2 + round(progress * (MAX_OPS - 2))
-            max_chains = 3 + round(progress * (MAX_CHAINS - 3))
+            max_ops = 2 + round(progress * (self.max_ops - 2))
+            max_chains = 3 + round(progress * (self.max_chains - 3))
             draw = rng.random()
             if draw < self.single_share:
                 kind = Kind.SINGLE
@@ -68,9 +90,8 @@ class ChainsMixture:
             problem = sample_problem(rng, kind, num_chains, max_ops)
             sequential = rng.random() < self.sequential_share
             plain = not sequential and rng.random() < self.plain_share
-            # decided after the draws, so that the twin sees the very same problems
-            sequential, plain = sequential or self.sequential, plain and not self.sequential
-            text = document(problem)
-            if sequential:
-                text = parse_document(text).sequential()
-            yield ChainsRow(problem, problem.prompt(parallel=not sequential), text, plain)
+            if sequential or self.sequential:  # decided after the draws, so that the twin sees the very same problems
+                form = Form.SEQUENTIAL
+            else:
+                form = Form.PLAIN if plain else Form.PARALLEL
+            yield ChainsRow(problem, form)

@@ -1,12 +1,39 @@
-"""From a prompt and a document to the token ids and labels of a training row."""
+"""From a record to the token ids and labels of a training row."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
+from multiverse_hf.data.records import Form, Reason, Record, RowError
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import Event
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 IGNORE = -100
+
+
+class TokenKind(IntEnum):
+    """What a token of a row is part of; training reports its loss by kind."""
+
+    PROMPT = 0
+    TAG = 1  # a control tag, and the newlines between tags of a block
+    GOAL = 2  # goals and their outlines
+    PATH = 3  # a path's own text
+    CONCLUSION = 4
+    THINK = 5  # reasoning outside every block
+    ANSWER = 6  # what stands outside <Think> and blocks, the end token included
+
+
+_KINDS = {
+    "think": TokenKind.THINK,
+    "parallel": TokenKind.TAG,
+    "goal": TokenKind.GOAL,
+    "outline": TokenKind.GOAL,
+    "path": TokenKind.PATH,
+    "conclusion": TokenKind.CONCLUSION,
+}
 
 
 def document_labels(ids: list[int], tags: TagSet) -> list[int]:
@@ -40,27 +67,97 @@ def document_labels(ids: list[int], tags: TagSet) -> list[int]:
     return labels
 
 
-def encode_row(
-    tokenizer: Any, tags: TagSet, prompt: str | list[dict[str, str]], document: str, plain: bool = False
-) -> dict[str, Any]:
-    """Tokenize a training row: the prompt in the chat template, the document, the end token.
+def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[bool]]:
+    """Say of every token of a document what it is part of.
 
     Args:
-        tokenizer: a transformers tokenizer with the tags.
+        ids: token ids of the document.
         tags: the control tags.
-        prompt: the user's text, or chat messages.
-        document: the answer.
-        plain: the row is to be read as plain causal text, every token of the document chosen by the model.
 
     Returns:
-        ``input_ids`` and ``labels``, lists of the same length, and ``plain``.
+        The kind of each token, and whether a block is still open after it.
     """
-    prompt_ids = encode_prompt(tokenizer, prompt, tags.names)
-    document_ids = tokenizer.encode(document, add_special_tokens=False)
-    labels = document_ids if plain else document_labels(document_ids, tags)
-    end = [tokenizer.eos_token_id]
-    return {
-        "input_ids": prompt_ids + document_ids + end,
-        "labels": [IGNORE] * len(prompt_ids) + labels + end,
-        "plain": plain,
-    }
+    kinds: list[TokenKind] = []
+    is_open: list[bool] = []
+    block = "goal" if tags.names.parallel is None else "parallel"
+    block_end = "conclusion" if tags.names.parallel is None else "parallel"
+    stack: list[str] = []
+    num_blocks = 0
+    for token in ids:
+        role, opens = tags.roles.get(token, (None, False))
+        if role is None:
+            kinds.append(_KINDS[stack[-1]] if stack else TokenKind.ANSWER)
+        else:
+            kinds.append(TokenKind.TAG)
+            num_blocks += (role == block and opens) - (role == block_end and not opens)
+            if opens:
+                stack.append(role)
+            elif role in stack:
+                del stack[len(stack) - 1 - stack[::-1].index(role) :]
+        is_open.append(num_blocks > 0)
+    return kinds, is_open
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Turns records into token ids and labels.
+
+    Args:
+        tokenizer: a transformers tokenizer with the tags and a chat template.
+        tags: the control tags.
+        max_length: the most tokens a row may have, None for any number.
+        cut: what becomes of a longer one: cut at the last token after which no block is open, or dropped.
+        suffix: end prompts with the sentence of record of their form.
+    """
+
+    tokenizer: Any
+    tags: TagSet
+    max_length: int | None = None
+    cut: bool = False
+    suffix: bool = True
+
+    def prompt(self, record: Record, form: Form) -> list[Mapping[str, str]]:
+        """Give a record's chat, the last message of the user ended with the sentence of the form."""
+        messages = list(record.messages)
+        users = [index for index, message in enumerate(messages) if message["role"] == "user"]
+        if self.suffix and users:
+            suffix = Suffix.SEQUENTIAL if form is Form.SEQUENTIAL else Suffix.PARALLEL
+            last = messages[users[-1]]
+            messages[users[-1]] = {**last, "content": suffix.exchange(last["content"])}
+        return messages
+
+    def encode(self, record: Record, form: Form) -> dict[str, Any]:
+        """Tokenize a record: its prompt in the chat template, its document, the end token.
+
+        Returns:
+            ``input_ids``, ``labels`` (:data:`IGNORE` where nothing is to be learnt) and ``kinds``
+            (:class:`TokenKind`), lists of the same length; and ``plain``, whether it is to be laid out as plain
+            causal text.
+
+        Raises:
+            RowError: if it is too long, or the chat template cannot take the prompt.
+        """
+        try:
+            prompt = encode_prompt(self.tokenizer, self.prompt(record, form), self.tags.names)
+        except Exception as err:  # a chat template is a program of the model's and may raise anything
+            raise RowError(Reason.TEMPLATE, " ".join(str(err).split())) from err
+        text = record.document.sequential() if form is Form.SEQUENTIAL else record.document.render()
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        kinds, is_open = token_kinds(ids, self.tags)
+        labels = ids if form is Form.PLAIN else document_labels(ids, self.tags)
+        ids, kinds = [*ids, self.tokenizer.eos_token_id], [*kinds, TokenKind.ANSWER]
+        labels, is_open = [*labels, self.tokenizer.eos_token_id], [*is_open, False]
+        length = len(prompt) + len(ids)
+        if self.max_length is not None and length > self.max_length:
+            room = self.max_length - len(prompt)
+            keep = next((end for end in range(room, 0, -1) if not is_open[end - 1]), 0) if self.cut else 0
+            if all(label == IGNORE for label in labels[:keep]):
+                advice = "nothing outside a block fits" if self.cut else "raise max_length, or have it cut"
+                raise RowError(Reason.TOO_LONG, f"{length} tokens, max_length is {self.max_length}; {advice}")
+            ids, kinds, labels = ids[:keep], kinds[:keep], labels[:keep]
+        return {
+            "input_ids": prompt + ids,
+            "labels": [IGNORE] * len(prompt) + labels,
+            "kinds": [TokenKind.PROMPT] * len(prompt) + kinds,
+            "plain": form is Form.PLAIN,
+        }

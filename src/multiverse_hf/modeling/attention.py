@@ -80,6 +80,11 @@ def dense_mask(
     return mask[:, None]
 
 
+# A BlockMask holds four tables of (L / size)^2 int32, for each tile which other tiles it meets. Tiles of 128, torch's
+# own size, up to this many a side; then larger ones, so that the tables stay below 1 MiB however long a row is.
+_TILE, _MOST_TILES = 128, 256
+
+
 def block_mask(
     position_ids: torch.Tensor,
     segment_ids: torch.Tensor,
@@ -87,9 +92,14 @@ def block_mask(
     attention_mask: torch.Tensor | None = None,
     window: int | None = None,
 ) -> Any:
-    """Give the same mask as :func:`dense_mask` as a flex_attention BlockMask, without an L x L tensor."""
-    from torch.nn.attention.flex_attention import create_block_mask
+    """Give the same mask as :func:`dense_mask` as a flex_attention BlockMask, on the device of ``segment_ids``.
 
+    Which tiles are empty, full or partial follows from the segments that begin and end in them: no L x L tensor is
+    made, as torch's ``create_block_mask`` makes unless it is compiled. Memory O(L + S^2).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    batch, length = segment_ids.shape
     real = torch.ones_like(segment_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
 
     def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -98,8 +108,53 @@ def block_mask(
             seen = seen & (position_ids[b, q] - position_ids[b, k] < window)
         return seen | (q == k)
 
-    batch, length = segment_ids.shape
-    return create_block_mask(mask_mod, batch, None, length, length, device=str(segment_ids.device))
+    size = _TILE
+    while size * _MOST_TILES < length:
+        size *= 2
+    tiles = -(-length // size)
+
+    def ends(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Give the least and greatest value at the real tokens of each tile, (B, tiles), and how many they are."""
+        pad = (0, tiles * size - length)
+        values = torch.nn.functional.pad(values, pad).view(batch, tiles, size)
+        here = torch.nn.functional.pad(real, pad).view(batch, tiles, size)
+        least = values.masked_fill(~here, torch.iinfo(values.dtype).max).amin(-1)
+        return least, values.masked_fill(~here, -1).amax(-1), here.sum(-1)
+
+    first, last, count = ends(segment_ids)
+    first = first.clamp(max=visible.shape[-1] - 1)  # of a tile without a real token, where it does not matter
+    # sums[b, i, j]: how many pairs of segments below (i, j) see each other; a rectangle of them is then four look-ups
+    sums = torch.nn.functional.pad(visible.int().cumsum(1).cumsum(2), (1, 0, 1, 0))
+    rows = torch.arange(batch, device=segment_ids.device)[:, None, None]
+
+    def below(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return sums[rows, queries[:, :, None], keys[:, None, :]]
+
+    high, low = last + 1, first
+    seen = below(high, high) - below(low, high) - below(high, low) + below(low, low)
+    has_any = (seen > 0) & (count[:, :, None] > 0) & (count[:, None, :] > 0)
+    is_full = (seen == (high - low)[:, :, None] * (high - low)[:, None, :]) & (count[:, :, None] == size)
+    is_full &= count[:, None, :] == size
+    if window is not None:
+        nearest, farthest, _ = ends(position_ids)
+        has_any &= nearest[:, :, None] - farthest[:, None, :] < window
+        is_full &= farthest[:, :, None] - nearest[:, None, :] < window
+    here = torch.arange(tiles, device=segment_ids.device)
+    is_full &= here[:, None] > here[None, :]
+    has_any = (has_any & (here[:, None] > here[None, :])) | (here[:, None] == here[None, :])  # each meets itself
+
+    def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give for each tile of queries how many tiles of keys it meets, and which, those first."""
+        order = mask.int().argsort(dim=-1, descending=True, stable=True)
+        return mask.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+    return BlockMask.from_kv_blocks(
+        *listed(has_any & ~is_full),
+        *listed(is_full),
+        BLOCK_SIZE=size,
+        mask_mod=mask_mod,
+        seq_lengths=(length, length),
+    )
 
 
 def to_additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -129,7 +129,7 @@ def read_requests(
     check_modes(config, rest)
     if attention_mask is None and isinstance(input_ids, torch.Tensor):
         attention_mask = infer_mask(config, input_ids)
-    prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().num_embeddings)
+    prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().weight.shape[0])
     max_new_tokens = int(bound_length(config, input_ids.shape[1], has_default_max_length))
 
     device = model.device

@@ -1,0 +1,178 @@
+"""What a user's row says: read and checked, so that one bad row costs that row and not the run.
+
+A row has ``messages``, the last of them the assistant's; or a ``prompt`` (text or messages) and a ``document``
+(``completion`` will do). The ``answer`` may stand in a column of its own: a document that does not say it is then the
+reasoning, is wrapped in ``<Think>`` if it is not yet, and ``Answer: ...`` follows it, as in Multiverse-1K.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.documents import Document, DocumentError, Text, Think, check, parse_document
+from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, read_messages
+
+
+class Form(StrEnum):
+    """How a record is read: with the sentence of record that belongs to it at the end of its prompt."""
+
+    PARALLEL = "parallel"  # the document, its paths beside each other
+    SEQUENTIAL = "sequential"  # the text of its paths, one after the other
+    PLAIN = "plain"  # the document as ordinary causal text, every tag chosen by the model
+
+
+class Reason(StrEnum):
+    """Why a row was dropped."""
+
+    UNREADABLE = "unreadable"
+    COLUMNS = "wrong columns"
+    MALFORMED = "malformed document"
+    TEMPLATE = "chat template"
+    TOO_LONG = "too long"
+
+
+class RowError(ValueError):
+    """A row that cannot be trained on, with the kind of reason and what exactly is wrong."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A prompt and the document that answers it, checked.
+
+    Attributes:
+        messages: the chat before the answer.
+        document: the answer, as a tree.
+        form: the one form it is read in, None for whichever an epoch asks for.
+    """
+
+    messages: tuple[Mapping[str, str], ...]
+    document: Document
+    form: Form | None = None
+
+
+def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | None = None) -> Record:
+    """Read a row of a dataset.
+
+    Args:
+        row: a mapping with the columns this module's text names; others are passed over.
+        names: how the control tags are spelled.
+        system_prompt: said before a chat that has no system message of its own.
+
+    Raises:
+        RowError: if a column is missing or of the wrong kind, or the document is not fit to train on.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(Reason.UNREADABLE, f"a row is an object with columns, got {json.dumps(row, default=str):.60}")
+    given = {name: value for name, value in row.items() if value is not None}
+    if "messages" in given:
+        chat = _messages(given["messages"], "messages")
+        if len(chat) < 2 or chat[-1]["role"] != "assistant":
+            raise RowError(Reason.COLUMNS, "messages must end with the assistant's answer to another message")
+        messages, text = chat[:-1], chat[-1]["content"]
+    elif "prompt" in given and ("document" in given or "completion" in given):
+        messages = _messages(given["prompt"], "prompt")
+        text = _document(given.get("document", given.get("completion")))
+    else:
+        found = ", ".join(map(str, given)) or "none"
+        raise RowError(Reason.COLUMNS, f"needs messages, or prompt and document; found {found}")
+    if not text.strip():
+        raise RowError(Reason.COLUMNS, "the document is empty")
+    if system_prompt and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system_prompt}, *messages]
+    answer = given.get("answer")
+    if answer is not None and not isinstance(answer, str | int | float):
+        raise RowError(Reason.COLUMNS, f"answer must be text, got {type(answer).__name__}")
+    try:
+        for message in messages:
+            if message["role"] == "assistant":  # whose tags are control tags as well
+                parse_document(message["content"], names)
+        document = parse_document(_with_answer(text, answer, names), names)
+        check(document)
+    except DocumentError as err:
+        raise RowError(Reason.MALFORMED, str(err)) from err
+    return Record(tuple(messages), document)
+
+
+def _messages(value: Any, column: str) -> list[Mapping[str, str]]:
+    try:
+        return read_messages(value, column)
+    except (TypeError, ValueError) as err:
+        raise RowError(Reason.COLUMNS, str(err)) from err
+
+
+def _document(value: Any) -> str:
+    """Give the text of a document column, which TRL's conversational form has as a list of one message."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content")
+    if not isinstance(value, str):
+        raise RowError(Reason.COLUMNS, f"document must be text, got {type(value).__name__}")
+    return value
+
+
+def _with_answer(text: str, answer: Any, names: TagNames) -> str:
+    """Put reasoning and answer together, unless the document says its answer itself."""
+    if answer is None or not str(answer).strip():
+        return text
+    document = parse_document(text, names)
+    has_think = any(isinstance(child, Think) for child in document.children)
+    last = document.children[-1]
+    says_it = isinstance(last, Text) and last.text.strip() if has_think else read_answer(text) is not None
+    if says_it or names.think is None:
+        return text
+    reasoning = text if has_think else f"{names.open('think')}\n{text.strip()}\n{names.close('think')}"
+    return f"{reasoning.rstrip()}\n\nAnswer: {str(answer).strip()}"
+
+
+_ANSWER = re.compile(r"^Answer:[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
+
+
+def read_answer(text: str) -> str | None:
+    """Give what stands on the last line ``Answer: ...``, None if there is no such line."""
+    match = _ANSWER.search(text)
+    return match[1] if match else None
+
+
+def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
+    """Give the rows of a file or dataset. A line of a JSONL file that is no JSON is given as a :class:`RowError`.
+
+    Args:
+        source: a ``.jsonl`` file; a ``.json``, ``.parquet`` or ``.csv`` file; a folder with a dataset; or its name on
+            the Hub.
+        config: of a dataset that has several.
+        split: of a dataset.
+
+    Raises:
+        ValueError: if there is no such file, dataset, config or split.
+    """
+    path = Path(source).expanduser()
+    if path.suffix == ".jsonl" and path.is_file():
+        with path.open("rb") as file:  # datasets would refuse the whole file for one bad line
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield json.loads(line)
+                except ValueError as err:
+                    yield RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
+        return
+    import datasets
+
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    try:
+        if path.suffix in kinds:
+            if not path.is_file():
+                raise ValueError(f"no file {source}")
+            yield from datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        else:
+            yield from datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+    except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
+        reason = " ".join(str(err).split())
+        raise ValueError(f"cannot read the dataset {source}: {reason}") from err

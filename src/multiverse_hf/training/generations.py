@@ -1,0 +1,131 @@
+"""Real answers at each evaluation: accuracy, well-formedness and # parallel, from the engine and not from the loss."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from multiverse_hf.data.records import Form, Record, read_answer
+from multiverse_hf.data.rows import RowEncoder
+from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.modeling.tags import encode_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One answer and what is known of it."""
+
+    prompt: Sequence[Mapping[str, str]]
+    document: str
+    expected: str | None  # the answer of the record, None if it names none
+    parallelism: float
+    length: int
+    num_tokens: int
+    num_forks: int
+    finish_reason: str
+    is_well_formed: bool
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the last line ``Answer: ...`` is the record's, to the letter; None if the record has none."""
+        return None if self.expected is None else read_answer(self.document) == self.expected
+
+
+def write_answers(
+    model: Any, encoder: RowEncoder, records: Sequence[Record], form: Form, max_new_tokens: int, batch_size: int
+) -> list[Sample]:
+    """Have a model answer the prompts of records, greedily, as ``generate`` does for a user."""
+    tokenizer, names = encoder.tokenizer, encoder.tags.names
+    hidden = set(tokenizer.all_special_ids) - set(encoder.tags.control_ids)
+    samples = []
+    for begin in range(0, len(records), batch_size):
+        part = records[begin : begin + batch_size]
+        prompts = [encoder.prompt(record, form) for record in part]
+        batch = encode_prompt(tokenizer, prompts, names).to(model.device)
+        output = model.generate(
+            **batch, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, return_dict_in_generate=True
+        )
+        answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        for record, prompt, ids, stats in zip(part, prompts, answers, output.stats, strict=True):
+            text = tokenizer.decode([i for i in ids[: stats.num_tokens] if i not in hidden], skip_special_tokens=False)
+            try:
+                parse_document(text, names)
+                is_well_formed = True
+            except DocumentError:
+                is_well_formed = False
+            samples.append(
+                Sample(
+                    prompt, text, read_answer(record.document.render()), stats.parallelism, stats.length,
+                    stats.num_tokens, stats.num_forks, str(stats.finish_reason), is_well_formed,
+                )
+            )  # fmt: skip
+    return samples
+
+
+def summary(samples: Sequence[Sample]) -> dict[str, float]:
+    """Give the means over answers; accuracy over those whose record names an answer, if any does."""
+    judged = [sample.is_right for sample in samples if sample.is_right is not None]
+    values = {
+        "well_formed": [sample.is_well_formed for sample in samples],
+        "parallelism": [sample.parallelism for sample in samples],
+        "forks": [sample.num_forks > 0 for sample in samples],
+        "ended": [sample.finish_reason == "stop" for sample in samples],
+        "length": [sample.length for sample in samples],
+        "tokens": [sample.num_tokens for sample in samples],
+    } | ({"accuracy": judged} if judged else {})
+    return {name: sum(map(float, each)) / len(each) for name, each in values.items()}
+
+
+class GenerationCallback(TrainerCallback):
+    """At each evaluation, has the model answer a few prompts, logs the means as ``eval_generated_*`` and keeps the
+    answers in ``generations/step-N.jsonl``.
+
+    Every process writes the same answers: a model spread over processes needs all of them for each step.
+
+    Args:
+        trainer: whose model and log these are.
+        encoder, records: the prompts.
+        form: whose suffix they end with.
+        max_new_tokens: positions past the prompt.
+    """
+
+    def __init__(
+        self, trainer: Any, encoder: RowEncoder, records: Sequence[Record], form: Form, max_new_tokens: int
+    ) -> None:
+        self.trainer, self.encoder, self.records = trainer, encoder, list(records)
+        self.form, self.max_new_tokens = form, max_new_tokens
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the answers and log what they are like."""
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
+        was_training, used_cache = model.training, model.config.use_cache
+        model.eval()
+        model.config.use_cache = True  # the trainer turned it off
+        try:
+            with torch.no_grad(), self.trainer.compute_loss_context_manager():
+                samples = write_answers(
+                    model, self.encoder, self.records, self.form, self.max_new_tokens, args.eval_batch_size
+                )
+        finally:
+            model.config.use_cache = used_cache
+            model.train(was_training)
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir, "generations")
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps(
+                    {name: getattr(sample, name) for name in (*Sample.__slots__, "is_right")}, ensure_ascii=False
+                )
+                for sample in samples
+            ]
+            Path(folder, f"step-{state.global_step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        was_mode = self.trainer.model.training
+        self.trainer.model.eval()  # TRL tells from it what a log is of
+        self.trainer.log({f"eval_generated_{name}": value for name, value in summary(samples).items()})
+        self.trainer.model.train(was_mode)

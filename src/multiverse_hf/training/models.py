@@ -1,0 +1,157 @@
+"""A base model made ready to be trained on documents: tags in its tokenizer, and rows for them in its embeddings."""
+
+import copy
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
+from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
+
+logger = logging.getLogger(__name__)
+
+# For a base model whose tokenizer has no chat template: roles in plain words, an end token after each answer. It is
+# saved with the model, so whoever loads it later prompts it as it was trained.
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
+    "{% if not (loop.last and continue_final_message | default(false)) %}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
+)
+_MULTIPLE = 64  # of embedding rows: matrix products and tensor parallelism like round numbers
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A model to train, and what belongs to it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tags: TagSet
+    new_ids: list[int]  # of the tags that the tokenizer did not have
+
+
+def load_base(
+    path: str,
+    revision: str = "main",
+    names: TagNames | str | None = None,
+    tokenizer_path: str | None = None,
+    chat_template: str | None = None,
+    eos_token: str | None = None,
+    **kwargs: Any,
+) -> Base:
+    """Load any causal LM that can branch, and give it the tags if it lacks them.
+
+    Args:
+        path: folder or repository of the model.
+        revision: of a repository.
+        names: how the tags are spelled: a preset's name, or None for what the tokenizer has, else the paper's.
+        tokenizer_path: folder or repository of the tokenizer, if it is not the model's own.
+        chat_template: Jinja text in place of the tokenizer's.
+        eos_token: the token that ends an answer, in place of the tokenizer's.
+        **kwargs: as for ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``attn_implementation``,
+            ``quantization_config``, ...
+
+    Raises:
+        ValueError: if the architecture cannot branch, or the tokenizer lacks what training needs.
+        OSError: if there is no model at ``path``.
+    """
+    config = copy.deepcopy(AutoConfig.from_pretrained(path, revision=revision))
+    model_class = multiverse_class(base_class(config))
+    own = tokenizer_path is None
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, revision=revision if own else "main")
+    if isinstance(names, str):
+        if names not in PRESETS:
+            raise ValueError(f"tags are {' or '.join(PRESETS)}, got {names!r}")
+        names = PRESETS[names]
+    names = names or find_preset(tokenizer.get_vocab()) or MULTIVERSE
+    if eos_token is not None:
+        if eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token {eos_token!r} is no token of {path}; choose one of its vocabulary")
+        tokenizer.eos_token = eos_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"{path} has no end token, so answers would never end; name one with eos_token")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    elif not tokenizer.chat_template:
+        logger.warning(f"{path} has no chat template; using a plain one (Multiverse's own, saved with the model)")
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    vocab = tokenizer.get_vocab()
+    new = [tag for tag in names.tokens if tag not in vocab]
+    tags = TagSet.add_to(tokenizer, names)
+    config.multiverse = tags.to_dict()
+    model = model_class.from_pretrained(path, revision=revision, config=config, **kwargs)
+    new_ids = [tags.ids[tag] for tag in new]
+    add_rows(model, tokenizer, {tags.ids[tag]: phrase for tag, phrase in tag_phrases(names).items() if tag in new})
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.config.eos_token_id = tokenizer.eos_token_id
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    others = [end for end in ends if end != tokenizer.eos_token_id]
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *others] if others else tokenizer.eos_token_id
+    return Base(model, tokenizer, tags, new_ids)
+
+
+def tag_phrases(names: TagNames) -> dict[str, str]:
+    """Give the words whose embeddings each tag begins with: what it names, and whether it opens or closes it."""
+    phrases = {}
+    for role, name in names.items():
+        phrases[names.open(role)] = f" begin {name.lower()}"
+        phrases[names.close(role)] = f" end {name.lower()}"
+    return phrases
+
+
+def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases: dict[int, str]) -> None:
+    """Give tokens rows in the embeddings and the output layer: the mean of the rows of a few words.
+
+    Rows that are all equal, as the mean over the vocabulary gives them, start indistinguishable, and the model has to
+    learn from nothing which tag is which.
+
+    Args:
+        model: changed in place; enlarged if it has too few rows, never made smaller.
+        tokenizer: cuts the words into tokens.
+        phrases: the words, by token id.
+    """
+    inputs = model.get_input_embeddings()
+    if len(tokenizer) > inputs.weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
+    pieces = {token: tokenizer.encode(text, add_special_tokens=False) for token, text in phrases.items()}
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = [layers[0].weight] if layers[1].weight is layers[0].weight else [layer.weight for layer in layers]
+    for weight in weights if pieces else []:
+        with _whole(weight), torch.no_grad():
+            if weight.device.type == "meta":  # FSDP loads weights in one process and hands them to the others
+                continue
+            for token, words in pieces.items():
+                weight[token] = weight[words].float().mean(0).to(weight.dtype)
+
+
+def _whole(weight: torch.Tensor) -> Any:
+    """Give a context in which a weight is all there, also where DeepSpeed ZeRO-3 spreads it over processes."""
+    if not is_deepspeed_zero3_enabled():
+        return torch.no_grad()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters([weight], modifier_rank=0)
+
+
+def trainable_tokens(model: PreTrainedModel, ids: list[int]) -> list[int] | dict[str, list[int]] | None:
+    """Give what LoRA's ``trainable_token_indices`` has to be for these tokens to be trained where they are read and
+    where they are written.
+
+    Untied output layers are separate weights and have to be named; tied ones follow the embeddings.
+    """
+    if not ids:
+        return None
+    layers = [model.get_input_embeddings(), model.get_output_embeddings()]
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    if layers[1].weight is layers[0].weight:
+        return {names[layers[0]]: ids}
+    return {names[layer]: ids for layer in layers}

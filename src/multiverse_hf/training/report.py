@@ -1,0 +1,89 @@
+"""A run on one page: what it read, how its loss fell, what its answers are like. Markdown and one picture."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+KINDS = ("tag", "goal", "path", "conclusion", "think", "answer")
+
+
+def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequence[float]) -> None:
+    """Draw a run: loss, loss by kind of token, share of parallel rows by epoch, and what its answers are like.
+
+    Args:
+        path: PNG or SVG file to write.
+        history: what the trainer logged (``trainer.state.log_history``).
+        shares: share of rows in parallel form, by epoch, as drawn.
+    """
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in history if "loss" in entry]
+    evals = [entry for entry in history if "eval_loss" in entry]
+    answers = [entry for entry in history if "eval_generated_parallelism" in entry]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    (loss, kinds), (curriculum, generated) = figure.subplots(2, 2)
+
+    def curve(axes: Any, entries: Sequence[Mapping[str, float]], name: str, label: str, **style: Any) -> None:
+        points = [(entry["step"], entry[name]) for entry in entries if name in entry]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 40 else None, **style)
+
+    curve(loss, steps, "loss", "training")
+    curve(loss, evals, "eval_loss", "evaluation")
+    loss.set(title="Loss", xlabel="step", ylabel="nats per token")
+    for kind in KINDS:
+        curve(kinds, steps, f"loss_{kind}", kind)
+    kinds.set(title="Loss by kind of token", xlabel="step", ylabel="nats per token", yscale="log")
+    epochs = range(1, len(shares) + 1)
+    curriculum.bar(epochs, [100 * share for share in shares], color="tab:green")
+    curriculum.set(title="Rows in parallel form", xlabel="epoch", ylabel="percent", ylim=(0, 105), xticks=list(epochs))
+    for name in ("accuracy", "well_formed", "forks"):
+        curve(generated, answers, f"eval_generated_{name}", name.replace("_", "-"))
+    generated.set(title="Answers at evaluation", xlabel="step", ylabel="share", ylim=(-0.03, 1.03))
+    width = generated.twinx()
+    curve(width, answers, "eval_generated_parallelism", "# parallel", color="black", linestyle=":")
+    width.set_ylabel("# parallel")
+    for axes in (loss, kinds, generated):
+        lines = axes.get_lines() + (width.get_lines() if axes is generated else [])
+        if lines:
+            axes.legend(lines, [line.get_label() for line in lines], fontsize="small")
+        else:
+            axes.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axes.transAxes, color="gray")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def write_page(record: Mapping[str, Any], picture: str) -> str:
+    """Give a run's page in Markdown.
+
+    Args:
+        record: the run's ``run.json``.
+        picture: name of the file that :func:`draw_run` made.
+    """
+    data, training, metrics = record["data"], record["training"], record["metrics"]
+    rows = data["rows"]
+    dropped = ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    last = {name: value for name, value in record["last_evaluation"].items() if name.startswith("eval_")}
+    table = [f"| {name} | {value:.4g} |" for name, value in sorted({**metrics, **last}.items())]
+    settings = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
+    return "\n".join(
+        [
+            f"# Run {Path(training['output_dir']).name}",
+            "",
+            f"Base: `{record['model']['model_name_or_path']}`, attention {record['model']['attn_implementation']}, "
+            f"{'LoRA' if record['model']['use_peft'] else 'all weights trained'}, {record['processes']} processes.",
+            "",
+            f"Rows: {rows['rows']} read, {rows['kept']} kept; dropped: {dropped} (`dropped_rows.jsonl`). "
+            f"Fingerprint {data['fingerprint']}.",
+            "",
+            ", ".join(f"{name} {training[name]}" for name in settings) + f". {versions}. All of it: `run.json`.",
+            "",
+            f"![Loss, loss by kind of token, curriculum, answers]({picture})",
+            "",
+            "| metric | value |",
+            "|---|---|",
+            *table,
+            "",
+        ]
+    )

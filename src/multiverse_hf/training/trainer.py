@@ -1,0 +1,111 @@
+"""TRL's SFTTrainer, reading what a curriculum says, and saying how the loss is spread over kinds of tokens."""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, Dataset
+from trl import SFTTrainer
+
+from multiverse_hf.data.curriculum import CurriculumSampler
+from multiverse_hf.data.rows import IGNORE, TokenKind
+
+
+class Packs(Dataset):
+    """A dataset read by tuples of indices: the rows that are packed into one."""
+
+    def __init__(self, rows: Any, sampler: CurriculumSampler) -> None:
+        self.rows, self.sampler = rows, sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __getitem__(self, indices: tuple[int, ...]) -> list[dict[str, Any]]:
+        return [self.rows[index] for index in indices]
+
+
+class MultiverseSFTTrainer(SFTTrainer):
+    """SFTTrainer over rows of :func:`~multiverse_hf.data.building.build_rows`.
+
+    The loss is TRL's own, computed in chunks from the last hidden states. Logged beside it, for each kind of token
+    that
+    occurs: ``loss_<kind>`` in nats and ``accuracy_<kind>``, and, while training, ``parallel_share``, the share of the
+    epoch's rows in parallel form.
+
+    Args:
+        *args, **kwargs: as for SFTTrainer; ``data_collator`` is a
+        :class:`~multiverse_hf.data.collation.DocumentCollator`.
+        sampler: which rows an epoch reads.
+    """
+
+    def __init__(self, *args: Any, sampler: CurriculumSampler, **kwargs: Any) -> None:
+        self.sampler = sampler
+        # by mode and kind: sums of losses and of right guesses, and how many tokens
+        self._kind_sums: dict[str, dict[TokenKind, list[float]]] = {"train": {}, "eval": {}}
+        super().__init__(*args, **kwargs)
+        if isinstance(self.model, PeftModel):
+            # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
+            # part of the adapter, and `multiverse merge` enlarges the base's in the same way.
+            self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_embedding_layers=False)
+        head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
+        if not hasattr(head, "bias"):
+            # PEFT's TrainableTokensWrapper around an output layer; TRL's fused loss asks every head for its bias.
+            head.bias = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        return self._get_dataloader(
+            dataset=Packs(self.train_dataset, self.sampler),
+            description="Training",
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: self.sampler,
+            is_training=True,
+        )
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        kinds = inputs.pop("kinds", None)
+        outputs: list[Any] = []
+        # TRL keeps the per-token values to itself
+        handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
+        try:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            handle.remove()
+        if kinds is not None and outputs:
+            self._count_kinds(kinds, inputs["labels"], outputs[0])
+        return result
+
+    @torch.no_grad()
+    def _count_kinds(self, kinds: torch.Tensor, labels: torch.Tensor, output: Any) -> None:
+        """Sum loss and right guesses by kind of token, over all processes."""
+        mode = "train" if self.model.training else "eval"
+        learnt = labels[:, 1:] != IGNORE
+        kind = kinds[:, 1:][learnt].long()
+        sums = output.log_probs.new_zeros(3, len(TokenKind), dtype=torch.float32)
+        sums[0].index_add_(0, kind, -output.log_probs[learnt].float())
+        sums[1].index_add_(0, kind, output.is_top1[learnt].float())
+        sums[2].index_add_(0, kind, torch.ones_like(kind, dtype=torch.float32))
+        losses, right, counts = self.accelerator.reduce(sums, "sum").tolist()
+        for each in TokenKind:
+            if count := counts[each]:
+                self._kind_sums[mode].setdefault(each, [0.0, 0.0, 0.0])
+                for place, value in enumerate((losses[each], right[each], count)):
+                    self._kind_sums[mode][each][place] += value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for kind, (loss, right, count) in sorted(self._kind_sums[mode].items()):
+            self._metrics[mode][f"loss_{kind.name.lower()}"] = [loss / count]
+            self._metrics[mode][f"accuracy_{kind.name.lower()}"] = [right / count]
+        self._kind_sums[mode].clear()
+        if mode == "train" and "loss" in logs:
+            epoch = max(0, math.ceil(self.state.epoch or 0) - 1)
+            logs["parallel_share"] = self.sampler.parallel_share(epoch)
+        super().log(logs, start_time)

@@ -1,0 +1,220 @@
+"""Rows as users have them: read, checked, dropped with a reason, encoded in the form an epoch asks for."""
+
+import functools
+import json
+
+import pytest
+from test_tags import plain_tokenizer_with_tags, tiny_tokenizer
+
+from multiverse_hf.data.building import build_rows
+from multiverse_hf.data.records import Form, Reason, Record, RowError, load_rows, read_record
+from multiverse_hf.data.rows import IGNORE, RowEncoder, TokenKind, token_kinds
+from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from multiverse_hf.modeling.tags import TagSet
+
+BLOCK = (
+    "<Parallel>\n<Goal>\n<Outline>1: left</Outline>\n<Outline>2: right</Outline>\n</Goal>\n"
+    "<Path>\n1: goes left\n</Path>\n<Path>\n2: goes right\n</Path>\n"
+    "<Conclusion>\nboth ways\n</Conclusion>\n</Parallel>"
+)
+DOCUMENT = f"<Think>\nLook.\n{BLOCK}\nDone.\n</Think>\n\nAnswer: 2"
+both = (Form.PARALLEL, Form.SEQUENTIAL)
+
+
+@functools.cache
+def tokenizer():
+    return tiny_tokenizer()
+
+
+def encoder(**options) -> RowEncoder:
+    return RowEncoder(tokenizer(), TagSet.from_tokenizer(tokenizer()), **options)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Where?", "document": DOCUMENT},
+        {"prompt": "Where?", "completion": DOCUMENT, "other": 3, "answer": None},
+        {
+            "prompt": [{"role": "user", "content": "Where?"}],
+            "completion": [{"role": "assistant", "content": DOCUMENT}],
+        },
+        {"messages": [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": DOCUMENT}]},
+        {"prompt": "Where?", "document": DOCUMENT, "answer": "2"},
+        {"prompt": "Where?", "document": DOCUMENT.removesuffix("\n\nAnswer: 2"), "answer": 2},
+        {"prompt": "Where?", "document": f"Look.\n{BLOCK}\nDone.", "answer": "2"},
+    ],
+    ids=["prompt", "completion", "conversational", "messages", "answer said", "answer apart", "not wrapped"],
+)
+def test_rows_of_every_shape_give_the_same_record(row):
+    record = read_record(row)
+    assert record.messages == ({"role": "user", "content": "Where?"},)
+    assert record.document.render() == DOCUMENT
+
+
+@pytest.mark.parametrize(
+    ("row", "reason", "words"),
+    [
+        (7, Reason.UNREADABLE, ["7"]),
+        ({}, Reason.COLUMNS, ["prompt and document", "none"]),
+        ({"text": "x"}, Reason.COLUMNS, ["found text"]),
+        ({"prompt": "", "document": DOCUMENT}, Reason.COLUMNS, ["empty"]),
+        ({"prompt": "x", "document": " "}, Reason.COLUMNS, ["empty"]),
+        ({"prompt": 3, "document": DOCUMENT}, Reason.COLUMNS, ["prompt", "3"]),
+        ({"prompt": "x", "document": 3}, Reason.COLUMNS, ["text", "int"]),
+        ({"prompt": "x", "document": DOCUMENT, "answer": [1]}, Reason.COLUMNS, ["answer", "list"]),
+        ({"messages": [{"role": "user", "content": "x"}]}, Reason.COLUMNS, ["assistant"]),
+        ({"messages": [{"role": "user"}]}, Reason.COLUMNS, ["content"]),
+        ({"prompt": "x", "document": DOCUMENT.replace("</Goal>", "")}, Reason.MALFORMED, ["line", "</Goal>"]),
+        ({"prompt": "x", "document": BLOCK.replace("1: goes left", "")}, Reason.MALFORMED, ["empty <Path>"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": "<Parallel>"},
+                    {"role": "user", "content": "y"},
+                    {"role": "assistant", "content": DOCUMENT},
+                ]
+            },
+            Reason.MALFORMED,
+            ["<Goal>"],
+        ),
+    ],
+)
+def test_a_bad_row_says_what_is_wrong_with_it(row, reason, words):
+    with pytest.raises(RowError) as caught:
+        read_record(row)
+    assert caught.value.reason is reason
+    assert all(word in caught.value.detail for word in words), caught.value.detail
+
+
+def test_tags_in_a_prompt_are_text_and_a_system_prompt_comes_first():
+    record = read_record({"prompt": "What does <Parallel> mean?", "document": "A tag."}, system_prompt="Be brief.")
+    assert [message["role"] for message in record.messages] == ["system", "user"]
+    row = encoder().encode(record, Form.PARALLEL)
+    assert not set(row["input_ids"]) & set(encoder().tags.control_ids)
+    assert "Be brief." in tokenizer().decode(row["input_ids"])
+
+
+def test_each_form_has_its_suffix_and_its_text():
+    record = read_record({"prompt": f"Where? {SEQUENTIAL_SUFFIX}", "document": DOCUMENT})
+    texts = {form: tokenizer().decode(encoder().encode(record, form)["input_ids"]) for form in Form}
+    for form, text in texts.items():
+        is_sequential = form is Form.SEQUENTIAL
+        assert (f"Where? {SEQUENTIAL_SUFFIX if is_sequential else PARALLEL_SUFFIX}<|im_end|>") in text
+        assert ("<Parallel>" in text) == (not is_sequential)
+        assert text.endswith("Answer: 2<|im_end|>")
+    assert "goes left\ngoes right" in texts[Form.SEQUENTIAL]
+    bare = encoder(suffix=False).encode(read_record({"prompt": "Where?", "document": DOCUMENT}), Form.PARALLEL)
+    assert "Where?<|im_end|>" in tokenizer().decode(bare["input_ids"])
+
+
+def test_tokens_are_counted_by_what_they_are_part_of():
+    ids = tokenizer().encode(DOCUMENT, add_special_tokens=False)
+    kinds, is_open = token_kinds(ids, encoder().tags)
+    text: dict[TokenKind, str] = {}
+    for token, kind in zip(ids, kinds, strict=True):
+        text[kind] = text.get(kind, "") + tokenizer().decode([token])
+    assert text[TokenKind.GOAL].split() == ["1:", "left", "2:", "right"]
+    assert text[TokenKind.PATH].split() == ["1:", "goes", "left", "2:", "goes", "right"]
+    assert text[TokenKind.CONCLUSION].strip() == "both ways"
+    assert text[TokenKind.THINK].split() == ["Look.", "Done."]
+    assert text[TokenKind.ANSWER].strip() == "Answer: 2"
+    begin, end = ids.index(encoder().tags.open("parallel")), ids.index(encoder().tags.close("parallel"))
+    assert [index for index, each in enumerate(is_open) if each] == list(range(begin, end))
+
+
+def test_a_row_that_is_too_long_is_dropped_or_cut_where_no_block_is_open():
+    record = read_record({"prompt": "Where?", "document": DOCUMENT + "0" * 40})
+    whole = encoder().encode(record, Form.PARALLEL)
+    prompt = whole["labels"].index(next(label for label in whole["labels"] if label != IGNORE))
+    close = encoder().tags.close("parallel")
+    end = whole["input_ids"].index(close) + 1
+    for length in range(1, len(whole["input_ids"])):
+        with pytest.raises(RowError, match="too long"):
+            encoder(max_length=length).encode(record, Form.PARALLEL)
+        if length <= prompt:
+            with pytest.raises(RowError, match="too long"):
+                encoder(max_length=length, cut=True).encode(record, Form.PARALLEL)
+            continue
+        row = encoder(max_length=length, cut=True).encode(record, Form.PARALLEL)
+        size = len(row["input_ids"])
+        assert size <= length
+        assert {len(row[name]) for name in ("labels", "kinds")} == {size}
+        assert row["input_ids"] == whole["input_ids"][:size]
+        opened, closed = (row["input_ids"].count(i) for i in (encoder().tags.open("parallel"), close))
+        assert opened == closed
+        assert size == length or length < end
+    assert encoder(max_length=len(whole["input_ids"])).encode(record, Form.PARALLEL) == whole
+
+
+def test_one_bad_row_costs_that_row_and_is_reported(tmp_path):
+    rows = [
+        {"id": "a", "prompt": "Where?", "document": DOCUMENT},
+        {"id": "b", "prompt": "Where?", "document": "<Think>"},
+        {"id": "c", "prompt": "Where?", "document": DOCUMENT + "0" * 300},
+        {"prompt": "Where?", "document": "Left."},
+    ]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:2], "{not json", "", *lines[2:]]) + "\n")
+    built = build_rows(load_rows(str(tmp_path / "rows.jsonl")), encoder(max_length=200), both)
+    assert built.report.summary() == {
+        "rows": 5,
+        "kept": 2,
+        "dropped": {"malformed document": 1, "unreadable": 1, "too long": 1},
+    }
+    dropped = [json.loads(line) for line in built.report.lines().splitlines()]
+    assert [(entry["row"], entry.get("id")) for entry in dropped] == [(1, "b"), (2, None), (3, "c")]
+    assert "line 3" in dropped[1]["detail"]
+    assert [(choice.parallel, choice.sequential) for choice in built.choices] == [(0, 1), (2, 3)]
+    for choice in built.choices:
+        assert choice.parallel_length == len(built.rows[choice.parallel]["input_ids"])
+        assert choice.sequential_length == len(built.rows[choice.sequential]["input_ids"])
+
+
+def test_a_record_that_has_one_form_is_encoded_once():
+    record = read_record({"prompt": "Where?", "document": DOCUMENT})
+    fixed = Record(record.messages, record.document, Form.SEQUENTIAL)
+    built = build_rows([record, fixed], encoder(), both)
+    assert [choice.is_fixed for choice in built.choices] == [False, True]
+    assert built.rows[2] == built.rows[1]
+
+
+def test_a_template_that_cannot_take_a_prompt_costs_the_row():
+    bare = plain_tokenizer_with_tags()
+    bare.chat_template = "{{ raise_exception('no system messages here') }}"
+    try:
+        wrong = RowEncoder(bare, TagSet.from_tokenizer(bare))
+        with pytest.raises(RowError, match="no system messages here"):
+            wrong.encode(read_record({"prompt": "x", "document": "y"}), Form.PARALLEL)
+    finally:
+        bare.chat_template = None
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "csv", "folder"])
+def test_rows_come_from_files_and_folders_of_every_kind(tmp_path, kind):
+    import datasets
+
+    rows = [{"prompt": "Where?", "document": DOCUMENT}, {"prompt": "Why?", "document": "Because."}]
+    dataset = datasets.Dataset.from_list(rows)
+    path = tmp_path / f"rows.{kind}"
+    if kind == "folder":
+        path.mkdir()
+        dataset.to_parquet(path / "train.parquet")
+    elif kind == "json":
+        path.write_text(json.dumps(rows))
+    else:
+        {"jsonl": dataset.to_json, "parquet": dataset.to_parquet, "csv": dataset.to_csv}[kind](path)
+    assert [row["prompt"] for row in load_rows(str(path))] == ["Where?", "Why?"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("no-such.jsonl", ["no file"]), ("no/such/dataset", ["no/such/dataset"]), ("damaged.parquet", ["damaged"])],
+)
+def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch, name, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "damaged.parquet").write_text("no parquet")
+    with pytest.raises(ValueError, match="cannot read the dataset") as caught:
+        list(load_rows(name))
+    assert all(word in str(caught.value) for word in words)
