@@ -186,7 +186,7 @@ def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig
         raise CommandError(f"cannot load {name}: {one_line(err)}") from err
 
 
-def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split: str) -> TrainingRows:
+def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split: str, is_main: bool) -> TrainingRows:
     """Read, check and encode the rows of a split.
 
     Raises:
@@ -208,16 +208,26 @@ def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split
     else:
         source = load_rows(data.dataset_name, data.dataset_config, split)
     try:
-        built = build_rows(tqdm(source, desc=f"{split} rows", unit=" rows"), encoder, forms, data.system_prompt)
+        bar = tqdm(source, desc=f"{split} rows", unit=" rows", disable=not is_main)
+        built = build_rows(bar, encoder, forms, data.system_prompt)
     except ValueError as err:
         raise CommandError(one_line(err)) from err
     if not built.records:
         raise CommandError(
             f"{data.dataset_name}: none of {built.report.num_rows} rows can be trained on"
-            + (f"; row {built.report.dropped[0]['row']}: {built.report.dropped[0]['detail']}" if built.rows else "")
             + "".join(f"; the first: {entry['reason']}: {entry['detail']}" for entry in built.report.dropped[:1])
         )
     return built
+
+
+def say_rows(built: TrainingRows, path: Path, keep: bool) -> None:
+    """Say what was read and what was dropped, and write the list of it, unless a finished run's is to be kept."""
+    print(f"rows: {json.dumps(built.report.summary())}")
+    for entry in built.report.dropped[:5]:
+        print(f"  row {entry['row']}: {entry['reason']}: {one_line(entry['detail'], 160)}")
+    if not keep:
+        write_output(path, built.report.lines())
+        print(f"all that was dropped: {path}")
 
 
 def hold_out(built: TrainingRows, count: int) -> tuple[TrainingRows, TrainingRows]:
@@ -261,14 +271,14 @@ def main() -> None:
         wanted = {Form.PARALLEL: max(data.parallel_share) > 0, Form.SEQUENTIAL: min(data.parallel_share) < 1}
         forms = [form for form, is_wanted in wanted.items() if is_wanted]
         eval_form = Form.SEQUENTIAL if data.parallel_share[-1] < 0.5 or data.sequential else Form.PARALLEL
-        train, test = read_rows(data, encoder, forms, data.dataset_train_split), None
+        is_main = training.process_index == 0
+        train, test = read_rows(data, encoder, forms, data.dataset_train_split, is_main), None
         if data.dataset_test_split:
-            test = read_rows(data, encoder, [eval_form], data.dataset_test_split)
+            test = read_rows(data, encoder, [eval_form], data.dataset_test_split, is_main)
         elif data.eval_rows:
             train, test = hold_out(train, data.eval_rows)
-        if training.process_index == 0:
-            write_output(output / "dropped_rows.jsonl", train.report.lines())
-            print(f"rows: {json.dumps(train.report.summary())}, see {output / 'dropped_rows.jsonl'}")
+        if is_main:
+            say_rows(train, output / "dropped_rows.jsonl", keep=data.check_rows and (output / "run.json").exists())
         if data.check_rows:
             return
         implementation = model.config._attn_implementation
@@ -364,6 +374,8 @@ def main() -> None:
     write_output(output / "report.md", write_page(json.loads(json.dumps(record, default=str)), "report.png"))
     write_output(output / "run.json", json.dumps(record, indent=1, default=str) + "\n")
     begun.unlink(missing_ok=True)
+    if training.push_to_hub:
+        trainer.push_to_hub()
 
 
 def document_has_blocks(record: Any) -> bool:
@@ -380,17 +392,18 @@ def check_same_run(parser: Parser, begun: Path, record: dict[str, Any]) -> None:
         return
     before = json.loads(begun.read_bytes())
     now = json.loads(json.dumps(record, default=str))
-    for part, names in (
-        ("data", [*before["data"]]),
-        ("training", ["seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate"]),
-    ):
-        for name in names:
-            if name not in ("check_rows",) and before[part].get(name) != now[part].get(name):
-                parser.exit(
-                    FAILURE,
-                    f"error: {begun.parent} was begun with {name} {before[part].get(name)}, now it is "
-                    f"{now[part].get(name)}; resume it with the same rows and options, or choose another output_dir\n",
-                )
+    training = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
+    names = [("data", name) for name in before["data"]] + [("training", name) for name in training]
+    for part, name in names:
+        check_unchanged(parser, begun.parent, name, before[part].get(name), now[part].get(name))
+    check_unchanged(parser, begun.parent, "number of processes", before["processes"], now["processes"])
+
+
+def check_unchanged(parser: Parser, output: Path, name: str, before: Any, now: Any) -> None:
+    """Stop the program if a setting is not what a run was begun with."""
+    if before != now:
+        advice = "resume it with the same rows and options, or choose another output_dir"
+        parser.exit(FAILURE, f"error: {output} was begun with {name} {before}, now it is {now}; {advice}\n")
 
 
 if __name__ == "__main__":

@@ -95,11 +95,29 @@ def test_fifty_documents_of_ones_own_become_a_lora_on_a_llama_and_then_an_ordina
     assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG")
     assert next((tmp_path / "out").rglob("events.out.tfevents*"))
 
-    multiverse = str(BIN / "multiverse")
-    run(multiverse, "merge", "--adapter", "out", "--output", "merged", cwd=tmp_path)
+    multiverse = (sys.executable, "-m", "multiverse_hf.cli")
+    run(*multiverse, "merge", "--adapter", "out", "--output", "merged", cwd=tmp_path)
     assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    answer = run(multiverse, "generate", "--model", "merged", "--json", "--max-new-tokens", "20", "x?", cwd=tmp_path)
+    options = ["--model", "merged", "--json", "--max-new-tokens", "20"]
+    answer = run(*multiverse, "generate", *options, "What of 3?", cwd=tmp_path)
     assert json.loads(answer)["stats"]["length"] > 0
+
+
+def test_a_base_in_four_bits_gets_an_adapter_that_merges_into_the_whole_one(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="needs multiverse_hf[qlora]")
+    run(sys.executable, str(ROOT / "recipes/tiny-random/make_base.py"), "--output", "llama", cwd=tmp_path)
+    (tmp_path / "mine.jsonl").write_text("\n".join(json.dumps(row) for row in documents(6)))
+    config = ["--config", str(ROOT / "recipes/tiny-random/sft_lora.yaml"), "--model_name_or_path", "llama"]
+    bits = ["--load_in_4bit", "true", "--dtype", "bfloat16", "--parallel_share", "1", "--max_steps", "2"]
+    command = [sys.executable, str(ROOT / "recipes/sft.py"), *config, "--dataset_name", "mine.jsonl"]
+    run(*command, *bits, "--output_dir", "out", "--eval_strategy", "no", cwd=tmp_path)
+    from multiverse_hf.training.merging import merge_adapter
+
+    settings = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == "llama"
+    merged, tokenizer = merge_adapter(tmp_path / "out", str(tmp_path / "llama"))
+    assert str(merged.dtype) == "torch.float32"
+    assert len(tokenizer) <= merged.get_input_embeddings().weight.shape[0]
 
 
 def losses(folder: Path) -> list[tuple[float, ...]]:

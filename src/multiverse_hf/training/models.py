@@ -87,7 +87,11 @@ def load_base(
     new = [tag for tag in names.tokens if tag not in vocab]
     tags = TagSet.add_to(tokenizer, names)
     config.multiverse = tags.to_dict()
-    model = model_class.from_pretrained(path, revision=revision, config=config, **kwargs)
+    model, info = model_class.from_pretrained(
+        path, revision=revision, config=config, output_loading_info=True, **kwargs
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them, which would be random")
     new_ids = [tags.ids[tag] for tag in new]
     add_rows(model, tokenizer, {tags.ids[tag]: phrase for tag, phrase in tag_phrases(names).items() if tag in new})
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
