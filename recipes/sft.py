@@ -166,12 +166,15 @@ def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig
         )
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
         raise CommandError(f"no model folder {name}; give an existing one")
-    template, training.chat_template_path = training.chat_template_path, None  # rows are encoded before the trainer is
+    # rows are encoded before the trainer is made, so what it would do to tokenizer and model is done here
+    template, training.chat_template_path = training.chat_template_path, None
+    options, training.model_init_kwargs = dict(training.model_init_kwargs or {}), None
     try:
         if template is not None:
             template = Path(template).read_text(encoding="utf-8")
         quantization = get_quantization_config(model_args)
-        options = {} if quantization is None else {"quantization_config": quantization}
+        if quantization is not None:
+            options["quantization_config"] = quantization
         return load_base(
             str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
             model_args.model_revision,

@@ -52,7 +52,8 @@ class TrainingRows:
 def build_rows(
     source: Iterable[Any], encoder: RowEncoder, forms: Sequence[Form], system_prompt: str | None = None
 ) -> TrainingRows:
-    """Encode every row in each form that is asked for. A row that one form fails is dropped, with the reason.
+    """Encode every row in each form that is asked for. A row that one form fails is dropped, with the reason; so is
+    one whose parallel form fails, whatever is asked for: a baseline reads the rows of the model it is compared with.
 
     Args:
         source: rows as :func:`~.records.load_rows` gives them, or :class:`~.records.Record` objects.
@@ -69,6 +70,8 @@ def build_rows(
             record = row if isinstance(row, Record) else read_record(row, encoder.tags.names, system_prompt)
             read_in = [record.form] if record.form else forms
             encoded = [encoder.encode(record, form) for form in read_in]
+            if not record.form and Form.PARALLEL not in forms:
+                encoder.encode(record, Form.PARALLEL)  # too long for the parallel model: the baseline does not read it
         except RowError as err:
             built.report.drop(row, err)
             continue
