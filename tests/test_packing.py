@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlatt
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import IGNORE, document_labels
+from multiverse_hf.modeling import chunked
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 
@@ -125,9 +126,16 @@ def by_segment(base: torch.nn.Module, packs: list[list[tuple]]) -> tuple:
     return total, gradients(base)
 
 
+@pytest.fixture(autouse=True)
+def _chunks_are_small(monkeypatch):
+    """Have multiverse_sdpa cut documents as short as these."""
+    monkeypatch.setattr(chunked, "QUERIES", 5)
+    monkeypatch.setattr(chunked, "WHOLE", 3)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation checkpointing"])
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager", "multiverse_sdpa"])
 def test_packed_rows_train_as_their_documents_alone_and_as_each_segment_alone(attn, lora, checkpointing):
     model, base = models(attn, lora)
     model.train(), base.train()
@@ -183,7 +191,7 @@ def test_any_documents_train_packed_as_alone(packs):
         torch.testing.assert_close(gradient, theirs[name], atol=1e-9, rtol=1e-9, msg=name)
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager", "multiverse_sdpa"])
 @pytest.mark.parametrize("name", ["qwen2", "gemma3_text", "mistral"])
 def test_windows_count_positions_within_each_packed_document(name, attn):
     from helpers import tiny_model

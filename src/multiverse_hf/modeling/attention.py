@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .chunked import CHUNKED, carry, chunk_rows, is_worthwhile
 from .layout import build_layout
 from .tags import TagSet
 
@@ -173,8 +174,9 @@ def document_masks(
     """Give the ``attention_mask`` argument that makes a backbone follow a layout.
 
     Returns:
-        A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), or, where a model has both
-        full and sliding layers, a dict of them by kind.
+        A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), chunks in the shape of a
+        tensor (multiverse_sdpa, see :mod:`~.chunked`), or, where a model has both full and sliding layers, a dict of
+        them by kind.
 
     Raises:
         ValueError: if the model's attention implementation cannot follow a layout.
@@ -190,6 +192,9 @@ def document_masks(
         window = config.sliding_window if kind == SLIDING else None
         if implementation == "flex_attention":
             masks[kind] = block_mask(position_ids, segment_ids, visible, attention_mask, window)
+        elif implementation == CHUNKED and is_worthwhile(segment_ids.shape[1]):
+            chunks = chunk_rows(position_ids, segment_ids, visible, attention_mask, window)
+            masks[kind] = carry(chunks, segment_ids.device)
         else:
             mask = dense_mask(position_ids, segment_ids, visible, attention_mask, window)
             masks[kind] = to_additive(mask, dtype) if implementation == "eager" else mask

@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .arguments import check_streamer
 from .attention import LayoutHook, layer_kinds
+from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
 from .tags import PRESETS, TagNames, TagSet
@@ -44,6 +45,11 @@ class MultiverseForCausalLM:
                 "use MultiverseForCausalLM.from_pretrained(path) or MultiverseForCausalLM.from_config(config)"
             )
         super().__init__(*args, **kwargs)
+        if self.config._attn_implementation == CHUNKED and not self._supports_sdpa:  # as transformers does for sdpa
+            raise ValueError(
+                f"{self.config.model_type} does not support sdpa, which attn_implementation={CHUNKED!r} is made of; "
+                "use attn_implementation='eager' or 'flex_attention'"
+            )
         self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
         self.base_model.register_forward_pre_hook(take_turn)
         self.base_model.register_forward_hook(end_turn, always_call=True)
