@@ -44,27 +44,35 @@ SPARE_TOKENS = 1 << 16
 WORKSPACE = 1 << 29  # bytes; of kernels, and what the allocator loses
 
 
-def make_config(geometry: str) -> Qwen2Config:
-    """Make the config of a geometry."""
-    return Qwen2Config(**GEOMETRIES[geometry], eos_token_id=EOS, pad_token_id=EOS, bos_token_id=None)
+def make_config(geometry: str, num_layers: int | None = None) -> Qwen2Config:
+    """Make the config of a geometry, or of its first layers."""
+    sizes = GEOMETRIES[geometry] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    return Qwen2Config(**sizes, eos_token_id=EOS, pad_token_id=EOS, bos_token_id=None)
 
 
-def make_model(geometry: str, device: torch.device, tags: TagSet, seed: int) -> PreTrainedModel:
+def make_model(
+    geometry: str,
+    device: torch.device,
+    tags: TagSet,
+    seed: int,
+    dtype: torch.dtype = DTYPE,
+    num_layers: int | None = None,
+) -> PreTrainedModel:
     """Make a model with random weights that writes tags only where it has to.
 
-    The weights are made where they stay, in bfloat16, without a copy of another kind: 32 B of them take 61 GiB.
+    The weights are made where they stay, in their own kind, without a copy of another: 32 B of them take 61 GiB.
     """
     torch.manual_seed(seed)
     with device:
-        model = MultiverseForCausalLM.from_config(make_config(geometry), tags, dtype=DTYPE).eval()
+        model = MultiverseForCausalLM.from_config(make_config(geometry, num_layers), tags, dtype=dtype).eval()
     silence_tags(model, tags)
     return model
 
 
-def count_parameters(geometry: str, tags: TagSet) -> int:
+def count_parameters(geometry: str, tags: TagSet, num_layers: int | None = None) -> int:
     """Count the parameters of a geometry, shared ones once, without making any."""
     with torch.device("meta"):
-        model = MultiverseForCausalLM.from_config(make_config(geometry), tags, dtype=DTYPE)
+        model = MultiverseForCausalLM.from_config(make_config(geometry, num_layers), tags, dtype=DTYPE)
     return sum(parameter.numel() for parameter in model.parameters())
 
 

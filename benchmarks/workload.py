@@ -1,6 +1,7 @@
 """What the benchmarks have a random model write: made-up ids, tags over them, and blocks of a given size, timed."""
 
 import dataclasses
+import random
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
@@ -50,6 +51,48 @@ def make_prompts(batch: int, length: int, vocab_size: int, end: Sequence[int] = 
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(TEXT, vocab_size, (batch, length - len(end)), generator=generator)
     return torch.cat([text, torch.tensor(end, dtype=torch.long).expand(batch, -1)], dim=1)
+
+
+def make_document(
+    tags: TagSet, num_tokens: int, vocab_size: int, path_tokens: tuple[int, int] = (100, 400), seed: int = 0
+) -> list[int]:
+    """Write a document of random text to train on: blocks of two to four paths, with text between them.
+
+    Args:
+        tags: the control tags.
+        num_tokens: tokens of the document, exactly.
+        vocab_size: ids of text are below it.
+        path_tokens: the fewest and the most tokens of text in a path; fewer where the document ends.
+        seed: of text and sizes.
+
+    Raises:
+        ValueError: if it is too short for a block.
+    """
+    rng, ids = random.Random(seed), []
+
+    def text(least: int, most: int) -> list[int]:
+        return [rng.randrange(TEXT, vocab_size) for _ in range(rng.randint(least, most))]
+
+    while True:
+        num_paths = rng.randint(2, 4)
+        begin, goal, conclusion = text(20, 80), make_goal(tags, num_paths), text(20, 60)
+        room = num_tokens - len(ids) - len(begin) - len(goal) - len(conclusion) - 3  # of its tags
+        least = 2 + len(tags.ordinal(num_paths))
+        if room < num_paths * (least + path_tokens[0]):
+            break
+        ids += begin + goal
+        for number in range(1, num_paths + 1):
+            left = room // (num_paths + 1 - number) - least
+            path = text(min(path_tokens[0], left), min(path_tokens[1], left))
+            ids += [tags.open("path"), *tags.ordinal(number), *path, tags.close("path")]
+            room -= least + len(path)
+        ids += [tags.open("conclusion"), *conclusion, tags.close("conclusion"), tags.close("parallel")]
+    if not ids:
+        raise ValueError(
+            f"a document of {num_tokens} tokens has no room for a block of paths of {path_tokens[0]} tokens; take "
+            "longer documents, or shorter paths"
+        )
+    return ids + text(num_tokens - len(ids), num_tokens - len(ids))
 
 
 # Answers of a given size, forced by the engine's own limits. A logits processor would force them as well, but then the

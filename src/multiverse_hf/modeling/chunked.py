@@ -6,7 +6,9 @@ is read in chunks of queries that stand side by side: each meets the keys that i
 size. A chunk within one segment sees a triangle at the end of its keys, and all such chunks share one.
 
 ``attn_implementation="multiverse_sdpa"`` chooses it, for training on a CPU above all. Rows without a layout, and
-short ones, go to transformers' own sdpa. Shapes: B rows, L tokens a row, S segments, C queries of a chunk, K keys of a chunk.
+short ones, go to transformers' own sdpa.
+
+Shapes: B rows, L tokens a row, S segments, C queries of a chunk, K keys of a chunk.
 """
 
 from dataclasses import dataclass, field
