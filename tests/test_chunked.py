@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layout import Block, trees, written
 from test_mask_memory import LargestTensor
+from transformers import AttentionInterface
 
 from multiverse_hf.modeling import chunked
 from multiverse_hf.modeling.attention import dense_mask, document_masks, pad_layouts
@@ -18,6 +19,12 @@ from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 NESTED = (2, Block(((9,), (1, Block(((2,), (4,))), 1), (1,))), 30)
 CHAINED = (1, Block(((5,), (2,))), 1, Block(((2,), (21,), (3,))))
 DOCUMENTS = [NESTED, CHAINED, (9,)]
+
+
+@pytest.fixture(autouse=True)
+def _own_attention():
+    """A copy of the code that came with a checkpoint, in another test, has put its own in the place of ours."""
+    AttentionInterface.register(CHUNKED, chunked_attention)
 
 
 def padded(documents: list[list[int]], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
