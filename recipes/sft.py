@@ -9,6 +9,7 @@ with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the ro
 stops.
 """
 
+import argparse
 import json
 import platform
 from collections.abc import Iterable
@@ -89,6 +90,10 @@ class DataArguments:
     )
     max_chains: int = field(default=8, metadata={"help": "chains: the most chains of a problem, 3 to 8"})
     max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults of options, and the description as it is written."""
 
 
 class Parser(TrlParser):
@@ -253,7 +258,9 @@ def hold_out(built: TrainingRows, count: int) -> tuple[TrainingRows, TrainingRow
 
 
 def main() -> None:
-    parser = Parser((DataArguments, SFTConfig, ModelConfig))
+    usage = "accelerate launch recipes/sft.py --config FILE [--option value ...]"
+    dataclasses = (DataArguments, SFTConfig, ModelConfig)
+    parser = Parser(dataclasses, usage=usage, description=__doc__, formatter_class=Help)
     try:
         data, training, model_args = parser.parse_args_and_config()
     except Exception as err:  # a config file is input: yaml, TRL and transformers raise errors of their own
