@@ -319,6 +319,7 @@ def main() -> None:
         group=data.bucket_batches,
         batch_size=training.per_device_train_batch_size,
         num_epochs=max(len(data.parallel_share), int(training.num_train_epochs)),
+        step=training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
     )
     training.max_length = None  # rows are as long as they shall be; truncation would cut blocks
     collator = DocumentCollator(
