@@ -1,7 +1,8 @@
 """Which rows an epoch reads: the shares of the curriculum, the same everywhere and after a restart, packed or not."""
 
 import pytest
-from accelerate.data_loader import BatchSamplerShard
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
@@ -138,3 +139,17 @@ def test_fewer_documents_than_an_update_reads_are_each_read_alone() -> None:
     sampler = CurriculumSampler(choices_of([5, 6, 7]), max_length=1000, step=8)
     assert sorted(map(len, sampler.plan(0))) == [1, 1, 1]
     assert len(sampler) == 3
+
+
+def test_processes_that_go_on_in_the_middle_of_an_epoch_read_what_is_left_of_it():
+    sampler = CurriculumSampler(choices_of([10 + at % 13 for at in range(24)]), [0.0, 1.0], seed=1)
+    packs = Packs(list(range(1000)), sampler)
+    for rank in range(2):
+        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), 2, rank)
+        loader = skip_first_batches(DataLoaderShard(packs, batch_sampler=shard, collate_fn=list), 4)
+        sampler.set_epoch(1)
+        expected = [[[row] for (row,) in batch] for batch in list(shard)[4:]]
+        sampler.set_epoch(0)
+        loader.set_epoch(1)
+        assert list(loader) == expected
+        assert all(row % 2 == 0 for batch in expected for (row,) in batch), "all are parallel in the second epoch"

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from multiverse_hf.data.curriculum import CurriculumSampler
@@ -24,6 +25,22 @@ class Packs(Dataset):
 
     def __getitem__(self, indices: tuple[int, ...]) -> list[dict[str, Any]]:
         return [self.rows[index] for index in indices]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler: accelerate does not find it where several processes skip batches that have been read."""
+        self.sampler.set_epoch(epoch)
+
+
+class TokenCount(TrainerCallback):
+    """Has a resumed run count tokens from where it was; TRL begins at 0 again."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._total_train_tokens = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
 
 
 class MultiverseSFTTrainer(SFTTrainer):
@@ -45,6 +62,7 @@ class MultiverseSFTTrainer(SFTTrainer):
         # by mode and kind: sums of losses and of right guesses, and how many tokens
         self._kind_sums: dict[str, dict[TokenKind, list[float]]] = {"train": {}, "eval": {}}
         super().__init__(*args, **kwargs)
+        self.add_callback(TokenCount(self))
         if isinstance(self.model, PeftModel):
             # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
             # part of the adapter, and `multiverse merge` enlarges the base's in the same way.
