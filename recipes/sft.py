@@ -146,8 +146,12 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
     check_output(output, is_folder=True)
     if resume:
+        # the state is written last: a checkpoint without it was being written when the run was killed
+        whole = list(output.glob("checkpoint-*/trainer_state.json"))
+        if resume is True and whole:
+            training.resume_from_checkpoint = resume = str(max(whole, key=_step).parent)
         start = output if resume is True else Path(resume)
-        if not any(start.glob("checkpoint-*" if resume is True else "trainer_state.json")):
+        if not (start / "trainer_state.json").is_file():
             raise CommandError(f"{start} holds no checkpoint to resume from; leave out resume_from_checkpoint")
     elif (output / "run.json").exists() and not data.check_rows:
         raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
@@ -156,6 +160,12 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
             "output_dir, or move it away"
         )
+
+
+def _step(state: Path) -> int:
+    """Give the step of a checkpoint, by its file in the folder ``checkpoint-<step>``."""
+    number = state.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
