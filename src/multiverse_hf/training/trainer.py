@@ -105,6 +105,10 @@ class MultiverseSFTTrainer(SFTTrainer):
         """Sum loss and right guesses by kind of token, over all processes."""
         mode = "train" if self.model.training else "eval"
         learnt = labels[:, 1:] != IGNORE
+        loader = self.accelerator.gradient_state
+        if mode == "eval" and loader.end_of_dataloader and loader.remainder > 0:
+            # What fills the last batches of the processes up has been counted already.
+            learnt[max(0, loader.remainder - self.accelerator.process_index * len(labels)) :] = False
         kind = kinds[:, 1:][learnt].long()
         sums = output.log_probs.new_zeros(3, len(TokenKind), dtype=torch.float32)
         sums[0].index_add_(0, kind, -output.log_probs[learnt].float())
