@@ -2,10 +2,13 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
@@ -41,6 +44,19 @@ class TokenCount(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer._total_train_tokens = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
+
+
+@contextmanager
+def without_checkpoint_wrappers(model: torch.nn.Module) -> Iterator[None]:
+    """Take layers out of what FSDP puts around them to checkpoint activations: modules go by their own names then."""
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)]
+    for name, wrapper in wrappers:
+        model.set_submodule(name, wrapper._checkpoint_wrapped_module)
+    try:
+        yield
+    finally:
+        for name, wrapper in wrappers:
+            model.set_submodule(name, wrapper)
 
 
 class MultiverseSFTTrainer(SFTTrainer):
@@ -99,6 +115,15 @@ class MultiverseSFTTrainer(SFTTrainer):
         if kinds is not None and outputs:
             self._count_kinds(kinds, inputs["labels"], outputs[0])
         return result
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            # FSDP2 gathers a tied output layer as a tensor of its own, which would be stored beside the embeddings.
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            copies = {name for name, source in tied.items() if name != source and source in state_dict}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in copies}
+        with without_checkpoint_wrappers(self.model):  # PEFT looks for its weights by the names of modules
+            super()._save(output_dir, state_dict)
 
     @torch.no_grad()
     def _count_kinds(self, kinds: torch.Tensor, labels: torch.Tensor, output: Any) -> None:
