@@ -355,6 +355,12 @@ def main() -> None:
         )
     except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, a LoRA target
         parser.error(one_line(err))
+    if trainer.is_fsdp_enabled and peft_config is not None and base.new_ids:
+        parser.error(
+            f"LoRA under FSDP cannot train the tags that {model_args.model_name_or_path} lacks (PEFT's trainable "
+            "tokens cannot be spread over processes); use recipes/accelerate/ddp.yaml, with load_in_4bit if a GPU "
+            "cannot hold the model"
+        )
     if test is not None and data.eval_generations:
         records = test.records[: data.eval_generations]
         trainer.add_callback(GenerationCallback(trainer, encoder, records, eval_form, data.eval_max_new_tokens))
