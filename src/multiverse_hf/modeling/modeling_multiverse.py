@@ -1,5 +1,8 @@
 """``MultiverseForCausalLM``: any rotary softmax decoder of transformers, with a forward and a generate that branch."""
 
+from .requirements import TRANSFORMERS  # noqa: F401 - first: what an older transformers lacks, others import
+
+# isort: split
 import copy
 import functools
 import json
