@@ -9,6 +9,7 @@ with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the ro
 stops.
 """
 
+import argparse
 import json
 import platform
 from collections.abc import Iterable
@@ -91,6 +92,10 @@ class DataArguments:
     max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults of options, and the description as it is written."""
+
+
 class Parser(TrlParser):
     """TRL's parser, which would print the usage of its hundreds of options before an error."""
 
@@ -141,8 +146,12 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     output, resume = Path(training.output_dir), training.resume_from_checkpoint
     check_output(output, is_folder=True)
     if resume:
+        # the state is written last: a checkpoint without it was being written when the run was killed
+        whole = list(output.glob("checkpoint-*/trainer_state.json"))
+        if resume is True and whole:
+            training.resume_from_checkpoint = resume = str(max(whole, key=_step).parent)
         start = output if resume is True else Path(resume)
-        if not any(start.glob("checkpoint-*" if resume is True else "trainer_state.json")):
+        if not (start / "trainer_state.json").is_file():
             raise CommandError(f"{start} holds no checkpoint to resume from; leave out resume_from_checkpoint")
     elif (output / "run.json").exists() and not data.check_rows:
         raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
@@ -151,6 +160,12 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
             "output_dir, or move it away"
         )
+
+
+def _step(state: Path) -> int:
+    """Give the step of a checkpoint, by its file in the folder ``checkpoint-<step>``."""
+    number = state.parent.name.rpartition("-")[2]
+    return int(number) if number.isdecimal() else -1
 
 
 def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
@@ -253,7 +268,9 @@ def hold_out(built: TrainingRows, count: int) -> tuple[TrainingRows, TrainingRow
 
 
 def main() -> None:
-    parser = Parser((DataArguments, SFTConfig, ModelConfig))
+    usage = "accelerate launch recipes/sft.py --config FILE [--option value ...]"
+    dataclasses = (DataArguments, SFTConfig, ModelConfig)
+    parser = Parser(dataclasses, usage=usage, description=__doc__, formatter_class=Help)
     try:
         data, training, model_args = parser.parse_args_and_config()
     except Exception as err:  # a config file is input: yaml, TRL and transformers raise errors of their own
@@ -312,6 +329,7 @@ def main() -> None:
         group=data.bucket_batches,
         batch_size=training.per_device_train_batch_size,
         num_epochs=max(len(data.parallel_share), int(training.num_train_epochs)),
+        step=training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
     )
     training.max_length = None  # rows are as long as they shall be; truncation would cut blocks
     collator = DocumentCollator(
@@ -337,6 +355,12 @@ def main() -> None:
         )
     except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, a LoRA target
         parser.error(one_line(err))
+    if trainer.is_fsdp_enabled and peft_config is not None and base.new_ids:
+        parser.error(
+            f"LoRA under FSDP cannot train the tags that {model_args.model_name_or_path} lacks (PEFT's trainable "
+            "tokens cannot be spread over processes); use recipes/accelerate/ddp.yaml, with load_in_4bit if a GPU "
+            "cannot hold the model"
+        )
     if test is not None and data.eval_generations:
         records = test.records[: data.eval_generations]
         trainer.add_callback(GenerationCallback(trainer, encoder, records, eval_form, data.eval_max_new_tokens))

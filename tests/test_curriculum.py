@@ -1,9 +1,11 @@
 """Which rows an epoch reads: the shares of the curriculum, the same everywhere and after a restart, packed or not."""
 
 import pytest
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from multiverse_hf.data.curriculum import PAPER_SHARES, Choice, CurriculumSampler, pack_rows
 from multiverse_hf.training.trainer import Packs
@@ -101,3 +103,53 @@ def test_accelerate_tells_the_sampler_its_epoch_and_shares_batches_out():
 def test_what_cannot_be_sampled_is_refused(choices, shares):
     with pytest.raises(ValueError, match=r"no row to train on|share from 0 to 1"):
         CurriculumSampler(choices_of(choices), shares)
+
+
+# Several processes
+
+
+def steps(sampler: CurriculumSampler, batch: int, processes: int, accumulated: int = 1) -> list[list[tuple]]:
+    """Give the rows of each update, read by accelerate's own shards."""
+    ranks = [
+        list(BatchSamplerShard(BatchSampler(sampler, batch, False), processes, rank)) for rank in range(processes)
+    ]
+    turns = [[row for part in turn for row in part] for turn in zip(*ranks, strict=True)]
+    return [[row for turn in turns[at : at + accumulated] for row in turn] for at in range(0, len(turns), accumulated)]
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("grouped", [False, True], ids=["packed", "grouped"])
+def test_an_update_reads_the_same_rows_however_many_processes_read_it(grouped: bool, processes: int) -> None:
+    step = 2 * processes
+    how = {"group": 4} if grouped else {"max_length": 60, "num_epochs": 3}
+    rows = choices_of([10 + at % 13 for at in range(24 if grouped else 23)])
+    sampler = CurriculumSampler(rows, [0.0, 0.5, 1.0], seed=1, batch_size=2, step=step, **how)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        together = steps(sampler, 2, processes)
+        assert together == steps(sampler, 2, 1, accumulated=processes)
+        assert [len(each) for each in together] == [step] * (len(sampler) // step)
+        if not grouped:
+            assert together == steps(sampler, step, 1)
+        read = [index for each in together for pack in each for index in pack]
+        assert sorted(index // 2 for index in read) == list(range(len(rows))), "and none twice to fill the last up"
+
+
+def test_fewer_documents_than_an_update_reads_are_each_read_alone() -> None:
+    sampler = CurriculumSampler(choices_of([5, 6, 7]), max_length=1000, step=8)
+    assert sorted(map(len, sampler.plan(0))) == [1, 1, 1]
+    assert len(sampler) == 3
+
+
+def test_processes_that_go_on_in_the_middle_of_an_epoch_read_what_is_left_of_it():
+    sampler = CurriculumSampler(choices_of([10 + at % 13 for at in range(24)]), [0.0, 1.0], seed=1)
+    packs = Packs(list(range(1000)), sampler)
+    for rank in range(2):
+        shard = BatchSamplerShard(BatchSampler(sampler, 2, False), 2, rank)
+        loader = skip_first_batches(DataLoaderShard(packs, batch_sampler=shard, collate_fn=list), 4)
+        sampler.set_epoch(1)
+        expected = [[[row] for (row,) in batch] for batch in list(shard)[4:]]
+        sampler.set_epoch(0)
+        loader.set_epoch(1)
+        assert list(loader) == expected
+        assert all(row % 2 == 0 for batch in expected for (row,) in batch), "all are parallel in the second epoch"

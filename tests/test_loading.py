@@ -5,8 +5,6 @@ import functools
 import io
 import json
 import pickle
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +25,6 @@ from safetensors.torch import load_file, save_file
 from test_tags import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from multiverse_hf.modeling import modeling_multiverse
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, multiverse_class
 from multiverse_hf.modeling.tags import NPR, TagSet
 
@@ -69,20 +66,6 @@ def test_every_architecture_loads_back_with_no_weight_missing(name, tmp_path):
     again = MultiverseForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, model(ids).logits)
-
-
-def test_a_checkpoint_that_brings_the_code_along_loads_by_the_auto_class(tmp_path):
-    model, ids = new_tiny_model("qwen3", dtype=torch.float32), torch.tensor([PROMPT])
-    model.config.auto_map = {"AutoModelForCausalLM": "modeling_multiverse.MultiverseForCausalLM"}
-    model.save_pretrained(tmp_path)
-    for path in Path(modeling_multiverse.__file__).parent.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    remote = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float32).eval()
-    assert type(remote).__module__.startswith("transformers_modules.")
-    assert isinstance(remote, Qwen3ForCausalLM)
-    with torch.no_grad():
-        assert torch.equal(remote(a_document()).logits, model(a_document()).logits)
-    assert torch.equal(remote.generate(ids, max_new_tokens=9), model.generate(ids, max_new_tokens=9))
 
 
 # The class

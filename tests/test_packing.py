@@ -52,15 +52,18 @@ def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
 
 
-@functools.cache
-def models(attn: str, lora: bool) -> tuple:
-    """The model, the base class with the same weights, and what of each is trained.
-
-    Starcoder2 has plain layer norms; other norms round to float32 inside, on the way back too.
-    """
+def starcoder(attn: str) -> torch.nn.Module:
+    """A model in float64 with plain layer norms; other norms round to float32 inside, on the way back too."""
     config = AutoConfig.for_model("starcoder2", **vars_of(tiny_config("qwen2")))
     torch.manual_seed(0)
-    model = MultiverseForCausalLM.from_config(config, TAGS, attn_implementation=attn, dtype=torch.float64)
+    return MultiverseForCausalLM.from_config(config, TAGS, attn_implementation=attn, dtype=torch.float64)
+
+
+@functools.cache
+def models(attn: str, lora: bool) -> tuple:
+    """The model, the base class with the same weights, and what of each is trained."""
+    model = starcoder(attn)
+    config = AutoConfig.for_model("starcoder2", **vars_of(tiny_config("qwen2")))
     base = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float64)
     base.load_state_dict(model.state_dict())
     if lora:

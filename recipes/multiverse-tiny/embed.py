@@ -94,6 +94,9 @@ def main() -> None:
     with output_folder(target) as folder:
         for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
             shutil.copyfile(file, folder / file.name)
+        config = json.loads((folder / "config.json").read_bytes())
+        config.pop("auto_map", None)  # the package has the code already
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_log(folder / "train.csv", history)
         (folder / "README.md").write_text(card)
         generation.save_pretrained(folder)

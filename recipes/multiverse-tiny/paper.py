@@ -149,9 +149,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("runs/paper-tiny"), help="folder (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
-    parser.add_argument("--num-rows", type=int, default=12_000, help="rows each model trains on (default: 12000)")
+    parser.add_argument("--num-rows", type=int, default=36_000, help="rows each model trains on (default: 36000)")
     parser.add_argument("--max-chains", type=int, default=4, help="of a problem, 4 to 8 (default: 4)")
-    parser.add_argument("--max-ops", type=int, default=4, help="of a chain, 2 to 8 (default: 4)")
+    parser.add_argument("--max-ops", type=int, default=3, help="of a chain, 2 to 8 (default: 3)")
     parser.add_argument("--problems", type=int, default=300, help="unseen problems of each kind (default: 300)")
     args = parser.parse_args()
     for name, low, high in (("max_chains", 4, 8), ("max_ops", 2, 8), ("num_rows", 1, None), ("problems", 1, None)):

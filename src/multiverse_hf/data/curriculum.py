@@ -46,6 +46,8 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         group: without packing, order rows by length within this many, in batches of ``batch_size``: less is padded.
         batch_size: rows a batch, for ``group``.
         num_epochs: epochs whose number of packed rows is made the same, as a trainer counts its steps beforehand.
+        step: packed rows that all processes together read for an update. Packs are parted until the last update has
+            as many, where there are documents enough: processes that find too few read the epoch's first ones again.
 
     Raises:
         ValueError: if there is no record, or a share is none.
@@ -61,6 +63,7 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         group: int = 0,
         batch_size: int = 1,
         num_epochs: int = 1,
+        step: int = 1,
     ) -> None:
         if not choices:
             raise ValueError("there is no row to train on")
@@ -71,7 +74,8 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         self.epoch = 0
         self.length = len(choices)
         if max_length is not None:
-            self.length = max(len(self._packs(epoch)) for epoch in range(max(1, num_epochs)))
+            most = max(len(self._packs(epoch)) for epoch in range(max(1, num_epochs)))
+            self.length = min(-(-most // step) * step, len(choices))
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch is read next; accelerate calls this."""

@@ -1,5 +1,8 @@
 """``MultiverseForCausalLM``: any rotary softmax decoder of transformers, with a forward and a generate that branch."""
 
+from .requirements import TRANSFORMERS  # noqa: F401 - first: what an older transformers lacks, others import
+
+# isort: split
 import copy
 import functools
 import json
@@ -24,6 +27,7 @@ from .attention import LayoutHook, layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
+from .sharing import AUTO_MAP, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
@@ -50,10 +54,41 @@ class MultiverseForCausalLM:
                 f"{self.config.model_type} does not support sdpa, which attn_implementation={CHUNKED!r} is made of; "
                 "use attn_implementation='eager' or 'flex_attention'"
             )
+        self._follow_layouts()
+
+    def _follow_layouts(self) -> None:
         self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
         self.base_model.register_forward_pre_hook(take_turn)
         self.base_model.register_forward_hook(end_turn, always_call=True)
         self.base_model.register_forward_pre_hook(LayoutHook(self.tags), with_kwargs=True)
+
+    @classmethod
+    def adopt(cls, model: PreTrainedModel) -> PreTrainedModel:
+        """Make a model of transformers' own class, whose config holds the tags, one that branches; in place.
+
+        Raises:
+            ValueError: if its architecture cannot branch, or its config holds no tags.
+        """
+        model.__class__ = multiverse_class(base_class(model.config))
+        model._follow_layouts()
+        return model
+
+    def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Say that the checkpoint's ``custom_generate`` is not needed: this class has its own ``generate``."""
+        raise OSError("this model branches by itself")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save an ordinary checkpoint of the base architecture, and the code that makes it branch elsewhere.
+
+        Takes what ``save_pretrained`` of transformers takes. ``AutoModelForCausalLM.from_pretrained(save_directory,
+        trust_remote_code=True)`` then branches with nothing but torch and transformers installed.
+        """
+        self.config.auto_map = dict(AUTO_MAP)
+        if getattr(self, "generation_config", None) is not None:
+            state_structure(self.generation_config)
+        if kwargs.get("is_main_process", True):  # first, so that push_to_hub=True finds the files
+            write_code(save_directory, self._base_class.__name__)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
@@ -175,6 +210,19 @@ class MultiverseForCausalLM:
         if type(self) is not multiverse_class(self._base_class):  # somebody's own subclass
             return super().__reduce_ex__(protocol)
         return _blank, (self._base_class,), self.__dict__
+
+
+class MultiverseModel:
+    """The backbone of a Multiverse model: what ``AutoModel`` gives, following the layout of the ids it is given."""
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
+        """Take the call that ``AutoModel`` makes to a class which came with a checkpoint as its code."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load a checkpoint as :meth:`MultiverseForCausalLM.from_pretrained` does, and give its backbone."""
+        return MultiverseForCausalLM.from_pretrained(path, *args, **kwargs).base_model
 
 
 @functools.cache

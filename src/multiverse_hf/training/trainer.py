@@ -2,11 +2,15 @@
 
 import functools
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import SFTTrainer
 
 from multiverse_hf.data.curriculum import CurriculumSampler
@@ -24,6 +28,35 @@ class Packs(Dataset):
 
     def __getitem__(self, indices: tuple[int, ...]) -> list[dict[str, Any]]:
         return [self.rows[index] for index in indices]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the sampler: accelerate does not find it where several processes skip batches that have been read."""
+        self.sampler.set_epoch(epoch)
+
+
+class TokenCount(TrainerCallback):
+    """Has a resumed run count tokens from where it was; TRL begins at 0 again."""
+
+    def __init__(self, trainer: SFTTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer._total_train_tokens = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
+
+
+@contextmanager
+def without_checkpoint_wrappers(model: torch.nn.Module) -> Iterator[None]:
+    """Take layers out of what FSDP puts around them to checkpoint activations: modules go by their own names then."""
+    wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)]
+    for name, wrapper in wrappers:
+        model.set_submodule(name, wrapper._checkpoint_wrapped_module)
+    try:
+        yield
+    finally:
+        for name, wrapper in wrappers:
+            model.set_submodule(name, wrapper)
 
 
 class MultiverseSFTTrainer(SFTTrainer):
@@ -45,6 +78,7 @@ class MultiverseSFTTrainer(SFTTrainer):
         # by mode and kind: sums of losses and of right guesses, and how many tokens
         self._kind_sums: dict[str, dict[TokenKind, list[float]]] = {"train": {}, "eval": {}}
         super().__init__(*args, **kwargs)
+        self.add_callback(TokenCount(self))
         if isinstance(self.model, PeftModel):
             # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
             # part of the adapter, and `multiverse merge` enlarges the base's in the same way.
@@ -82,11 +116,24 @@ class MultiverseSFTTrainer(SFTTrainer):
             self._count_kinds(kinds, inputs["labels"], outputs[0])
         return result
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            # FSDP2 gathers a tied output layer as a tensor of its own, which would be stored beside the embeddings.
+            tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
+            copies = {name for name, source in tied.items() if name != source and source in state_dict}
+            state_dict = {name: weight for name, weight in state_dict.items() if name not in copies}
+        with without_checkpoint_wrappers(self.model):  # PEFT looks for its weights by the names of modules
+            super()._save(output_dir, state_dict)
+
     @torch.no_grad()
     def _count_kinds(self, kinds: torch.Tensor, labels: torch.Tensor, output: Any) -> None:
         """Sum loss and right guesses by kind of token, over all processes."""
         mode = "train" if self.model.training else "eval"
         learnt = labels[:, 1:] != IGNORE
+        loader = self.accelerator.gradient_state
+        if mode == "eval" and loader.end_of_dataloader and loader.remainder > 0:
+            # What fills the last batches of the processes up has been counted already.
+            learnt[max(0, loader.remainder - self.accelerator.process_index * len(labels)) :] = False
         kind = kinds[:, 1:][learnt].long()
         sums = output.log_probs.new_zeros(3, len(TokenKind), dtype=torch.float32)
         sums[0].index_add_(0, kind, -output.log_probs[learnt].float())

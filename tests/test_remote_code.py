@@ -1,0 +1,117 @@
+"""A checkpoint on machines that do not have this package: the code it carries, and what it is without that code."""
+
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
+from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, pipeline
+
+from multiverse_hf import MultiverseForCausalLM, embedded_model
+from multiverse_hf.modeling import sharing
+
+PROMPT = [50, 51, 52]
+NESTED = (2, Forced(((4, Forced(((2,), (3,))), 1), (6,), (0,))), 2)
+load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float32)
+trusted = functools.partial(load, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(name, tmp_path):
+    model = tiny_model(name, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    plans = {tuple(PROMPT): NESTED}
+    written = documents(answer(model, [PROMPT], plans), [PROMPT])
+    with_package, remote, plain = MultiverseForCausalLM.from_pretrained(tmp_path), trusted(tmp_path), load(tmp_path)
+    assert type(remote).__module__.startswith("transformers_modules.")
+    assert type(plain).__module__.startswith("transformers.")
+    for loaded in (with_package, remote):
+        loaded.eval()
+        assert documents(answer(loaded, [PROMPT], plans), [PROMPT]) == written
+    text, document = torch.tensor([[50, 51, 60, 61, 62]]), torch.tensor(written)
+    with torch.no_grad():
+        for loaded in (with_package, remote, plain):
+            torch.testing.assert_close(loaded(text).logits, model(text).logits)
+        torch.testing.assert_close(remote(document).logits, model(document).logits)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == [type(plain).__name__]
+    assert config["auto_map"] == sharing.AUTO_MAP
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """multiverse-tiny as a user saves it."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("saved")
+    MultiverseForCausalLM.from_pretrained(embedded_model()).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
+    return folder
+
+
+CHAT = [{"role": "user", "content": "A=5+6; B=7+8; total? Think step by step and in parallel before answering."}]
+
+
+def ask(model) -> str:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**inputs, max_new_tokens=600, do_sample=False)
+    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, tmp_path):
+    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
+    assert "Answer: 26" in expected
+    assert expected.count("<Path>") == 2
+    trusted(saved).save_pretrained(tmp_path / "again")
+    assert ask(trusted(tmp_path / "again")) == expected
+    generation = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert {name: generation[name] for name in sharing.STRUCTURE} == {
+        "structure": "guided",
+        "max_depth": 4,
+        "max_paths": 16,
+    }
+
+
+def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_generate(saved):
+    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
+    model = Qwen3ForCausalLM.from_pretrained(saved, trust_remote_code=True)
+    assert ask(model) == expected
+    assert ask(model) == expected
+    ids = torch.tensor([[30, 31]])
+    assert torch.equal(model.generate(ids, max_new_tokens=3), trusted(saved).generate(ids, max_new_tokens=3))
+    untrusting = Qwen3ForCausalLM.from_pretrained(saved)
+    assert type(untrusting) is Qwen3ForCausalLM
+
+
+def test_auto_model_gives_the_backbone_which_follows_layouts(saved):
+    backbone = AutoModel.from_pretrained(saved, trust_remote_code=True, dtype=torch.float32).eval()
+    whole = MultiverseForCausalLM.from_pretrained(saved).eval()
+    document = whole.generate(torch.tensor([[30, 31, whole.tags.open("think")]]), max_new_tokens=100)
+    with torch.no_grad():
+        hidden = backbone(document).last_hidden_state
+        torch.testing.assert_close(whole.lm_head(hidden), whole(document).logits)
+    assert AutoModel.from_pretrained(saved).config.model_type == "qwen3"
+
+
+def test_a_text_generation_pipeline_branches(saved):
+    pipe = pipeline("text-generation", model=str(saved), trust_remote_code=True)
+    said = pipe(CHAT, max_new_tokens=600, do_sample=False)[0]["generated_text"][-1]["content"]
+    assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
+
+
+def test_a_card_that_is_there_is_kept(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    tiny_model("qwen2", dtype=torch.float32).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+    tiny_model("qwen2", dtype=torch.float32).save_pretrained(tmp_path / "new")
+    assert "trust_remote_code=True" in (tmp_path / "new/README.md").read_text()
+
+
+def test_the_tags_of_the_helpers_are_in_every_saved_config(tmp_path):
+    tiny_model("qwen2", dtype=torch.float32).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["multiverse"]["ids"] == TAGS.ids
