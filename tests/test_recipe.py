@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("trl", reason="the recipe needs the train extra: pip install -e '.[train]'")
 
 from multiverse_hf.checkpoints import output_folder, write_output
+from multiverse_hf.data.curriculum import PAPER_SHARES
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -242,6 +243,40 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     names = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "run.json", "README.md"}
     assert {file.name for file in (tmp_path / "tiny").iterdir()} > names
     assert (tmp_path / "tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
+
+
+RECIPES = sorted(ROOT.glob("recipes/*/sft*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_recipe_says_what_the_script_and_trl_understand(recipe: Path, tmp_path: Path, monkeypatch) -> None:
+    spec = importlib.util.spec_from_file_location("script", ROOT / SFT)
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "script", script)
+    spec.loader.exec_module(script)
+    parser = script.Parser((script.DataArguments, script.SFTConfig, script.ModelConfig))
+    options = ["--use_cpu", "--dataset_name", "mine.jsonl", "--output_dir", str(tmp_path)]
+    data, training, model = parser.parse_args_and_config(["--config", str(recipe), *options])
+    script.check_arguments(data, training, model)
+    assert isinstance(training.learning_rate, float)
+    assert training.learning_rate > 0
+    if "autoregressive" in recipe.name:
+        assert data.parallel_share == [0] or data.sequential
+    if recipe.parent.name == "qwen2.5-32b" and recipe.name == "sft.yaml":  # the paper's
+        assert tuple(data.parallel_share) == PAPER_SHARES
+        assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (1e-5, "cosine", 0.05)
+        assert (training.adam_beta1, training.adam_beta2, training.weight_decay) == (0.9, 0.95, 1e-4)
+
+
+@pytest.mark.parametrize("config", sorted(ROOT.glob("recipes/accelerate/*.yaml")), ids=lambda path: path.name)
+def test_every_accelerate_config_is_one(config: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(config))
+    assert loaded.mixed_precision == "bf16"
+    assert str(loaded.distributed_type.value) == {
+        "single": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "deepspeed_zero3": "DEEPSPEED",
+    }[config.stem]  # fmt: skip
 
 
 # Bad input: one line that says what to do, before the work begins
