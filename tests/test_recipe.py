@@ -378,6 +378,11 @@ def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "old")]
     write_output(tmp_path / "a.json", "new")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.json", "new")]
+    for text in ("first", "second"):
+        with output_folder(tmp_path) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner/b.py").write_text(text)
+        assert (tmp_path / "inner/b.py").read_text() == text
     device = Path(os.devnull)
     write_output(device, "x")
     assert not device.is_file()

@@ -104,6 +104,31 @@ def test_a_text_generation_pipeline_branches(saved):
     assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
 
 
+def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):
+    """As published: the tags are special tokens, config and folder know nothing of Multiverse."""
+    from transformers import AutoTokenizer
+
+    from multiverse_hf.cli import run
+
+    plain = Qwen3ForCausalLM.from_pretrained(saved)
+    for name in ("multiverse", "auto_map"):
+        delattr(plain.config, name)
+    plain.save_pretrained(tmp_path / "published")
+    tokenizer = AutoTokenizer.from_pretrained(saved)
+    tags = MultiverseForCausalLM.from_pretrained(saved).tags
+    tokenizer.add_special_tokens({"extra_special_tokens": tags.names.tokens})
+    assert tokenizer.convert_tokens_to_ids(tags.names.tokens) == tags.control_ids
+    tokenizer.save_pretrained(tmp_path / "published")
+    expected = ask(MultiverseForCausalLM.from_pretrained(tmp_path / "published"))
+    assert expected == ask(MultiverseForCausalLM.from_pretrained(saved))
+
+    command = ["export", "--model", str(tmp_path / "published"), "--output", str(tmp_path / "exported")]
+    assert run(command) == 0
+    assert ask(trusted(tmp_path / "exported")) == expected
+    assert run(command) == 2
+    assert "is not empty; name a new folder" in capfd.readouterr().err
+
+
 def test_a_card_that_is_there_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     tiny_model("qwen2", dtype=torch.float32).save_pretrained(tmp_path)

@@ -412,5 +412,8 @@ def output_folder(folder: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as part:
         yield Path(part)
-        for file in sorted(Path(part).iterdir()):
-            file.replace(folder / file.name)
+        for file in sorted(Path(part).rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)

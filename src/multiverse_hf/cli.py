@@ -33,6 +33,7 @@ from multiverse_hf.checkpoints import (
     answer_prompt,
     check_output,
     load_model,
+    load_weights,
     one_line,
     open_checkpoint,
     output_folder,
@@ -515,9 +516,7 @@ def merge(
       multiverse merge --adapter runs/llama3.1-8b/multiverse-lora --output my-model
       multiverse merge --adapter runs/lora --base ./Llama-3.1-8B-Instruct --output my-model --dtype bfloat16
     """
-    if output.is_dir() and any(output.iterdir()):
-        raise CommandError(f"{output} is not empty; name a new folder")
-    check_output(output, is_folder=True)
+    check_new_folder(output)
     with waiting("merging"):
         quiet()
         try:
@@ -528,9 +527,49 @@ def merge(
             raise CommandError(f"{err.name} is missing; pip install 'multiverse_hf[train]'", FAILURE) from err
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
             raise CommandError(f"cannot merge {adapter}: {one_line(err)}") from err
-        with output_folder(output) as folder:
-            model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_checkpoint(model, tokenizer, output)
+
+
+@app.command()
+def export(
+    model: Annotated[
+        str, typer.Option("--model", "-m", metavar="PATH", help="Checkpoint whose tokenizer has the tags.")
+    ],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    dtype: DtypeOption = Dtype.AUTO,
+    traceback: TracebackOption = False,
+) -> None:
+    """Write a checkpoint that branches wherever transformers is: its weights, and the code beside them.
+
+    For a checkpoint that has the tags and was saved without the code, as the published Multiverse-32B. What is written
+    is an ordinary checkpoint of its architecture to every loader that is not given trust_remote_code=True.
+
+    \b
+    Examples:
+      multiverse export --model ./my-tagged-qwen --output my-multiverse
+      multiverse export --model multiverse-tiny --output tiny
+    """
+    check_new_folder(output)
+    with waiting("reading the model"):
+        quiet()
+        checkpoint = open_checkpoint(model)
+        loaded = load_weights(checkpoint, dtype.value, None)
+    with waiting("writing"):
+        save_checkpoint(loaded, checkpoint.tokenizer, output)
+
+
+def check_new_folder(output: Path) -> None:
+    """Check that a folder to write is new or empty, and can be written."""
+    if output.is_dir() and any(output.iterdir()):
+        raise CommandError(f"{output} is not empty; name a new folder")
+    check_output(output, is_folder=True)
+
+
+def save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
+    """Write a checkpoint whole or not at all, and say what it is."""
+    with output_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 
