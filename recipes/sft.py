@@ -10,8 +10,12 @@ stops.
 """
 
 import argparse
+import errno
+import fcntl
 import json
+import math
 import platform
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -28,8 +32,10 @@ try:
 except ModuleNotFoundError as err:
     raise SystemExit(f"sft.py: {err.name} is missing; pip install -c constraints.txt -e '.[train]'") from None
 
+from multiverse_hf import __version__
 from multiverse_hf.checkpoints import (
     FAILURE,
+    INTERRUPTED,
     USAGE,
     CommandError,
     check_output,
@@ -92,6 +98,16 @@ class DataArguments:
     max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
 
 
+# What a resumed run may be told anew: none of it changes what is computed. And what starts with log, save or eval.
+MAY_CHANGE = {
+    "check_rows", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
+    "do_eval", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+    "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "ddp_timeout", "local_rank", "hf_token", "cache_dir", "model_init_kwargs",
+}  # fmt: skip
+
+
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Defaults of options, and the description as it is written."""
 
@@ -112,7 +128,8 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     if not data.dataset_name:
         raise CommandError("dataset_name is missing; name a file, a folder, a dataset on the Hub, or chains")
     counts = {"eval_max_new_tokens": data.eval_max_new_tokens}
-    counts |= {n: getattr(training, n) for n in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+    counts |= {name: getattr(training, name) for name in sizes}
     counts |= {"max_length": training.max_length} if training.max_length is not None else {}
     for name, count in counts.items():
         if count < 1:
@@ -136,30 +153,72 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
         raise CommandError("packing and padding_free of TRL know nothing of paths; use pack_rows")
     if (model_args.load_in_4bit or model_args.load_in_8bit) and not model_args.use_peft:
         raise CommandError("quantized weights cannot be trained themselves; add use_peft, or leave out load_in_4bit")
+    for name in ("learning_rate", "num_train_epochs"):
+        if not math.isfinite(getattr(training, name)):
+            raise CommandError(f"{name} must be a number, got {getattr(training, name)}")
     if training.learning_rate < 0:
         raise CommandError(f"learning_rate must be at least 0, got {training.learning_rate}")
+    if training.label_smoothing_factor:
+        raise CommandError("label_smoothing_factor builds all logits, which this recipe never does; leave it out")
     if training.max_steps < 1 and training.num_train_epochs <= 0:
         raise CommandError(f"num_train_epochs must be above 0, got {training.num_train_epochs}; or give max_steps")
+    is_file = Path(data.dataset_name).suffix in (".jsonl", ".json", ".parquet", ".csv")
+    if is_file and (data.dataset_test_split or data.dataset_config or data.dataset_train_split != "train"):
+        raise CommandError(f"{data.dataset_name} is a file and has no splits; hold rows out with eval_rows")
+    if data.dataset_test_split and data.eval_rows:
+        raise CommandError("dataset_test_split and eval_rows exclude each other; give one of them")
     if training.eval_strategy != "no" and not (data.dataset_test_split or data.eval_rows):
         raise CommandError("an evaluation needs rows; give dataset_test_split or eval_rows")
 
-    output, resume = Path(training.output_dir), training.resume_from_checkpoint
-    check_output(output, is_folder=True)
-    if resume:
-        # the state is written last: a checkpoint without it was being written when the run was killed
-        whole = list(output.glob("checkpoint-*/trainer_state.json"))
-        if resume is True and whole:
-            training.resume_from_checkpoint = resume = str(max(whole, key=_step).parent)
-        start = output if resume is True else Path(resume)
-        if not (start / "trainer_state.json").is_file():
-            raise CommandError(f"{start} holds no checkpoint to resume from; leave out resume_from_checkpoint")
-    elif (output / "run.json").exists() and not data.check_rows:
+    check_output(Path(training.output_dir), is_folder=True)
+    if not data.check_rows:
+        check_folder(Path(training.output_dir), training)
+
+
+def check_folder(output: Path, training: SFTConfig) -> None:
+    """Check that a run harms nothing that is in its folder, and find the checkpoint to resume from.
+
+    Raises:
+        CommandError: with the way out.
+    """
+    resume = training.resume_from_checkpoint
+    if (output / "run.json").exists():
         raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
-    elif any(output.glob("checkpoint-*")) and not data.check_rows:
+    # the state is written last: a checkpoint without it was being written when the run was killed
+    whole = [state for state in output.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
+    if resume is True and whole:
+        training.resume_from_checkpoint = str(max(whole, key=_step).parent)
+    elif resume is True:
+        print(f"{output} holds no checkpoint to resume from; the run begins")
+        training.resume_from_checkpoint = None
+    elif resume:
+        if not (Path(resume) / "trainer_state.json").is_file():
+            raise CommandError(f"{resume} holds no checkpoint to resume from; leave out resume_from_checkpoint")
+        if Path(resume).resolve().parent != output.resolve():
+            raise CommandError(f"{resume} is a checkpoint of another run; resume it with its own output_dir")
+    elif whole:
         raise CommandError(
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
             "output_dir, or move it away"
         )
+    if not (output / "begun.json").exists():
+        models = [output / name for name in ("config.json", "adapter_config.json")]
+        if found := [file.name for file in models if file.exists()]:
+            raise CommandError(f"{output} holds a model ({found[0]}); choose another output_dir")
+
+
+def claim(output: Path) -> Any:
+    """Keep a run's folder for this process as long as it lives.
+
+    Raises:
+        CommandError: if another run is writing there.
+    """
+    lock = (output / ".running").open("w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as err:
+        raise CommandError(f"another run is writing to {output}; choose another output_dir") from err
+    return lock
 
 
 def _step(state: Path) -> int:
@@ -183,6 +242,8 @@ def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig
         raise CommandError(f"no model folder {name}; give an existing one")
     # rows are encoded before the trainer is made, so what it would do to tokenizer and model is done here
     template, training.chat_template_path = training.chat_template_path, None
+    if template is not None and not Path(template).is_file():
+        raise CommandError(f"chat_template_path is a file of Jinja text, and {template} is none")
     options, training.model_init_kwargs = dict(training.model_init_kwargs or {}), None
     try:
         if template is not None:
@@ -240,7 +301,7 @@ def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split
 
 def say_rows(built: TrainingRows, path: Path, keep: bool) -> None:
     """Say what was read and what was dropped, and write the list of it, unless a finished run's is to be kept."""
-    print(f"rows: {json.dumps(built.report.summary())}")
+    print(f"rows: {json.dumps(built.report.summary())}\n{built.describe()}")
     for entry in built.report.dropped[:5]:
         print(f"  row {entry['row']}: {entry['reason']}: {one_line(entry['detail'], 160)}")
     if not keep:
@@ -277,11 +338,15 @@ def main() -> None:
         parser.error(one_line(err))
     training.remove_unused_columns = False  # the collator wants `plain` and `kinds`
     training.dataset_kwargs = {"skip_prepare_dataset": True}
-    if training.resume_from_checkpoint in ("true", "True"):  # the command line gives a string
-        training.resume_from_checkpoint = True
-    output = Path(training.output_dir)
+    said = str(training.resume_from_checkpoint).lower()  # the command line gives a string
+    if said in ("true", "false"):
+        training.resume_from_checkpoint = True if said == "true" else None
+    output, max_length = Path(training.output_dir), training.max_length
+    lock = None
     try:
         check_arguments(data, training, model_args)
+        if training.process_index == 0 and not data.check_rows:
+            lock = claim(output)
         set_seed(training.seed)
         base = load_model(data, training, model_args)
         model, tokenizer = base.model, base.tokenizer
@@ -331,6 +396,13 @@ def main() -> None:
         num_epochs=max(len(data.parallel_share), int(training.num_train_epochs)),
         step=training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size,
     )
+    steps = training.max_steps * training.per_device_train_batch_size * training.gradient_accumulation_steps
+    epochs = steps * training.world_size / len(sampler)
+    if training.max_steps > 0 and epochs <= len(data.parallel_share) - 1:
+        parser.error(
+            f"max_steps {training.max_steps} end in epoch {math.ceil(epochs)} of the {len(data.parallel_share)} that "
+            "parallel_share names; raise max_steps, or name fewer"
+        )
     training.max_length = None  # rows are as long as they shall be; truncation would cut blocks
     collator = DocumentCollator(
         base.tags,
@@ -353,7 +425,7 @@ def main() -> None:
             peft_config=peft_config,
             sampler=sampler,
         )
-    except (ValueError, ImportError, RuntimeError) as err:  # a report_to that is not installed, a LoRA target
+    except (ValueError, ImportError, RuntimeError, TypeError) as err:  # a report_to not installed, a LoRA target
         parser.error(one_line(err))
     if trainer.is_fsdp_enabled and peft_config is not None and base.new_ids:
         parser.error(
@@ -366,18 +438,22 @@ def main() -> None:
         trainer.add_callback(GenerationCallback(trainer, encoder, records, eval_form, data.eval_max_new_tokens))
 
     # Train
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
+    packages = ("multiverse_hf", "torch", "transformers", "trl", "accelerate", "datasets", "peft")
+    ours = ("num_rows", "rows_seed", "sequential", "sequential_share", "plain_share", "ramp", "max_chains", "max_ops")
+    said_of_data = {k: v for k, v in asdict(data).items() if data.dataset_name == "chains" or k not in ours}
     record = {
-        "data": asdict(data)
+        "data": said_of_data
         | {
             "fingerprint": dataset._fingerprint,
             "num_tokens": sum(map(len, dataset["input_ids"])),
             "rows": train.report.summary(),
+            "trained_on": len(train.records),
         },
-        "training": training.to_dict(),
-        "model": asdict(model_args) | {"attn_implementation": implementation},
+        "training": training.to_dict() | {"max_length": max_length},
+        "model": asdict(model_args)
+        | {"attn_implementation": implementation, "model_type": model.config.get_text_config().model_type},
         "processes": training.world_size,
-        "versions": {name: version(name) for name in packages} | {"python": platform.python_version()},
+        "versions": {name: find_version(name) for name in packages} | {"python": platform.python_version()},
     }
     begun = output / "begun.json"
     if training.resume_from_checkpoint:
@@ -391,6 +467,9 @@ def main() -> None:
     if not trainer.is_world_process_zero():
         return
     history = trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses:  # the trainer's own, after a resume, is of the last part alone
+        result.metrics["train_loss"] = sum(losses) / len(losses)
     last = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
     record |= {
         "metrics": result.metrics,
@@ -401,8 +480,19 @@ def main() -> None:
     write_output(output / "report.md", write_page(json.loads(json.dumps(record, default=str)), "report.png"))
     write_output(output / "run.json", json.dumps(record, indent=1, default=str) + "\n")
     begun.unlink(missing_ok=True)
+    print(f"report: {output / 'report.md'}")
+    if peft_config is not None:
+        print(f"to an ordinary checkpoint: multiverse merge --adapter {output} --output {output}-merged")
     if training.push_to_hub:
         trainer.push_to_hub()
+    if lock is not None:
+        lock.close()
+        (output / ".running").unlink(missing_ok=True)
+
+
+def find_version(package: str) -> str:
+    """Give a package's version; of ours also where it is not installed."""
+    return __version__ if package == "multiverse_hf" else version(package)
 
 
 def document_has_blocks(record: Any) -> bool:
@@ -417,13 +507,17 @@ def check_same_run(parser: Parser, begun: Path, record: dict[str, Any]) -> None:
     """
     if not begun.is_file():
         return
-    before = json.loads(begun.read_bytes())
+    try:
+        before = json.loads(begun.read_bytes())
+        parts = [before["data"], before["training"], before["model"], before["processes"]]
+    except (ValueError, KeyError, TypeError):
+        parser.exit(FAILURE, f"error: {begun} is damaged; choose another output_dir\n")
     now = json.loads(json.dumps(record, default=str))
-    training = ("seed", "data_seed", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate")
-    names = [("data", name) for name in before["data"]] + [("training", name) for name in training]
-    for part, name in names:
-        check_unchanged(parser, begun.parent, name, before[part].get(name), now[part].get(name))
-    check_unchanged(parser, begun.parent, "number of processes", before["processes"], now["processes"])
+    for part in ("data", "training", "model"):
+        for name in before[part]:
+            if name not in MAY_CHANGE and not name.startswith(("logging", "log_", "save_", "eval_", "push_", "hub_")):
+                check_unchanged(parser, begun.parent, name, before[part][name], now[part].get(name))
+    check_unchanged(parser, begun.parent, "number of processes", parts[-1], now["processes"])
 
 
 def check_unchanged(parser: Parser, output: Path, name: str, before: Any, now: Any) -> None:
@@ -433,5 +527,19 @@ def check_unchanged(parser: Parser, output: Path, name: str, before: Any, now: A
         parser.exit(FAILURE, f"error: {output} was begun with {name} {before}, now it is {now}; {advice}\n")
 
 
+def run() -> None:
+    """Train; what a user or a full disk ends, ends in a line."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("stopped; what was saved goes on with --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except OSError as err:
+        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"error: cannot write: {err.strerror}; make room, then --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(FAILURE)
+
+
 if __name__ == "__main__":
-    main()
+    run()

@@ -155,7 +155,16 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_un
     assert (tmp_path / "killed/begun.json").exists()
     assert not (tmp_path / "killed/run.json").exists()
 
-    train(tmp_path, *options, "--output_dir", "killed", "--resume_from_checkpoint", "true")
+    resume = ["--output_dir", "killed", "--resume_from_checkpoint", "true"]
+    if not packed:
+        for changed in (["--num_rows", "95"], ["--lr_scheduler_type", "linear"], ["--dtype", "bfloat16"]):
+            refused = subprocess.run(
+                train_command(*options, *resume, *changed), cwd=tmp_path, env=environment, capture_output=True,
+                text=True, timeout=300, check=False,
+            )  # fmt: skip
+            assert refused.returncode != 0
+            assert f"was begun with {changed[0].strip('-')}" in refused.stderr, refused.stderr[-2000:]
+    train(tmp_path, *options, *resume)
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "killed") == whole
     assert {entry[-1] for entry in whole} == {0.0, 0.5, 1.0}
@@ -181,6 +190,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "unpadded/tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": None}))
     for name in ("empty", "finished", "unfinished/checkpoint-1"):
         (folder / name).mkdir(parents=True)
+    (folder / "unfinished/checkpoint-1/trainer_state.json").write_text("{}")
+    (folder / "silent.jinja").write_text("hello")
     (folder / "finished/run.json").write_text("{}")
     (folder / "a-file").touch()
     (folder / "rows.jsonl").write_text('{"text": "x"}')
@@ -321,7 +332,19 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--output_dir", "a-file/out"], ["a-file/out", "cannot write"]),
         ([SFT, "--output_dir", "finished"], ["finished run", "output_dir"]),
         ([SFT, "--output_dir", "unfinished"], ["--resume_from_checkpoint true"]),
-        ([SFT, "--output_dir", "empty", "--resume_from_checkpoint", "true"], ["empty", "no checkpoint"]),
+        ([SFT, "--output_dir", "finished", "--resume_from_checkpoint", "true"], ["finished run", "output_dir"]),
+        ([SFT, "--output_dir", "empty", "--resume_from_checkpoint", "unfinished/checkpoint-1"], ["another run"]),
+        ([SFT, "--output_dir", "empty", "--resume_from_checkpoint", "empty"], ["empty holds no checkpoint"]),
+        ([SFT, "--output_dir", "base"], ["base holds a model", "config.json"]),
+        ([SFT, "--per_device_eval_batch_size", "0"], ["per_device_eval_batch_size", "at least 1"]),
+        ([SFT, "--learning_rate", "nan"], ["learning_rate", "nan"]),
+        ([SFT, "--num_train_epochs", "inf"], ["num_train_epochs", "inf"]),
+        ([SFT, "--label_smoothing_factor", "0.1"], ["label_smoothing_factor", "leave it out"]),
+        ([SFT, "--dataset_name", "rows.jsonl", "--dataset_test_split", "test"], ["is a file", "eval_rows"]),
+        ([SFT, "--dataset_test_split", "test", "--eval_rows", "2"], ["exclude each other"]),
+        ([SFT, "--max_steps", "1", "--parallel_share", "0", "0.5", "1"], ["max_steps 1", "epoch 1 of the 3"]),
+        ([SFT, "--chat_template_path", "silent.jinja"], ["leaves out what the user says"]),
+        ([SFT, "--use_peft", "true", "--lora_target_modules", "lm_head"], ["lm_head"]),
         ([BASE, "--output", "new", "--layers", "0"], ["--layers", "0"]),
         ([BASE, "--output", "new", "--head-dim", "5"], ["--head-dim", "even"]),
         ([BASE, "--output", "new", "--vocab-size", "100"], ["--vocab-size", "271"]),

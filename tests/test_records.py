@@ -62,7 +62,22 @@ def test_rows_of_every_shape_give_the_same_record(row):
         ({"prompt": "x", "document": " "}, Reason.COLUMNS, ["empty"]),
         ({"prompt": 3, "document": DOCUMENT}, Reason.COLUMNS, ["prompt", "3"]),
         ({"prompt": "x", "document": 3}, Reason.COLUMNS, ["text", "int"]),
-        ({"prompt": "x", "document": DOCUMENT, "answer": [1]}, Reason.COLUMNS, ["answer", "list"]),
+        ({"prompt": "x", "document": DOCUMENT, "answer": [1]}, Reason.COLUMNS, ["answer", "[1]"]),
+        ({"prompt": "x", "document": DOCUMENT, "answer": True}, Reason.COLUMNS, ["answer", "True"]),
+        ({"prompt": "x", "document": DOCUMENT, "answer": float("nan")}, Reason.COLUMNS, ["answer", "nan"]),
+        ({"prompt": "x", "document": "half \ud800"}, Reason.UNREADABLE, ["half a character"]),
+        ({"half \ud800": "x"}, Reason.COLUMNS, ["prompt and document"]),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "x"},
+                    {"role": "assistant", "content": "y"},
+                    {"role": "assistant", "content": DOCUMENT},
+                ]
+            },
+            Reason.COLUMNS,
+            ["two answers in a row"],
+        ),
         ({"messages": [{"role": "user", "content": "x"}]}, Reason.COLUMNS, ["assistant"]),
         ({"messages": [{"role": "user"}]}, Reason.COLUMNS, ["content"]),
         ({"prompt": "x", "document": DOCUMENT.replace("</Goal>", "")}, Reason.MALFORMED, ["line", "</Goal>"]),
@@ -86,6 +101,44 @@ def test_a_bad_row_says_what_is_wrong_with_it(row, reason, words):
         read_record(row)
     assert caught.value.reason is reason
     assert all(word in caught.value.detail for word in words), caught.value.detail
+
+
+@pytest.mark.parametrize(("given", "read"), [("007", "007"), (7, "7"), (7.0, "7"), (2.5, "2.5"), (-3, "-3")])
+def test_an_answer_column_is_read_as_it_was_meant(given, read):
+    record = read_record({"prompt": "x", "document": "y", "answer": given})
+    assert record.document.render().endswith(f"</Think>\n\nAnswer: {read}")
+
+
+def test_a_table_of_text_keeps_its_text(tmp_path):
+    (tmp_path / "rows.csv").write_text('prompt,document,answer\nq,"a\nb",007\nq,c,\n')
+    assert [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))] == ["007", None]
+    (tmp_path / "rows.json").write_text('[{"prompt": "q", "document": "d", "answer": "2026-01-01"}]')
+    assert [row["answer"] for row in load_rows(str(tmp_path / "rows.json"))] == ["2026-01-01"]
+
+
+def test_an_end_token_ends_a_document_and_stands_nowhere_else():
+    plain = encoder().encode(read_record({"prompt": "x", "document": "y"}), Form.PARALLEL)
+    ended = encoder().encode(read_record({"prompt": "x", "document": "y<|im_end|><|im_end|>"}), Form.PARALLEL)
+    assert ended == plain
+    with pytest.raises(RowError, match="end token"):
+        encoder().encode(read_record({"prompt": "x", "document": "y<|im_end|>z"}), Form.PARALLEL)
+
+
+def test_lines_that_no_parser_can_follow_and_files_that_cannot_be_read_say_so(tmp_path):
+    (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")
+    (row,) = load_rows(str(tmp_path / "deep.jsonl"))
+    assert row.reason is Reason.UNREADABLE
+    (tmp_path / "rows.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"none of these: a \.jsonl"):
+        list(load_rows(str(tmp_path / "rows.txt")))
+
+
+def test_rows_that_were_cut_are_counted():
+    record = read_record({"prompt": "Where?", "document": DOCUMENT + "0" * 400})
+    built = build_rows([record, record], encoder(max_length=300, cut=True), both)
+    assert built.report.summary() == {"rows": 2, "kept": 2, "dropped": {}, "cut": 2}
+    assert "2 of 2 rows have blocks (2 to 2 paths a block, 1 deep at most)" in built.describe()
+    assert built.describe().endswith("300 at most")
 
 
 def test_tags_in_a_prompt_are_text_and_a_system_prompt_comes_first():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import tiny_config
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_tags import plain_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -158,6 +159,25 @@ def test_lora_trains_the_tags_where_they_are_read_and_written_and_merges_exactly
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     ids = encode_prompt(tokenizer, "Where?", return_tensors="pt")
     assert again.generate(ids, max_new_tokens=30).tolist() == merged.generate(ids, max_new_tokens=30).tolist()
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tmp_path):
+    path = save_base(tmp_path / "base", "llama")
+    base = load_base(path, dtype="float32")
+    get_peft_model(base.model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / "adapter")
+    base.tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if "layers.1" not in name}, file)
+    with pytest.raises(ValueError, match=r"lacks \d+ weights .*layers\.1"):
+        merge_adapter(tmp_path / "adapter")
+    save_file(weights, file)
+    with pytest.raises(ValueError, match="name it with --base"):
+        merge_adapter(tmp_path / "adapter", str(tmp_path / "gone"))
+    (tmp_path / "adapter/run.json").write_text(json.dumps({"model": {"model_type": "qwen3"}}))
+    with pytest.raises(ValueError, match=r"trained on a qwen3, and .* is a llama"):
+        merge_adapter(tmp_path / "adapter")
 
 
 def test_a_folder_without_an_adapter_is_refused(tmp_path):

@@ -9,6 +9,7 @@ import difflib
 import json
 import os
 import sys
+import tempfile
 import traceback as tracebacks
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -36,7 +37,6 @@ from multiverse_hf.checkpoints import (
     load_weights,
     one_line,
     open_checkpoint,
-    output_folder,
     quiet,
 )
 from multiverse_hf.data.suffixes import Suffix
@@ -567,9 +567,13 @@ def check_new_folder(output: Path) -> None:
 
 def save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
     """Write a checkpoint whole or not at all, and say what it is."""
-    with output_folder(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    # beside it and then renamed: a folder that is there is a whole checkpoint
+    target = output.resolve()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
+        part = Path(beside, target.name)  # of its final name, which its card tells
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        part.replace(target)
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 

@@ -16,6 +16,7 @@ class RowReport:
     """What became of the rows of a dataset."""
 
     num_rows: int = 0
+    num_cut: int = 0
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -32,7 +33,8 @@ class RowReport:
     def summary(self) -> dict[str, Any]:
         """Give the counts, by reason."""
         reasons = Counter(entry["reason"] for entry in self.dropped)
-        return {"rows": self.num_rows, "kept": self.num_kept, "dropped": dict(reasons.most_common())}
+        counts = {"rows": self.num_rows, "kept": self.num_kept, "dropped": dict(reasons.most_common())}
+        return counts | ({"cut": self.num_cut} if self.num_cut else {})
 
     def lines(self) -> str:
         """Give what was dropped as JSON lines: the row's number from 0, its id, the reason and the detail."""
@@ -47,6 +49,19 @@ class TrainingRows:
     rows: list[dict[str, Any]] = field(default_factory=list)
     choices: list[Choice] = field(default_factory=list)
     report: RowReport = field(default_factory=RowReport)
+
+    def describe(self) -> str:
+        """Say in a line what the kept rows are like."""
+        blocks = [block for record in self.records for block, _ in record.document.blocks()]
+        with_blocks = sum(record.document.num_paths > 0 for record in self.records)
+        lengths = sorted(max(choice.parallel_length, choice.sequential_length) for choice in self.choices)
+        widths = [len(block.paths) for block in blocks]
+        depth = max((record.document.depth for record in self.records), default=0)
+        what = f"{min(widths)} to {max(widths)} paths a block, {depth} deep at most" if blocks else "no block at all"
+        return (
+            f"{with_blocks} of {len(lengths)} rows have blocks ({what}); {lengths[len(lengths) // 2]} tokens in the "
+            f"middle, {lengths[-1]} at most"
+        )
 
 
 def build_rows(
@@ -78,6 +93,8 @@ def build_rows(
         first, last = len(built.rows), len(built.rows) + len(encoded) - 1  # the same where there is one form
         lengths = [len(each["input_ids"]) for each in encoded]
         built.choices.append(Choice(first, last, lengths[0], lengths[-1]))
+        was_cut = [each.pop("full_length") > len(each["input_ids"]) for each in encoded]
+        built.report.num_cut += any(was_cut)
         built.rows += encoded
         built.records.append(record)
     return built

@@ -110,7 +110,7 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         return self.shares[min(epoch, len(self.shares) - 1)]
 
     def _generator(self, epoch: int, use: int) -> torch.Generator:
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 4 + use)
+        return torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 4 + use) % (1 << 63))
 
     def _parallel(self, epoch: int) -> set[int]:
         """Draw the records that are read in their parallel form: exactly the share, to the nearest record."""

@@ -5,7 +5,9 @@ A row has ``messages``, the last of them the assistant's; or a ``prompt`` (text 
 reasoning, is wrapped in ``<Think>`` if it is not yet, and ``Answer: ...`` follows it, as in Multiverse-1K.
 """
 
+import csv
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ class RowError(ValueError):
     """A row that cannot be trained on, with the kind of reason and what exactly is wrong."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote half a character
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -85,11 +88,14 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
         raise RowError(Reason.COLUMNS, f"needs messages, or prompt and document; found {found}")
     if not text.strip():
         raise RowError(Reason.COLUMNS, "the document is empty")
+    if messages[-1]["role"] == "assistant":
+        raise RowError(Reason.COLUMNS, "two answers in a row; join them, or put the user's message between them")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    answer = given.get("answer")
-    if answer is not None and not isinstance(answer, str | int | float):
-        raise RowError(Reason.COLUMNS, f"answer must be text, got {type(answer).__name__}")
+    answer = _answer(given.get("answer"))
+    for value in (text, answer or "", *(message["content"] for message in messages)):
+        if value.encode("utf-8", "replace").decode("utf-8") != value:
+            raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text")
     try:
         for message in messages:
             if message["role"] == "assistant":  # whose tags are control tags as well
@@ -117,9 +123,20 @@ def _document(value: Any) -> str:
     return value
 
 
-def _with_answer(text: str, answer: Any, names: TagNames) -> str:
+def _answer(value: Any) -> str | None:
+    """Give an answer column as text. Tables hold whole numbers as floats where another row has none."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RowError(Reason.COLUMNS, f"answer must be text or a number, got {value!r:.40}")
+    return str(value)
+
+
+def _with_answer(text: str, answer: str | None, names: TagNames) -> str:
     """Put reasoning and answer together, unless the document says its answer itself."""
-    if answer is None or not str(answer).strip():
+    if answer is None or not answer.strip():
         return text
     document = parse_document(text, names)
     has_think = any(isinstance(child, Think) for child in document.children)
@@ -128,7 +145,7 @@ def _with_answer(text: str, answer: Any, names: TagNames) -> str:
     if says_it or names.think is None:
         return text
     reasoning = text if has_think else f"{names.open('think')}\n{text.strip()}\n{names.close('think')}"
-    return f"{reasoning.rstrip()}\n\nAnswer: {str(answer).strip()}"
+    return f"{reasoning.rstrip()}\n\nAnswer: {answer.strip()}"
 
 
 _ANSWER = re.compile(r"^Answer:[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
@@ -153,26 +170,61 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
         ValueError: if there is no such file, dataset, config or split.
     """
     path = Path(source).expanduser()
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open("rb") as file:  # datasets would refuse the whole file for one bad line
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield json.loads(line)
-                except ValueError as err:
-                    yield RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
-        return
+    try:
+        is_file = path.is_file()
+        if path.suffix == ".jsonl" and is_file:
+            yield from _read_lines(path)
+            return
+        if path.suffix == ".json" and is_file:
+            yield from _read_json(path)
+            return
+        if path.suffix == ".csv" and is_file:
+            yield from _read_csv(path)
+            return
+    except (OSError, ValueError, RecursionError, csv.Error) as err:
+        raise ValueError(f"cannot read {source}: {err}") from err
     import datasets
 
-    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
     try:
-        if path.suffix in kinds:
-            if not path.is_file():
-                raise ValueError(f"no file {source}")
-            yield from datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+        if path.suffix == ".parquet" and is_file:
+            yield from datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif is_file or path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            known = "a .jsonl, .json, .parquet or .csv file, a folder, or a dataset on the Hub"
+            raise ValueError(f"it is none of these: {known}" if is_file else f"no file {source}")
         else:
             yield from datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
-        reason = " ".join(str(err).split())
+        cause = err.__cause__ or err
+        reason = " ".join(str(cause).split()) or type(cause).__name__
         raise ValueError(f"cannot read the dataset {source}: {reason}") from err
+
+
+def _read_lines(path: Path) -> Iterator[Any]:
+    """Read JSON lines; datasets would refuse the whole file for one bad line."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except (ValueError, RecursionError) as err:
+                yield RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
+
+
+def _read_json(path: Path) -> Iterator[Any]:
+    """Read a list of rows, or lines all the same; datasets would guess at types, and take some text for dates."""
+    text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    try:
+        rows = json.loads(text)
+    except ValueError:
+        yield from _read_lines(path)
+        return
+    yield from rows if isinstance(rows, list) else [rows]
+
+
+def _read_csv(path: Path) -> Iterator[dict[str, str | None]]:
+    """Read a table as text: a library that guesses at types makes 7 of 007, and 1.0 of 1."""
+    csv.field_size_limit(1 << 30)  # a document is a field; the default is 128 kB
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        for row in csv.DictReader(file):
+            yield {name: value or None for name, value in row.items() if name is not None}

@@ -131,11 +131,11 @@ class RowEncoder:
 
         Returns:
             ``input_ids``, ``labels`` (:data:`IGNORE` where nothing is to be learnt) and ``kinds``
-            (:class:`TokenKind`), lists of the same length; and ``plain``, whether it is to be laid out as plain
-            causal text.
+            (:class:`TokenKind`), lists of the same length; ``full_length`` in tokens, before it was cut; and
+            ``plain``, whether it is to be laid out as plain causal text.
 
         Raises:
-            RowError: if it is too long, or the chat template cannot take the prompt.
+            RowError: if it is too long, has an end token inside, or the chat template cannot take the prompt.
         """
         try:
             prompt = encode_prompt(self.tokenizer, self.prompt(record, form), self.tags.names)
@@ -143,10 +143,15 @@ class RowEncoder:
             raise RowError(Reason.TEMPLATE, " ".join(str(err).split())) from err
         text = record.document.sequential() if form is Form.SEQUENTIAL else record.document.render()
         ids = self.tokenizer.encode(text, add_special_tokens=False)
+        end = self.tokenizer.eos_token_id
+        while ids and ids[-1] == end:
+            ids.pop()
+        if end in ids:
+            raise RowError(Reason.MALFORMED, f"the end token {self.tokenizer.eos_token} inside the document")
         kinds, is_open = token_kinds(ids, self.tags)
         labels = ids if form is Form.PLAIN else document_labels(ids, self.tags)
-        ids, kinds = [*ids, self.tokenizer.eos_token_id], [*kinds, TokenKind.ANSWER]
-        labels, is_open = [*labels, self.tokenizer.eos_token_id], [*is_open, False]
+        ids, kinds = [*ids, end], [*kinds, TokenKind.ANSWER]
+        labels, is_open = [*labels, end], [*is_open, False]
         length = len(prompt) + len(ids)
         if self.max_length is not None and length > self.max_length:
             room = self.max_length - len(prompt)
@@ -156,6 +161,7 @@ class RowEncoder:
                 raise RowError(Reason.TOO_LONG, f"{length} tokens, max_length is {self.max_length}; {advice}")
             ids, kinds, labels = ids[:keep], kinds[:keep], labels[:keep]
         return {
+            "full_length": length,
             "input_ids": prompt + ids,
             "labels": [IGNORE] * len(prompt) + labels,
             "kinds": [TokenKind.PROMPT] * len(prompt) + kinds,

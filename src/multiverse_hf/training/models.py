@@ -80,6 +80,9 @@ def load_base(
     elif not tokenizer.chat_template:
         logger.warning(f"{path} has no chat template; using a plain one (Multiverse's own, saved with the model)")
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    words = "the user's own words"
+    if words not in tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False):
+        raise ValueError(f"the chat template of {path} leaves out what the user says")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 

@@ -66,16 +66,22 @@ def write_page(record: Mapping[str, Any], picture: str) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     last = {name: value for name, value in record["last_evaluation"].items() if name.startswith("eval_")}
     table = [f"| {name} | {value:.4g} |" for name, value in sorted({**metrics, **last}.items())]
-    settings = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed")
+    settings = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed", "max_length")
+    said = ("dataset_name", "parallel_share", "pack_rows", "overlong", "eval_rows", "system_prompt")
+    lora = f"LoRA of rank {record['model']['lora_r']}" if record["model"]["use_peft"] else "all weights trained"
+    processes = f"{record['processes']} process{'es' if record['processes'] > 1 else ''}"
     return "\n".join(
         [
             f"# Run {Path(training['output_dir']).name}",
             "",
             f"Base: `{record['model']['model_name_or_path']}`, attention {record['model']['attn_implementation']}, "
-            f"{'LoRA' if record['model']['use_peft'] else 'all weights trained'}, {record['processes']} processes.",
+            f"{lora}, {processes}.",
             "",
-            f"Rows: {rows['rows']} read, {rows['kept']} kept; dropped: {dropped} (`dropped_rows.jsonl`). "
+            f"Rows: {rows['rows']} read, {rows['kept']} kept, {rows.get('cut', 0)} of them cut, "
+            f"{data['trained_on']} trained on; dropped: {dropped} (`dropped_rows.jsonl`). "
             f"Fingerprint {data['fingerprint']}.",
+            "",
+            ", ".join(f"{name} {data[name]}" for name in said) + ".",
             "",
             ", ".join(f"{name} {training[name]}" for name in settings) + f". {versions}. All of it: `run.json`.",
             "",

@@ -88,6 +88,9 @@ class MultiverseSFTTrainer(SFTTrainer):
             # PEFT's TrainableTokensWrapper around an output layer; TRL's fused loss asks every head for its bias.
             head.bias = None
 
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: ``save_pretrained`` writes the model's own, and keeps one that is there."""
+
     def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
             dataset=Packs(self.train_dataset, self.sampler),
