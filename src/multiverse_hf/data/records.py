@@ -33,6 +33,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed document"
     TEMPLATE = "chat template"
     TOO_LONG = "too long"
+    DUPLICATE = "duplicate"
 
 
 class RowError(ValueError):
@@ -141,7 +142,15 @@ def read_answer(text: str) -> str | None:
 
 
 def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
-    """Give the rows of a file or dataset. A line of a JSONL file that is no JSON is given as a :class:`RowError`.
+    """Give the rows of a file or dataset, as :func:`number_rows` does, without their numbers."""
+    for _, row in number_rows(source, config, split):
+        yield row
+
+
+def number_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[tuple[int, Any]]:
+    """Give the rows of a file or dataset with their numbers from 1; for a JSONL file these are lines.
+
+    A line of a JSONL file that is no JSON is given as a :class:`RowError`.
 
     Args:
         source: a ``.jsonl`` file; a ``.json``, ``.parquet`` or ``.csv`` file; a folder with a dataset; or its name on
@@ -159,9 +168,9 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
                 if not line.strip():
                     continue
                 try:
-                    yield json.loads(line)
+                    yield number, json.loads(line)
                 except ValueError as err:
-                    yield RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
+                    yield number, RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
         return
     import datasets
 
@@ -170,9 +179,10 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
         if path.suffix in kinds:
             if not path.is_file():
                 raise ValueError(f"no file {source}")
-            yield from datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
+            rows = datasets.load_dataset(kinds[path.suffix], data_files=str(path), split="train")
         else:
-            yield from datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+            rows = datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+        yield from enumerate(rows, start=1)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
         reason = " ".join(str(err).split())
         raise ValueError(f"cannot read the dataset {source}: {reason}") from err
