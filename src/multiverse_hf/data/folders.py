@@ -380,7 +380,8 @@ def _statistics(summary: Mapping[str, Any]) -> list[str]:
     size = sum(part["characters"] for part in summary["splits"].values()) / num_tokens
     lines += [
         f"Tokens are those of `{summary['tokenizer']}`, {size:.1f} characters each on average; # parallel, tokens",
-        f"over the critical path, is a ratio of them. Words do not depend on a tokenizer. All figures: `{STATISTICS}`.",
+        "over the critical path, is a ratio of them. Words do not depend on a tokenizer. All figures:",
+        f"`{STATISTICS}`.",
     ]
     for split, part in summary["splits"].items():
         lines += ["", f"**{split}**: {part['rows']} rows, {part['rows_with_blocks']} of them with blocks.", ""]
