@@ -9,9 +9,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from building import About, CommandError, build, build_parser, check_options, open_ruler, progress, quiet
+from building import About, build, build_parser, check_options, errors_in_a_line, open_ruler, progress
 
-from multiverse_hf.checkpoints import one_line
+from multiverse_hf.checkpoints import quiet
 from multiverse_hf.data.chains import document
 from multiverse_hf.data.examples import ExampleReader
 from multiverse_hf.data.mixtures import ChainsMixture
@@ -44,14 +44,12 @@ def main() -> None:
     parser.add_argument("--rows-seed", type=int, default=1, help="of the problems (default: 1)")
     args = parser.parse_args()
     quiet()
-    try:
+    with errors_in_a_line(parser):
         mixture = ChainsMixture(args.num_rows, args.rows_seed)
         check_options(args)
         reader, about = ExampleReader(), About(args.title, args.license, MADE, args.language)
         examples = reader.read(progress(rows(mixture), "chains", args.num_rows), "chains")
         build(args, open_ruler(args.tokenizer), reader, examples, about)
-    except (CommandError, ValueError) as err:
-        parser.exit(getattr(err, "code", 2), f"error: {one_line(err)}\n")
 
 
 if __name__ == "__main__":

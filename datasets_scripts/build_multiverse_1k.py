@@ -13,12 +13,13 @@ folders and datasets on the Hub. --s1k has s1K-1.1, whose reasoning becomes the 
 question. A row that is not fit to train on is dropped, and listed with its line and reason.
 """
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-from building import About, CommandError, build, build_parser, check_options, open_ruler, progress, quiet
+from building import About, build, build_parser, check_options, errors_in_a_line, open_ruler, progress
 
-from multiverse_hf.checkpoints import one_line
+from multiverse_hf.checkpoints import CommandError, quiet
 from multiverse_hf.data.examples import Example, ExampleReader
 from multiverse_hf.data.records import number_rows
 
@@ -29,7 +30,7 @@ def name_of(source: str) -> str:
     return path.resolve().name if path.exists() else source
 
 
-def read_examples(reader: ExampleReader, args: object) -> Iterator[Example]:
+def read_examples(reader: ExampleReader, args: argparse.Namespace) -> Iterator[Example]:
     """Read all sources, in the order in which they are named."""
     for source in args.s1k:
         reader.read_trajectories(progress(number_rows(source), name_of(source)), name_of(source))
@@ -39,7 +40,7 @@ def read_examples(reader: ExampleReader, args: object) -> Iterator[Example]:
             yield from reader.read(progress(number_rows(source), name), name, is_published)
 
 
-def tell(args: object) -> str:
+def tell(args: argparse.Namespace) -> str:
     """Say in the card how the rows are made."""
     lines = []
     if args.curated:
@@ -66,7 +67,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     quiet()
-    try:
+    with errors_in_a_line(parser):
         if not args.curated and not args.published:
             raise CommandError("there is nothing to build from; name rows with --curated or --published")
         names = [name_of(source) for source in (*args.curated, *args.published, *args.s1k)]
@@ -75,8 +76,6 @@ def main() -> None:
         check_options(args)
         reader, about = ExampleReader(), About(args.title, args.license, tell(args), args.language)
         build(args, open_ruler(args.tokenizer), reader, read_examples(reader, args), about)
-    except (CommandError, ValueError) as err:
-        parser.exit(getattr(err, "code", 2), f"error: {one_line(err)}\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What the builders of datasets share: options, the tokenizer that measures, and one folder, whole or not at all."""
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
-    import datasets  # noqa: F401 - the library proper, which writes no line before this one has
+    import datasets  # noqa: F401 - used when the work is done, which is late to say that it is missing
+    import matplotlib  # noqa: F401
     from tqdm.auto import tqdm
 except ModuleNotFoundError as err:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {err.name} is missing; pip install -e '.[train]'") from None
@@ -14,11 +16,12 @@ except ModuleNotFoundError as err:
 from multiverse_hf.checkpoints import (
     EMBEDDED,
     EMBEDDED_NAMES,
+    INTERRUPTED,
+    USAGE,
     CommandError,
     check_new_folder,
     new_folder,
     one_line,
-    quiet,
 )
 from multiverse_hf.data.examples import Example, ExampleReader
 from multiverse_hf.data.folders import DROPPED, About, write_dataset
@@ -46,6 +49,17 @@ def build_parser(description: str, title: str, licence: str | None) -> argparse.
     parser.add_argument("--test-share", type=float, default=0.05, help="share of prompts held out (default: 0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the passes of `mixed` (default: 0)")
     return parser
+
+
+@contextlib.contextmanager
+def errors_in_a_line(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """End the program with one line where input, files or the disk do not serve."""
+    try:
+        yield
+    except (CommandError, ValueError, OSError) as err:
+        parser.exit(getattr(err, "code", USAGE), f"error: {one_line(err)}\n")
+    except KeyboardInterrupt:
+        parser.exit(INTERRUPTED, "stopped; nothing is written\n")
 
 
 def check_options(args: argparse.Namespace) -> None:
@@ -108,6 +122,3 @@ def build(
 def progress(rows: Iterable, what: str, total: int | None = None) -> Iterator:
     """Show how far rows are read, where somebody can see it."""
     yield from tqdm(rows, desc=what, total=total, unit=" rows", disable=None)
-
-
-__all__ = ["About", "CommandError", "build", "build_parser", "check_options", "open_ruler", "progress", "quiet"]

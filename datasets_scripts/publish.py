@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, USAGE, CommandError, one_line, quiet
+from multiverse_hf.checkpoints import FAILURE, INTERRUPTED, CommandError, one_line, quiet
 from multiverse_hf.data.folders import CARD, CONFIGS, DROPPED, PLOTS, STATISTICS
 
 BUILT = (CARD, STATISTICS, PLOTS, DROPPED, *(f"{config}/*.parquet" for config in CONFIGS))  # what a build writes
@@ -123,7 +123,7 @@ def main() -> None:
     except CommandError as err:
         parser.exit(err.code, f"error: {err}\n")
     except KeyboardInterrupt:
-        parser.exit(USAGE, "stopped\n")
+        parser.exit(INTERRUPTED, "stopped\n")
 
 
 if __name__ == "__main__":

@@ -316,6 +316,23 @@ def test_what_cannot_be_done_is_said_in_one_line_and_leaves_nothing(
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["kept"]
 
 
+@pytest.mark.parametrize("script", ["build_multiverse_1k.py", "build_chains.py", "publish.py"])
+def test_help_shows_examples(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, script: str) -> None:
+    assert build(monkeypatch, script, "--help") == 0
+    assert f"python datasets_scripts/{script} " in capsys.readouterr().out
+
+
+def test_a_tokenizer_of_ones_own_counts_and_gets_the_tags_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "recipes/tiny-random/make_base.py", "--output", "bytes") == 0
+    assert build(monkeypatch, "build_chains.py", "--num-rows", "9", "--tokenizer", "bytes", "--output", "new") == 0
+    assert "Tokens are those of `bytes`" in (tmp_path / "new/README.md").read_text()
+    for row in load(tmp_path / "new"):  # a token for each byte, one for each tag
+        assert row["num_tokens"] == len(re.sub(r"</?[A-Z]\w+>", "x", row["document"]))
+
+
 # Their parts
 
 
