@@ -65,7 +65,9 @@ class DataArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "of a dataset that has several"})
     dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
     dataset_test_split: str | None = field(default=None, metadata={"help": "split to evaluate on"})
-    eval_rows: int = field(default=0, metadata={"help": "without a test split: the last so many rows are held out"})
+    eval_rows: int = field(
+        default=0, metadata={"help": "the last so many rows are held out, unless there is dataset_test_split"}
+    )
     eval_generations: int = field(default=8, metadata={"help": "rows whose prompts are answered at an evaluation"})
     eval_max_new_tokens: int = field(default=2048, metadata={"help": "length of such an answer, at most"})
     parallel_share: list[float] = field(
@@ -165,8 +167,6 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     is_file = Path(data.dataset_name).suffix in (".jsonl", ".json", ".parquet", ".csv")
     if is_file and (data.dataset_test_split or data.dataset_config or data.dataset_train_split != "train"):
         raise CommandError(f"{data.dataset_name} is a file and has no splits; hold rows out with eval_rows")
-    if data.dataset_test_split and data.eval_rows:
-        raise CommandError("dataset_test_split and eval_rows exclude each other; give one of them")
     if training.eval_strategy != "no" and not (data.dataset_test_split or data.eval_rows):
         raise CommandError("an evaluation needs rows; give dataset_test_split or eval_rows")
 
@@ -360,6 +360,8 @@ def main() -> None:
         train, test = read_rows(data, encoder, forms, data.dataset_train_split, is_main), None
         if data.dataset_test_split:
             test = read_rows(data, encoder, [eval_form], data.dataset_test_split, is_main)
+            if data.eval_rows and is_main:
+                print(f"evaluated on the split {data.dataset_test_split}; no rows are held out (eval_rows)")
         elif data.eval_rows:
             train, test = hold_out(train, data.eval_rows)
         if is_main:

@@ -341,7 +341,6 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--num_train_epochs", "inf"], ["num_train_epochs", "inf"]),
         ([SFT, "--label_smoothing_factor", "0.1"], ["label_smoothing_factor", "leave it out"]),
         ([SFT, "--dataset_name", "rows.jsonl", "--dataset_test_split", "test"], ["is a file", "eval_rows"]),
-        ([SFT, "--dataset_test_split", "test", "--eval_rows", "2"], ["exclude each other"]),
         ([SFT, "--max_steps", "1", "--parallel_share", "0", "0.5", "1"], ["max_steps 1", "epoch 1 of the 3"]),
         ([SFT, "--chat_template_path", "silent.jinja"], ["leaves out what the user says"]),
         ([SFT, "--use_peft", "true", "--lora_target_modules", "lm_head"], ["lm_head"]),

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -417,3 +418,62 @@ def output_folder(folder: Path) -> Iterator[Path]:
                 target = folder / file.relative_to(part)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file.replace(target)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Try now whether a folder that is not there yet, or is empty, can be written.
+
+    Raises:
+        CommandError: if it holds something, or cannot be written.
+    """
+    try:
+        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as err:
+        raise CommandError(f"cannot read {folder}: {err.strerror or err}; name another place") from err
+    if is_taken:
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise CommandError(f"{folder} {what}; name a new folder, or move it away")
+    check_output(folder)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write files to; once all are written it becomes ``folder``, by one rename.
+
+    Until then it is in a hidden folder beside it. What a killed process left there is removed.
+
+    Raises:
+        CommandError: if ``folder`` holds something.
+    """
+    check_new_folder(folder)
+    folder = folder.resolve()
+    prefix = f".{folder.name}.writing-"
+    for left in folder.parent.glob(f"{prefix}*/lock"):
+        with left.open("rb+") as file:
+            if _lock(file):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as part,
+        (Path(part) / "lock").open("wb") as file,
+    ):
+        _lock(file)
+        whole = Path(part) / "whole"
+        whole.mkdir()
+        yield whole
+        try:
+            whole.replace(folder)
+        except OSError as err:  # somebody else has written there meanwhile
+            raise CommandError(f"cannot write {folder}: {err.strerror or err}; name a new folder") from err
+
+
+def _lock(file: Any) -> bool:
+    """Take a lock that ends with this process, and say whether it was free."""
+    try:
+        import fcntl  # Windows has none: there, what a killed process left stays
+    except ImportError:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

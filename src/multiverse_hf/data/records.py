@@ -35,6 +35,7 @@ class Reason(StrEnum):
     MALFORMED = "malformed document"
     TEMPLATE = "chat template"
     TOO_LONG = "too long"
+    DUPLICATE = "duplicate"
 
 
 class RowError(ValueError):
@@ -158,7 +159,15 @@ def read_answer(text: str) -> str | None:
 
 
 def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
-    """Give the rows of a file or dataset. A line of a JSONL file that is no JSON is given as a :class:`RowError`.
+    """Give the rows of a file or dataset, as :func:`number_rows` does, without their numbers."""
+    for _, row in number_rows(source, config, split):
+        yield row
+
+
+def number_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[tuple[int, Any]]:
+    """Give the rows of a file or dataset with their numbers from 1; for a JSONL file these are lines.
+
+    A line of a JSONL file that is no JSON is given as a :class:`RowError`.
 
     Args:
         source: a ``.jsonl`` file; a ``.json``, ``.parquet`` or ``.csv`` file; a folder with a dataset; or its name on
@@ -170,16 +179,11 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
         ValueError: if there is no such file, dataset, config or split.
     """
     path = Path(source).expanduser()
+    readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv}
     try:
         is_file = path.is_file()
-        if path.suffix == ".jsonl" and is_file:
-            yield from _read_lines(path)
-            return
-        if path.suffix == ".json" and is_file:
-            yield from _read_json(path)
-            return
-        if path.suffix == ".csv" and is_file:
-            yield from _read_csv(path)
+        if path.suffix in readers and is_file:
+            yield from readers[path.suffix](path)
             return
     except (OSError, ValueError, RecursionError, csv.Error) as err:
         raise ValueError(f"cannot read {source}: {err}") from err
@@ -187,31 +191,32 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
 
     try:
         if path.suffix == ".parquet" and is_file:
-            yield from datasets.load_dataset("parquet", data_files=str(path), split="train")
-        elif is_file or path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
+        elif is_file or path.suffix in (*readers, ".parquet"):
             known = "a .jsonl, .json, .parquet or .csv file, a folder, or a dataset on the Hub"
             raise ValueError(f"it is none of these: {known}" if is_file else f"no file {source}")
         else:
-            yield from datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+            rows = datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+        yield from enumerate(rows, start=1)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
         cause = err.__cause__ or err
         reason = " ".join(str(cause).split()) or type(cause).__name__
         raise ValueError(f"cannot read the dataset {source}: {reason}") from err
 
 
-def _read_lines(path: Path) -> Iterator[Any]:
+def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Read JSON lines; datasets would refuse the whole file for one bad line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+                yield number, json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as err:
-                yield RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
+                yield number, RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
 
 
-def _read_json(path: Path) -> Iterator[Any]:
+def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
     """Read a list of rows, or lines all the same; datasets would guess at types, and take some text for dates."""
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
@@ -219,12 +224,12 @@ def _read_json(path: Path) -> Iterator[Any]:
     except ValueError:
         yield from _read_lines(path)
         return
-    yield from rows if isinstance(rows, list) else [rows]
+    yield from enumerate(rows if isinstance(rows, list) else [rows], start=1)
 
 
-def _read_csv(path: Path) -> Iterator[dict[str, str | None]]:
+def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
     """Read a table as text: a library that guesses at types makes 7 of 007, and 1.0 of 1."""
     csv.field_size_limit(1 << 30)  # a document is a field; the default is 128 kB
     with path.open(encoding="utf-8-sig", newline="") as file:
-        for row in csv.DictReader(file):
-            yield {name: value or None for name, value in row.items() if name is not None}
+        for number, row in enumerate(csv.DictReader(file), start=1):
+            yield number, {name: value or None for name, value in row.items() if name is not None}
