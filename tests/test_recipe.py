@@ -170,6 +170,26 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_un
     assert {entry[-1] for entry in whole} == {0.0, 0.5, 1.0}
 
 
+def test_two_runs_do_not_write_to_one_folder(base: Path, tmp_path: Path, monkeypatch, capfd) -> None:
+    hold = "import fcntl, sys, time; file = open('out/.running', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print('held')"
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen(
+        [sys.executable, "-uc", f"{hold}; sys.stdin.read()"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        monkeypatch.chdir(tmp_path)
+        options = ["--use_cpu", "--model_name_or_path", str(base / "base"), "--dataset_name", "chains"]
+        assert call(monkeypatch, SFT, *options, "--output_dir", "out") == 2
+        assert "another run is writing to out" in capfd.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+
+
 SFT, BASE, EVALUATE = "recipes/sft.py", "recipes/multiverse-tiny/make_base.py", "recipes/multiverse-tiny/evaluate.py"
 EMBED, CHAINS, PARSE = (
     "recipes/multiverse-tiny/embed.py",
