@@ -194,8 +194,6 @@ def check_folder(output: Path, training: SFTConfig) -> None:
     elif resume:
         if not (Path(resume) / "trainer_state.json").is_file():
             raise CommandError(f"{resume} holds no checkpoint to resume from; leave out resume_from_checkpoint")
-        if Path(resume).resolve().parent != output.resolve():
-            raise CommandError(f"{resume} is a checkpoint of another run; resume it with its own output_dir")
     elif whole:
         raise CommandError(
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
@@ -459,8 +457,8 @@ def main() -> None:
     }
     begun = output / "begun.json"
     if training.resume_from_checkpoint:
-        check_same_run(parser, begun, record)
-    elif trainer.is_world_process_zero():
+        check_same_run(parser, Path(training.resume_from_checkpoint).resolve().parent, record)
+    if trainer.is_world_process_zero() and not begun.exists():
         write_output(begun, json.dumps(record, indent=1, default=str) + "\n")
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     model.config.use_cache = True  # the trainer turned it off
@@ -502,24 +500,30 @@ def document_has_blocks(record: Any) -> bool:
     return record.document.num_paths > 0
 
 
-def check_same_run(parser: Parser, begun: Path, record: dict[str, Any]) -> None:
-    """Check that a run is resumed with the rows it was begun with.
+def check_same_run(parser: Parser, run: Path, record: dict[str, Any]) -> None:
+    """Check that a run is resumed with the rows and options it was begun with.
 
     Stops the program if it is not: the sampler would go on in another order, over other rows.
+
+    Args:
+        parser: ends the program.
+        run: the folder that the checkpoint is in.
+        record: what this run was told.
     """
-    if not begun.is_file():
+    told = next((file for file in (run / "begun.json", run / "run.json") if file.is_file()), None)
+    if told is None:
         return
     try:
-        before = json.loads(begun.read_bytes())
+        before = json.loads(told.read_bytes())
         parts = [before["data"], before["training"], before["model"], before["processes"]]
     except (ValueError, KeyError, TypeError):
-        parser.exit(FAILURE, f"error: {begun} is damaged; choose another output_dir\n")
+        parser.exit(FAILURE, f"error: {told} is damaged; begin anew in another output_dir\n")
     now = json.loads(json.dumps(record, default=str))
     for part in ("data", "training", "model"):
         for name in before[part]:
             if name not in MAY_CHANGE and not name.startswith(("logging", "log_", "save_", "eval_", "push_", "hub_")):
-                check_unchanged(parser, begun.parent, name, before[part][name], now[part].get(name))
-    check_unchanged(parser, begun.parent, "number of processes", parts[-1], now["processes"])
+                check_unchanged(parser, run, name, before[part][name], now[part].get(name))
+    check_unchanged(parser, run, "number of processes", parts[-1], now["processes"])
 
 
 def check_unchanged(parser: Parser, output: Path, name: str, before: Any, now: Any) -> None:
