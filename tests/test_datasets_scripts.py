@@ -261,7 +261,7 @@ def test_killing_a_build_leaves_no_half_folder_and_the_next_one_clears_up(tmp_pa
     options = [sys.executable, str(SCRIPTS / "build_chains.py"), "--num-rows", "600", "--output", "chains"]
     process = subprocess.Popen(options, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any(tmp_path.glob(".chains.writing-*/whole/*/*.parquet")):
+    while not any(tmp_path.glob(".chains.writing-*/whole/chains/*/*.parquet")):
         assert process.poll() is None, "it has finished too soon to be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -457,8 +457,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
         (Path(part) / "lock").open("wb") as file,
     ):
         _lock(file)
-        whole = Path(part) / "whole"
-        whole.mkdir()
+        whole = Path(part) / "whole" / folder.name  # of its final name, which a checkpoint's card tells
+        whole.mkdir(parents=True)
         yield whole
         try:
             whole.replace(folder)

@@ -9,7 +9,6 @@ import difflib
 import json
 import os
 import sys
-import tempfile
 import traceback as tracebacks
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
@@ -32,9 +31,10 @@ from multiverse_hf.checkpoints import (
     CommandError,
     Dtype,
     answer_prompt,
-    check_output,
+    check_new_folder,
     load_model,
     load_weights,
+    new_folder,
     one_line,
     open_checkpoint,
     quiet,
@@ -558,22 +558,11 @@ def export(
         save_checkpoint(loaded, checkpoint.tokenizer, output)
 
 
-def check_new_folder(output: Path) -> None:
-    """Check that a folder to write is new or empty, and can be written."""
-    if output.is_dir() and any(output.iterdir()):
-        raise CommandError(f"{output} is not empty; name a new folder")
-    check_output(output, is_folder=True)
-
-
 def save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
     """Write a checkpoint whole or not at all, and say what it is."""
-    # beside it and then renamed: a folder that is there is a whole checkpoint
-    target = output.resolve()
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as beside:
-        part = Path(beside, target.name)  # of its final name, which its card tells
-        model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
-        part.replace(target)
+    with new_folder(output) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 

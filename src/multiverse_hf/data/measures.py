@@ -4,19 +4,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from multiverse_hf.data.rows import TokenKind, token_kinds
+from multiverse_hf.data.rows import KINDS, TokenKind, token_kinds
 from multiverse_hf.documents import Block, Document, Element, Text
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.tags import TagSet
-
-_KINDS = {
-    "think": TokenKind.THINK,
-    "parallel": TokenKind.TAG,
-    "goal": TokenKind.GOAL,
-    "outline": TokenKind.GOAL,
-    "path": TokenKind.PATH,
-    "conclusion": TokenKind.CONCLUSION,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +54,7 @@ class Ruler:
         for piece in document.walk():
             if isinstance(piece.node, Text):
                 role = piece.parent.role if isinstance(piece.parent, Element) else None
-                words[_KINDS.get(role, TokenKind.ANSWER).name.lower()] += len(piece.text.split())
+                words[KINDS.get(role, TokenKind.ANSWER).name.lower()] += len(piece.text.split())
             else:
                 num_blocks += isinstance(piece.node, Block) and not piece.closes
         return Measures(
