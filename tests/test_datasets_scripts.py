@@ -8,9 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 pytest.importorskip("datasets", reason="datasets need the train extra: pip install -e '.[train]'")
 pytest.importorskip("matplotlib", reason="the card's plots need the train extra: pip install -e '.[train]'")
 
+from hub import TOKEN, read_log
 from test_recipe import block, call
 
 from multiverse_hf.checkpoints import EMBEDDED, CommandError, new_folder
@@ -33,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("unquiet")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "datasets_scripts"
 SAMPLES = sorted((ROOT.parent / "shared/data/multiverse-1k-samples").glob("*.xml"))
-TOKEN = "hf_of-this-test-only"
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -383,31 +381,6 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 # Publishing
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Start a stand-in for the Hub, and give the environment in which the Hub's client uses it."""
-    command = [sys.executable, str(ROOT / "tests/hub.py"), "--token", TOKEN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        address = process.stdout.readline().strip()
-        yield {
-            "HF_ENDPOINT": address,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # another protocol for large files; the stand-in has LFS
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-        process.kill()
-
-
-def hub_log(hub: dict[str, str]) -> dict[str, Any]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{hub['HF_ENDPOINT']}/log") as response:
-        return json.load(response)
-
-
 COMPARE = """
 import sys
 from datasets import get_dataset_default_config_name, load_dataset
@@ -438,11 +411,11 @@ def test_a_published_folder_is_one_commit_and_loads_from_the_hub_as_it_does_from
     said = run("publish.py", "built", "me/mine", "--dry-run", cwd=tmp_path, **hub)
     assert re.search(r"10 files, [\d,]+ bytes would go to me/mine in one commit", said)
     assert "left out, as no build writes it: notes.txt" in said
-    assert hub_log(hub) == {"commits": [], "refused": 0, "large": 0}
+    assert read_log(hub) == {"commits": [], "refused": 0, "large": 0}
 
     said += run("publish.py", "built", "me/mine", "--message", "First", cwd=tmp_path, **hub)
     assert f"{hub['HF_ENDPOINT']}/datasets/me/mine/commit/" in said
-    (commit,) = hub_log(hub)["commits"]
+    (commit,) = read_log(hub)["commits"]
     assert commit["summary"] == "First"
     assert set(commit["added"]) == set(contents(tmp_path / "built")) - {"notes.txt"}
     compare = [sys.executable, "-c", COMPARE, "built", "me/mine"]
@@ -451,7 +424,7 @@ def test_a_published_folder_is_one_commit_and_loads_from_the_hub_as_it_does_from
 
     # a later build, without a test split: what it lacks goes in the same commit, and the default stays
     said += run("publish.py", "again", "me/mine", cwd=tmp_path, **hub)
-    first, second = hub_log(hub)["commits"]
+    first, second = read_log(hub)["commits"]
     assert first == commit
     assert second["deleted"] == [f"{config}/test-00000-of-00001.parquet" for config in sorted(CONFIGS)]
 
@@ -468,7 +441,7 @@ def test_without_a_token_that_may_write_nothing_is_published_and_one_line_says_w
     assert said.count("\n") == 1
     assert "does not let you write to me/chains (401); set HF_TOKEN to a token that may" in said
     assert "hf_of-another" not in said
-    log = hub_log(hub)
+    log = read_log(hub)
     assert log["commits"] == []
     assert log["refused"] > 0
 

@@ -2,6 +2,12 @@
 
 import functools
 import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -38,6 +44,32 @@ def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == [type(plain).__name__]
     assert config["auto_map"] == sharing.AUTO_MAP
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_lora_adapter_loads_in_three_ways_beside_its_base_and_merged_into_it(name, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny_model(name, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = MultiverseForCausalLM.from_pretrained(tmp_path / "base")
+    # not the usual beginning, at which an adapter changes nothing
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    text, plans = torch.tensor([[50, 51, 60, 61, 62]]), {tuple(PROMPT): NESTED}
+    with torch.no_grad():
+        expected, before = adapted(text).logits, load(tmp_path / "base")(text).logits
+        assert (expected - before).abs().max() > 1e-3
+        written = documents(answer(adapted, [PROMPT], plans), [PROMPT])
+        document = adapted(torch.tensor(written)).logits
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        for folder in (tmp_path / "adapter", tmp_path / "merged"):
+            with_package, remote, plain = MultiverseForCausalLM.from_pretrained(folder), trusted(folder), load(folder)
+            for loaded in (with_package.eval(), remote.eval(), plain.eval()):
+                torch.testing.assert_close(loaded(text).logits, expected, rtol=1e-4, atol=1e-5)
+            for loaded in (with_package, remote):
+                assert documents(answer(loaded, [PROMPT], plans), [PROMPT]) == written
+                torch.testing.assert_close(loaded(torch.tensor(written)).logits, document, rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +134,47 @@ def test_a_text_generation_pipeline_branches(saved):
     pipe = pipeline("text-generation", model=str(saved), trust_remote_code=True)
     said = pipe(CHAT, max_new_tokens=600, do_sample=False)[0]["generated_text"][-1]["content"]
     assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
+
+
+@pytest.fixture(scope="module")
+def served(saved):
+    """Its address: multiverse-tiny behind ``transformers serve``, which is told to trust the checkpoint's code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(saved), "--trust-remote-code"]
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            for _ in range(600):
+                if server.poll() is not None:
+                    log.seek(0)
+                    pytest.fail(f"transformers serve ended: {log.read().decode()[-3000:]}")
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def test_transformers_serve_branches_whole_and_streamed(saved, served):
+    from openai import OpenAI
+
+    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
+    client = OpenAI(base_url=served, api_key="none")
+    asked = {"model": str(saved), "messages": CHAT, "max_tokens": 600, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == expected
+    assert len([piece for piece in pieces if piece]) > 20
 
 
 def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):
