@@ -15,7 +15,7 @@ import torch
 from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, pipeline
 
-from multiverse_hf import MultiverseForCausalLM, embedded_model
+from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
 from multiverse_hf.modeling import sharing
 
 PROMPT = [50, 51, 52]
@@ -118,6 +118,17 @@ def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_gen
     assert torch.equal(model.generate(ids, max_new_tokens=3), trusted(saved).generate(ids, max_new_tokens=3))
     untrusting = Qwen3ForCausalLM.from_pretrained(saved)
     assert type(untrusting) is Qwen3ForCausalLM
+
+
+@pytest.mark.parametrize("decoding", ["packed", "static"])
+def test_the_code_of_a_checkpoint_and_the_package_work_side_by_side_in_one_process(decoding, saved):
+    package, remote = MultiverseForCausalLM.from_pretrained(saved), trusted(saved)  # the later copy takes no place
+    ids = torch.tensor([[30, 31, package.tags.open("think")]])
+    expected = remote.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist()
+    with MultiverseEngine(package, max_cache_tokens=500, decoding=decoding) as engine:
+        (result,) = engine.generate([ids[0]], max_new_tokens=60, do_sample=False)
+    assert ids[0].tolist() + list(result.ids) == expected
+    assert remote.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist() == expected
 
 
 def test_auto_model_gives_the_backbone_which_follows_layouts(saved):
