@@ -1,13 +1,14 @@
 """Write a model's card from the files beside it: what was trained, on what, and what was measured.
 
     python model_cards/make_card.py runs/my-model --facts model_cards/multiverse-7b.yaml --dry-run
-    python model_cards/make_card.py runs/my-model --facts model_cards/multiverse-7b.yaml
-    python model_cards/make_card.py runs/my-model                 # again, once there are more evaluations
+    python model_cards/make_card.py runs/my-model --facts model_cards/multiverse-7b.yaml --results runs/eval-aime
+    python model_cards/make_card.py runs/my-model                 # again, once something beside it has changed
 
-Reads ``config.json``, ``run.json`` (of recipes/sft.py) and ``evaluation*.json``; what is not there is "not measured".
-What no run can know (a summary, licences, limits) stands in a YAML file, which is kept beside the card as
-``card.yaml``: everything the card says is found in the files beside it. Writes ``README.md`` with a model-index, and
-``.eval_results/*.yaml`` for benchmarks that the Hub has registered.
+Reads ``config.json``, ``run.json`` (of recipes/sft.py), ``results*.json`` (of ``multiverse eval``) and
+``evaluation*.json`` (of recipes/multiverse-tiny/evaluate.py); what is not there is "not measured". What no run can
+know (a summary, licences, limits) stands in a YAML file, which is kept beside the card as ``card.yaml``: everything
+the card says is found in the files beside it. Writes ``README.md`` with a model-index, and ``.eval_results/*.yaml``
+for benchmarks that the Hub has registered.
 """
 
 import argparse
@@ -30,6 +31,11 @@ MARKER = (
 )
 UNKNOWING = "Nothing is known here of its training or accuracy."  # in the card that save_pretrained writes
 SUFFIXES = {"parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
+# Tasks of multiverse eval by the names that people know.
+TITLES = {
+    "mv:aime24": "AIME 2024", "mv:aime25": "AIME 2025", "mv:math_500": "MATH-500", "mv:gpqa_diamond": "GPQA Diamond",
+    "mv:chains": "chains",
+}  # fmt: skip
 # Benchmarks with a leaderboard on the Hub, by their names in results: (dataset, its task). Others are refused there.
 REGISTERED = {"GPQA Diamond": ("Idavidrein/gpqa", "gpqa_diamond")}
 
@@ -86,11 +92,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Result:
-    """What was measured on one task; shares from 0 to 1, None where a file does not say."""
+    """What was measured on one task; shares from 0 to 1, None where a file does not say.
+
+    Attributes:
+        interval: of the accuracy, low and high.
+    """
 
     task: str
     problems: int
     accuracy: float
+    interval: tuple[float, float] | None
     parallelism: float | None
     length: float | None
     tokens: float | None
@@ -99,9 +110,12 @@ class Result:
 
     def cells(self) -> list[str]:
         """Give the row of the card's table."""
+        right = percent(self.accuracy)
+        if self.interval is not None:
+            right += " ({:.1f} to {:.1f})".format(*(100 * end for end in self.interval))
         return [
-            self.task, str(self.problems), percent(self.accuracy), number(self.parallelism, 2),
-            number(self.length), number(self.tokens), percent(self.well_formed), percent(self.forks),
+            self.task, str(self.problems), right, number(self.parallelism, 2), number(self.length),
+            number(self.tokens), percent(self.well_formed), percent(self.forks),
         ]  # fmt: skip
 
 
@@ -111,7 +125,7 @@ class Evaluation:
 
     file: str
     heading: str
-    suffix: str
+    mode: str
     results: list[Result]
 
     @property
@@ -182,7 +196,7 @@ def read_evaluation(path: Path) -> Evaluation:
         settings, versions = report["settings"], report["versions"]
         results = [
             Result(
-                f"chains, {kind}", each["problems"], each["accuracy"], each["parallelism"], each["length"],
+                f"chains, {kind}", each["problems"], each["accuracy"], None, each["parallelism"], each["length"],
                 each["tokens"], each["well_formed"], each["share_that_forks"],
             )
             for kind, each in report["results"].items()
@@ -194,6 +208,40 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{str(report['commit'])[:7]}"
         )
         return Evaluation(path.name, heading, settings["suffix"], results)
+    except (KeyError, TypeError, AttributeError) as err:
+        raise CommandError(f"{path} is no evaluation that is known here ({err!r}); move it away") from err
+
+
+def read_results(path: Path, name: str) -> Evaluation:
+    """Read what ``multiverse eval`` wrote, and call it by its name beside the card.
+
+    Raises:
+        CommandError: if it holds something else.
+    """
+    report = read_json(path)
+    try:
+        sampling, versions, mode = report["sampling"], report["versions"], report["mode"]
+        results, names = [], ("parallelism", "length", "tokens", "well_formed", "parallel_rate")
+        for task_name, task in report["tasks"].items():
+            title = TITLES.get(task_name, task_name)
+            parts = {title: task} | {f"{title}, {group}": part for group, part in task["groups"].items()}
+            for part, said in parts.items():
+                values = {metric: each["value"] for metric, each in said["metrics"].items()}
+                right = said["metrics"]["pass@1"]
+                interval = (right["low"], right["high"])
+                results.append(
+                    Result(part, said["problems"], right["value"], interval, *(values[each] for each in names))
+                )
+        how = "greedy"
+        if sampling["do_sample"]:
+            how = f"temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
+        heading = (
+            f'{mode.capitalize()}, prompts that end with "{report["prompts"]["suffix"]}": {how}, structure '
+            f"{sampling['structure']}, at most {sampling['max_new_tokens']:,} positions, answers to a problem: "
+            f"{report['n']}, seed {report['seed']}, {100 * report['confidence']:g} % intervals over problems, torch "
+            f"{versions['torch']}, transformers {versions['transformers']}, commit {str(report['commit'])[:7]}"
+        )
+        return Evaluation(name, heading, mode, results)
     except (KeyError, TypeError, AttributeError) as err:
         raise CommandError(f"{path} is no evaluation that is known here ({err!r}); move it away") from err
 
@@ -263,7 +311,7 @@ def model_index(facts: Facts, evaluations: list[Evaluation]) -> list[Any]:
                             task_type="text-generation",
                             dataset_type=result.task.partition(",")[0].lower().replace(" ", "-"),
                             dataset_name=result.task,
-                            dataset_config=f"{result.task}, {evaluation.suffix} suffix",  # one entry for each
+                            dataset_config=f"{result.task}, {evaluation.mode}",  # one entry for each
                             metric_type=name,
                             metric_name={"accuracy": "right, %", "parallelism": "# parallel"}[name],
                             metric_value=value,
@@ -282,15 +330,20 @@ def registered_results(evaluations: list[Evaluation]) -> dict[str, str]:
         for result in evaluation.results:
             if result.task in REGISTERED:
                 dataset, task = REGISTERED[result.task]
-                notes = f"{evaluation.suffix} suffix; # parallel {number(result.parallelism, 2)}; {evaluation.heading}"
+                notes = f"# parallel {number(result.parallelism, 2)}; {evaluation.heading}"
                 entry = EvalResultEntry(dataset, task, round(100 * result.accuracy, 2), notes=notes)
                 text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
-                files[f".eval_results/{task}-{evaluation.suffix}.yaml"] = text
+                files[f".eval_results/{task}-{evaluation.mode}.yaml"] = text
     return files
 
 
-def make_card(folder: Path, facts: Facts) -> tuple[str, dict[str, str]]:
+def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, dict[str, str]]:
     """Write a card, and the files for leaderboards.
+
+    Args:
+        folder: the model's.
+        facts: what no file says.
+        more: results that are not in the folder yet, by the names they will have there.
 
     Raises:
         CommandError: if a file in the folder cannot be read.
@@ -298,16 +351,16 @@ def make_card(folder: Path, facts: Facts) -> tuple[str, dict[str, str]]:
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    evaluations = [
-        read_evaluation(path) for path in sorted(folder.glob("evaluation*.json"), key=lambda path: path.stem)
-    ]
+    results = {path.name: path for path in folder.glob("results*.json")} | more
+    evaluations = [read_results(results[name], name) for name in sorted(results)]
+    evaluations += map(read_evaluation, sorted(folder.glob("evaluation*.json"), key=lambda path: path.stem))
     config = read_json(folder / "config.json") or {}
     run = read_json(folder / "run.json")
     architecture = (config.get("architectures") or ["model of its base's architecture"])[0]
     name = f'embedded_model("{facts.name}")' if facts.is_embedded else f'"{facts.repository or facts.name}"'
     snippet = (PACKAGE if facts.is_embedded else REMOTE) + ASK
     tags = ["multiverse", *(["custom_generate"] if (folder / "custom_generate").is_dir() else [])]
-    results = model_index(facts, evaluations)
+    index = model_index(facts, evaluations)
     metadata = ModelCardData(
         language=facts.language,
         license=facts.license,
@@ -316,8 +369,8 @@ def make_card(folder: Path, facts: Facts) -> tuple[str, dict[str, str]]:
         tags=tags,
         base_model=facts.base_model,
         base_model_relation="finetune" if facts.base_model else None,
-        model_name=facts.name if results else None,
-        eval_results=results or None,
+        model_name=facts.name if index else None,
+        eval_results=index or None,
     )
     found = {result.task for evaluation in evaluations for result in evaluation.results}
     lacking = [name for name in facts.benchmarks if name not in found]
@@ -359,6 +412,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the model's, with run.json and evaluation*.json in it")
     parser.add_argument("--facts", type=Path, help=f"what no run knows; by default the folder's {FACTS}")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[], help="folders of multiverse eval; kept beside the card"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the card and write nothing")
     args = parser.parse_args()
     try:
@@ -369,7 +425,10 @@ def main() -> None:
             examples = ", ".join(sorted(path.name for path in TEMPLATE.parent.glob("*.yaml")))
             raise CommandError(f"no file {source}; give --facts, one like those in model_cards: {examples}")
         facts = read_facts(source)
-        text, leaderboards = make_card(args.folder, facts)
+        results = {f"results-{folder.name}.json": folder / "results.json" for folder in args.results}
+        if missing := [file for file in results.values() if not file.is_file()]:
+            raise CommandError(f"no file {missing[0]}; let multiverse eval --output {missing[0].parent} end first")
+        text, leaderboards = make_card(args.folder, facts, results)
         if args.dry_run:
             print(text, end="")
             return
@@ -377,7 +436,8 @@ def main() -> None:
         check_output(args.folder, is_folder=True)
         said = source.read_text(encoding="utf-8")
         with output_folder(args.folder) as part:
-            for name, content in {CARD: text, FACTS: said, **leaderboards}.items():
+            copies = {name: file.read_text(encoding="utf-8") for name, file in results.items()}
+            for name, content in {CARD: text, FACTS: said, **copies, **leaderboards}.items():
                 (part / name).parent.mkdir(exist_ok=True)
                 (part / name).write_text(content, encoding="utf-8")
     except CommandError as err:
