@@ -14,6 +14,7 @@ for benchmarks that the Hub has registered.
 import argparse
 import difflib
 import json
+import math
 import re
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, one_line, output_folder
+from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, one_line, output_folder, write_output
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
@@ -29,7 +30,11 @@ CARD, FACTS = "README.md", "card.yaml"
 MARKER = (
     "Made by model_cards/make_card.py from the files beside it; what is changed here is lost when it is made again."
 )
+TRAINER = "- generated_from_trainer"  # a tag in the card that a trainer writes
 UNKNOWING = "Nothing is known here of its training or accuracy."  # in the card that save_pretrained writes
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+PLACES = ("OWNER/", "SAY HERE")  # what a template leaves open
+KINDS = {str: "text", str | None: "text", list[str]: "a list of texts", bool: "true or false", int: "a whole number"}
 SUFFIXES = {"parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
 # Tasks of multiverse eval by the names that people know.
 TITLES = {
@@ -49,7 +54,7 @@ from multiverse_hf import MultiverseForCausalLM, embedded_model
 model = MultiverseForCausalLM.from_pretrained({name})
 """
 ASK = """tokenizer = AutoTokenizer.from_pretrained({name})
-messages = [{{"role": "user", "content": "{example} {suffix}"}}]
+messages = [{{"role": "user", "content": {prompt}}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens={most})[0]))"""
 
@@ -108,6 +113,21 @@ class Result:
     well_formed: float | None
     forks: float | None
 
+    def __post_init__(self) -> None:
+        """Check the values, which come from a file.
+
+        Raises:
+            ValueError: if one is no number, or out of range.
+        """
+        shares = {"accuracy": self.accuracy, "well_formed": self.well_formed, "forks": self.forks}
+        sizes = {"parallelism": self.parallelism, "length": self.length, "tokens": self.tokens}
+        for name, value in {**shares, **sizes, "problems": self.problems}.items():
+            if value is None and name not in ("accuracy", "problems"):
+                continue
+            is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or value < 0 or (name in shares and value > 1):
+                raise ValueError(f"{name} of {self.task} is {value!r}")
+
     def cells(self) -> list[str]:
         """Give the row of the card's table."""
         right = percent(self.accuracy)
@@ -163,9 +183,31 @@ def read_facts(path: Path) -> Facts:
     needed = [name for name, each in known.items() if each.default is each.default_factory is MISSING]
     if missing := [name for name in needed if not values.get(name)]:
         raise CommandError(f"{path} lacks {', '.join(missing)}")
-    if values["mode"] not in SUFFIXES:
-        raise CommandError(f"{path}: mode is parallel or sequential, got {values['mode']!r}")
-    return Facts(**{name: value for name, value in values.items() if value is not None})
+    given = {name: value for name, value in values.items() if value is not None}
+    for name, value in given.items():
+        kind = known[name].type
+        is_list = isinstance(value, list) and all(isinstance(each, str) for each in value)
+        fits = is_list if kind == list[str] else isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not fits:
+            raise CommandError(f"{path}: {name} is {KINDS[kind]}, got {value!r:.40}")
+    facts = Facts(**given)
+    if facts.mode not in SUFFIXES:
+        raise CommandError(f"{path}: mode is parallel or sequential, got {facts.mode!r}")
+    if facts.max_new_tokens < 1:
+        raise CommandError(f"{path}: max_new_tokens must be at least 1, got {facts.max_new_tokens}")
+    return facts
+
+
+def check_finished(path: Path, facts: Facts) -> None:
+    """Check that a template's open places are filled in.
+
+    Raises:
+        CommandError: naming the first that is not.
+    """
+    said = [facts.repository or "", facts.summary, facts.training_data, *facts.limits]
+    for text in said:
+        if place := next((mark for mark in PLACES if mark in text), None):
+            raise CommandError(f"{path} still has {place!r} from the template; fill it in (--dry-run shows the card)")
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -208,7 +250,7 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{str(report['commit'])[:7]}"
         )
         return Evaluation(path.name, heading, settings["suffix"], results)
-    except (KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise CommandError(f"{path} is no evaluation that is known here ({err!r}); move it away") from err
 
 
@@ -242,29 +284,34 @@ def read_results(path: Path, name: str) -> Evaluation:
             f"{versions['torch']}, transformers {versions['transformers']}, commit {str(report['commit'])[:7]}"
         )
         return Evaluation(name, heading, mode, results)
-    except (KeyError, TypeError, AttributeError) as err:
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise CommandError(f"{path} is no evaluation that is known here ({err!r}); move it away") from err
 
 
-def describe_training(run: dict[str, Any] | None) -> str:
-    """Say how a model was trained, from the run's own record; settings as a table."""
+def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
+    """Say how a model was trained, from the run's own record; settings as a table.
+
+    Args:
+        run: the record; None if there is none.
+        base: the base model's name; by default the one in the record, of a folder its last part alone.
+    """
     if run is None:
         return "Not recorded: there is no `run.json` beside this card."
     data, training, model = run["data"], run["training"], run["model"]
     rows = {
-        "base": model["model_name_or_path"],
+        "base": base or f"the folder `{Path(model['model_name_or_path']).name}`",
         "adaptation": f"LoRA of rank {model['lora_r']}" if model["use_peft"] else "all weights",
         "rows": data.get("trained_on", data.get("num_rows")),
         "tokens of the rows": f"{data['num_tokens']:,}",
         "fingerprint of the rows": data["fingerprint"],
         "share of parallel rows, by epoch": data.get("parallel_share"),
-        "epochs": training["num_train_epochs"],
+        "epochs": f"{run['metrics']['epoch']:g}",
         "rows a step": training["per_device_train_batch_size"]
         * training["gradient_accumulation_steps"]
         * run.get("processes", 1),
         "longest row, tokens": training.get("max_length"),
         "learning rate": f"{training['learning_rate']:g}, {training['lr_scheduler_type']}",
-        "warm-up": training["warmup_steps"],
+        "warm-up": f"{training['warmup_steps']:g} " + ("of all steps" if training["warmup_steps"] < 1 else "steps"),
         "optimizer": f"{training['optim']}, betas {training['adam_beta1']:g} and {training['adam_beta2']:g}, "
         f"weight decay {training['weight_decay']:g}",
         "precision": "bfloat16" if training["bf16"] else "float16" if training["fp16"] else "float32",
@@ -356,8 +403,11 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
     evaluations += map(read_evaluation, sorted(folder.glob("evaluation*.json"), key=lambda path: path.stem))
     config = read_json(folder / "config.json") or {}
     run = read_json(folder / "run.json")
-    architecture = (config.get("architectures") or ["model of its base's architecture"])[0]
-    name = f'embedded_model("{facts.name}")' if facts.is_embedded else f'"{facts.repository or facts.name}"'
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named else "model of its base's architecture"
+    quoted = json.dumps(facts.repository or facts.name)
+    name = f"embedded_model({json.dumps(facts.name)})" if facts.is_embedded else quoted
+    prompt = json.dumps(f"{facts.example} {SUFFIXES[facts.mode]}", ensure_ascii=False)
     snippet = (PACKAGE if facts.is_embedded else REMOTE) + ASK
     tags = ["multiverse", *(["custom_generate"] if (folder / "custom_generate").is_dir() else [])]
     index = model_index(facts, evaluations)
@@ -375,8 +425,11 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
     found = {result.task for evaluation in evaluations for result in evaluation.results}
     lacking = [name for name in facts.benchmarks if name not in found]
     try:
-        training = describe_training(run)
-    except (KeyError, TypeError, ValueError) as err:
+        began = "" if run is None else run["model"]["model_name_or_path"]
+        if facts.base_model and HUB_NAME.fullmatch(began) and began != facts.base_model and not Path(began).exists():
+            raise CommandError(f"the run began with {began}, and the facts name {facts.base_model}; mend base_model")
+        training = describe_training(run, facts.base_model)
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise CommandError(f"{folder / 'run.json'} is no record of recipes/sft.py ({err!r}); move it away") from err
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=False, trim_blocks=False)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
@@ -384,9 +437,7 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
         marker=MARKER,
         facts=facts,
         is_parallel=facts.mode == "parallel",
-        snippet=snippet.format(
-            name=name, example=facts.example, suffix=SUFFIXES[facts.mode], most=facts.max_new_tokens
-        ),
+        snippet=snippet.format(name=name, prompt=prompt, most=facts.max_new_tokens),
         elsewhere=describe_elsewhere(folder, facts, architecture),
         sentences={"paths": PARALLEL_SUFFIX, "one line": SEQUENTIAL_SUFFIX}
         if facts.mode == "parallel"
@@ -404,7 +455,10 @@ def check_card(path: Path) -> None:
     Raises:
         CommandError: if somebody wrote it by hand.
     """
-    if path.is_file() and not any(mark in path.read_text(encoding="utf-8") for mark in (MARKER, UNKNOWING)):
+    if not path.is_file():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not any(mark in text for mark in (MARKER, UNKNOWING, TRAINER)):
         raise CommandError(f"{path} was not made here; move it away, or take what it says into a file of facts")
 
 
@@ -420,6 +474,11 @@ def main() -> None:
     try:
         if not args.folder.is_dir():
             raise CommandError(f"no folder {args.folder}; give a model's")
+        if (args.folder / "adapter_config.json").is_file():
+            merge = f"multiverse merge --adapter {args.folder} --output {args.folder}-merged"
+            raise CommandError(
+                f"{args.folder} is a LoRA adapter; put it into its base, and make that one's card: {merge}"
+            )
         source = args.facts or args.folder / FACTS
         if not source.is_file():
             examples = ", ".join(sorted(path.name for path in TEMPLATE.parent.glob("*.yaml")))
@@ -432,14 +491,18 @@ def main() -> None:
         if args.dry_run:
             print(text, end="")
             return
+        check_finished(source, facts)
+        if not (args.folder / "config.json").is_file():
+            raise CommandError(f"{args.folder} holds no config.json; give the folder of a model, or --dry-run")
         check_card(args.folder / CARD)
         check_output(args.folder, is_folder=True)
         said = source.read_text(encoding="utf-8")
         with output_folder(args.folder) as part:
             copies = {name: file.read_text(encoding="utf-8") for name, file in results.items()}
-            for name, content in {CARD: text, FACTS: said, **copies, **leaderboards}.items():
+            for name, content in {FACTS: said, **copies, **leaderboards}.items():
                 (part / name).parent.mkdir(exist_ok=True)
                 (part / name).write_text(content, encoding="utf-8")
+        write_output(args.folder / CARD, text)  # last: what it says is found beside it, whenever this is stopped
     except CommandError as err:
         parser.exit(err.code, f"error: {err}\n")
     except OSError as err:

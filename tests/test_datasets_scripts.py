@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -225,9 +226,9 @@ def test_two_builds_are_equal_to_the_byte_wherever_they_are_made(tmp_path: Path)
     for place, seed in (("here", "1"), ("elsewhere/deep", "2")):
         (tmp_path / place).mkdir(parents=True)
         write_rows(tmp_path / place / "rows.jsonl", [published(number) for number in range(30)] + ["{"])
-        options = ["--published", "rows.jsonl", "--license", "mit", "--output", f"built-{seed}"]
+        options = ["--published", "rows.jsonl", "--license", "mit", "--output", "built"]
         run("build_multiverse_1k.py", *options, cwd=tmp_path / place, PYTHONHASHSEED=seed)
-    one, other = contents(tmp_path / "here/built-1"), contents(tmp_path / "elsewhere/deep/built-2")
+    one, other = contents(tmp_path / "here/built"), contents(tmp_path / "elsewhere/deep/built")
     assert one == other
     assert len(one) == 10
     for name, content in one.items():
@@ -259,7 +260,7 @@ def test_killing_a_build_leaves_no_half_folder_and_the_next_one_clears_up(tmp_pa
     options = [sys.executable, str(SCRIPTS / "build_chains.py"), "--num-rows", "600", "--output", "chains"]
     process = subprocess.Popen(options, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any(tmp_path.glob(".chains.writing-*/whole/chains/*/*.parquet")):
+    while not any(tmp_path.glob(".chains.writing-*/files/chains/*/*.parquet")):
         assert process.poll() is None, "it has finished too soon to be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -461,3 +462,64 @@ def test_a_folder_that_does_not_fit_its_card_is_not_published(
     (out / "README.md").write_text("no card")
     assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
     assert "cannot read the configs" in capsys.readouterr().err
+
+
+def test_a_damaged_file_or_one_too_many_is_not_published(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    out = tmp_path / "chains"
+    assert build(monkeypatch, "build_chains.py", "--num-rows", "5", "--output", out) == 0
+    file, other = out / "mixed/train-00000-of-00001.parquet", out / "mixed/notes.parquet"
+    shutil.copyfile(file, other)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 0
+    assert "left out, as no build writes it: mixed/notes.parquet" in capsys.readouterr().out
+    more = out / "mixed/train-00001-of-00002.parquet"
+    shutil.copyfile(file, more)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
+    assert re.search(r"holds \d+ rows of mixed, train, and its card says \d+", capsys.readouterr().err)
+    more.unlink()
+    os.truncate(file, file.stat().st_size // 2)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
+    assert "mixed/train-00000-of-00001.parquet is damaged" in capsys.readouterr().err
+
+
+def test_an_empty_folder_will_do_and_the_one_one_is_in_will_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(3)])
+    options = ["--published", rows, "--license", "mit", "--output"]
+    for name in ("empty", "k[c] \u00fc", "n" * 245):
+        left = tmp_path / f".{name[:100]}.writing-x"  # as a killed build leaves it
+        left.mkdir()
+        (left / "lock").touch()
+        (tmp_path / name).mkdir()
+        assert build(monkeypatch, "build_multiverse_1k.py", *options, tmp_path / name) == 0, capsys.readouterr().err
+        assert (tmp_path / name / "README.md").is_file()
+        assert not left.exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert build(monkeypatch, "build_multiverse_1k.py", *options, ".") == 2
+    assert "cannot be replaced as a whole; name a new folder in it" in capsys.readouterr().err
+
+
+def test_rows_without_an_id_are_told_apart_and_ids_are_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = []
+    for part in (1, 2):
+        rows = [published(10 * part + number, id=None) for number in range(2)]
+        sources.append(write_rows(tmp_path / f"part.{part}.jsonl", rows))
+    bad = [published(30, id=[1]), published(31, id="\ud800"), published(32, metadata="\udfff"), published(33, id=" ")]
+    sources.append(write_rows(tmp_path / "bad.jsonl", bad))
+    out = tmp_path / "built"
+    assert (
+        build(monkeypatch, "build_multiverse_1k.py", "--published", *sources, "--license", "mit", "--output", out) == 0
+    )
+    import datasets
+
+    ids = [row["id"] for split in ("train", "test") for row in datasets.load_dataset(str(out), split=split)]
+    assert sorted(ids) == ["bad-00004", "part.1-00001", "part.1-00002", "part.2-00001", "part.2-00002"]
+    dropped = [json.loads(line) for line in (out / "dropped_rows.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in dropped] == [
+        (1, "wrong columns"), (2, "unreadable"), (3, "unreadable"),
+    ]  # fmt: skip

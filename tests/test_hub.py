@@ -20,6 +20,9 @@ from multiverse_hf import MultiverseForCausalLM
 folder, repo = sys.argv[1:]
 MultiverseForCausalLM.from_pretrained(folder).push_to_hub(repo)
 AutoTokenizer.from_pretrained(folder).push_to_hub(repo)
+made = ModelCard.load(repo)
+assert made.data.library_name == "transformers" and made.data.tags == ["multiverse"], made.data
+assert f'from_pretrained("{repo}", trust_remote_code=True)' in made.text, made.text
 card = ModelCard.load(f"{folder}/README.md")
 card.validate()
 card.push_to_hub(repo)

@@ -56,7 +56,7 @@ def test_every_figure_of_an_embedded_models_card_is_in_the_files_beside_it(name)
 
     index = ModelCard.load(folder / "README.md").data.eval_results
     expected = {
-        (f"chains, {kind}, {report['settings']['suffix']} suffix", metric): value
+        (f"chains, {kind}, {report['settings']['suffix']}", metric): value
         for report in files.values()
         for kind, said in report["results"].items()
         for metric, value in (("accuracy", round(said["accuracy"] * 100, 2)), ("parallelism", said["parallelism"]))
@@ -109,6 +109,7 @@ def test_a_card_without_results_says_that_they_are_not_measured(name, tmp_path):
     text = make(tmp_path, "--facts", FACTS[name], "--dry-run")
     assert "Not measured: AIME 2024, AIME 2025, MATH-500, GPQA Diamond, accuracy against the length budget." in text
     assert "Licence: not known." in text
+    assert "still has 'OWNER/' from the template" in make(tmp_path, "--facts", FACTS[name], code=2)
     assert "| right |" not in text
     assert ModelCard(text).data.eval_results is None
     assert list(tmp_path.iterdir()) == []
@@ -128,13 +129,42 @@ def test_a_card_that_somebody_wrote_is_kept_and_the_one_of_save_pretrained_is_re
     (folder / "README.md").write_text("Mine.\n")
     assert "was not made here; move it away" in make(folder, *facts, code=2)
     assert (folder / "README.md").read_text() == "Mine.\n"
-    from multiverse_hf.modeling.sharing import CARD
+    (folder / "README.md").write_bytes(b"\xff")
+    assert "was not made here" in make(folder, *facts, code=2)
+    from multiverse_hf.modeling.sharing import write_card
 
-    (folder / "README.md").write_text(CARD.format(name="x", architecture="Qwen3ForCausalLM"))
+    write_card(folder / "README.md", 'a "name"', "Qwen3ForCausalLM")
+    assert r'from_pretrained("a \"name\"", trust' in (folder / "README.md").read_text()
     make(folder, *facts)
     assert "96.2 %" in (folder / "README.md").read_text()
 
 
+def test_a_run_that_was_cut_short_is_told_by_the_epochs_it_made_and_no_path_of_the_machine_is_told(folder):
+    run = json.loads((folder / "run.json").read_text())
+    run["metrics"]["epoch"] = 0.8
+    run["model"]["model_name_or_path"] = "/home/somebody/runs/base"
+    (folder / "run.json").write_text(json.dumps(run))
+    make(folder, "--facts", FACTS["multiverse-tiny"])
+    text = (folder / "README.md").read_text()
+    assert "| epochs | 0.8 |" in text
+    assert "| base | the folder `base` |" in text
+    assert "/home" not in text
+
+
+EVALUATION = json.dumps(
+    {
+        "settings": {"suffix": "parallel", "structure": "guided", "max_new_tokens": 9, "dtype": "float32", "seed": 0},
+        "decoding": "greedy",
+        "versions": {"torch": "2", "transformers": "5"},
+        "commit": None,
+        "results": {
+            "flat": dict.fromkeys(
+                ("problems", "parallelism", "length", "tokens", "well_formed", "share_that_forks"), 1
+            )
+            | {"accuracy": "HERE"}
+        },
+    }
+).replace('"HERE"', "%s")
 BAD = {
     "no folder": (None, None, "no folder"),
     "no facts": ("", None, "holds no facts"),
@@ -142,8 +172,16 @@ BAD = {
     "an unknown fact": ("licence: mit", None, "no fact 'licence'; did you mean license?"),
     "a wrong mode": ("mode: both", None, "mode is parallel or sequential, got 'both'"),
     "no YAML": ("a: [", None, "cannot read"),
+    "a fact of another kind": ("language: [en]", None, "language is text, got ['en']"),
+    "no positions": ("max_new_tokens: -1", None, "max_new_tokens must be at least 1, got -1"),
     "a damaged evaluation": (None, ("evaluation.json", "{"), "cannot read"),
     "another evaluation": (None, ("evaluation.json", "{}"), "is no evaluation that is known here"),
+    "a share above one": (None, ("evaluation.json", EVALUATION % "99.0"), "accuracy of chains, flat is 99.0"),
+    "no share": (None, ("evaluation.json", EVALUATION % "NaN"), "accuracy of chains, flat is nan"),
+    "text for a share": (None, ("evaluation.json", EVALUATION % '"1"'), "accuracy of chains, flat is '1'"),
+    "no model": (None, ("config.json", None), "holds no config.json"),
+    "an adapter": (None, ("adapter_config.json", "{}"), "is a LoRA adapter; put it into its base"),
+    "an open place": ("repository: OWNER/NAME", None, "still has 'OWNER/' from the template"),
     "another run": (None, ("run.json", "{}"), "is no record of recipes/sft.py"),
 }
 
@@ -154,7 +192,9 @@ def test_what_cannot_be_read_ends_in_one_line_and_writes_nothing(case, folder):
     path = folder / "facts.yaml"
     said = FACTS["multiverse-tiny"].read_text()
     path.write_text(said if facts is None else facts and re.sub(rf"(?m)^{facts.split(':')[0]}:.*\n", "", said) + facts)
-    if file is not None:
+    if file is not None and file[1] is None:
+        (folder / file[0]).unlink()
+    elif file is not None:
         (folder / file[0]).write_text(file[1])
     before = sorted(path.name for path in folder.iterdir())
     where = folder / "none" if case == "no folder" else folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
 from multiverse_hf.modeling import sharing
@@ -75,8 +75,6 @@ def test_a_lora_adapter_loads_in_three_ways_beside_its_base_and_merged_into_it(n
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """multiverse-tiny as a user saves it."""
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("saved")
     MultiverseForCausalLM.from_pretrained(embedded_model()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
@@ -87,8 +85,6 @@ CHAT = [{"role": "user", "content": "A=5+6; B=7+8; total? Think step by step and
 
 
 def ask(model) -> str:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=600, do_sample=False)
@@ -107,6 +103,35 @@ def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, 
         "max_depth": 4,
         "max_paths": 16,
     }
+
+
+def test_structure_options_that_a_checkpoint_states_are_followed_by_whoever_loads_it(saved, tmp_path, capfd, unquiet):
+    from multiverse_hf.cli import run
+
+    model = MultiverseForCausalLM.from_pretrained(saved)
+    model.generation_config.structure, model.generation_config.max_paths = "off", 3
+    model.save_pretrained(tmp_path / "off")
+    AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path / "off")
+    assert run(["export", "--model", str(tmp_path / "off"), "--output", str(tmp_path / "exported")]) == 0
+    prompt = torch.tensor(
+        [AutoTokenizer.from_pretrained(saved).apply_chat_template(CHAT, add_generation_prompt=True).input_ids]
+    )
+    for loaded in (MultiverseForCausalLM.from_pretrained(tmp_path / "off"), trusted(tmp_path / "exported")):
+        assert (loaded.generation_config.structure, loaded.generation_config.max_paths) == ("off", 3)
+        output = loaded.generate(prompt, max_new_tokens=200, return_dict_in_generate=True)
+        assert output.stats[0].num_forks == 0
+    model.generation_config.structure = "of"
+    with pytest.raises(ValueError, match="structure must be 'guided', 'lenient' or 'off', got 'of'"):
+        model.save_pretrained(tmp_path / "bogus")
+
+
+def test_from_config_gives_a_model_that_branches(saved):
+    config = AutoConfig.from_pretrained(saved)
+    for auto, kind in ((AutoModelForCausalLM, "MultiverseForCausalLM"), (AutoModel, "Qwen3Model")):
+        made = auto.from_config(config, trust_remote_code=True, dtype=torch.float32)
+        assert kind in {each.__name__ for each in type(made).__mro__}
+    branching = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert branching.generate(torch.tensor([[30, 31]]), max_new_tokens=20).shape[1] <= 22
 
 
 def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_generate(saved):
@@ -190,8 +215,6 @@ def test_transformers_serve_branches_whole_and_streamed(saved, served):
 
 def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):
     """As published: the tags are special tokens, config and folder know nothing of Multiverse."""
-    from transformers import AutoTokenizer
-
     from multiverse_hf.cli import run
 
     plain = Qwen3ForCausalLM.from_pretrained(saved)

@@ -62,6 +62,7 @@ def main() -> None:
     except (OSError, ValueError, KeyError, TypeError) as err:
         parser.error(f"{args.run} has damaged records ({one_line(err)}); train it again")
     generation.max_new_tokens = 2560
+    generation._from_model_config = False
     with output_folder(target) as folder:
         for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
             shutil.copyfile(file, folder / file.name)

@@ -27,7 +27,7 @@ from .attention import LayoutHook, layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
-from .sharing import AUTO_MAP, state_structure, write_code
+from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
 _ADAPTER = "adapter_config.json"
@@ -90,6 +90,18 @@ class MultiverseForCausalLM:
         if kwargs.get("is_main_process", True):  # first, so that push_to_hub=True finds the files
             write_code(save_directory, self._base_class.__name__)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what ``push_to_hub`` has saved."""
+        replace_empty_card(working_dir, repo_id, self._base_class.__name__)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Take the call of ``AutoModelForCausalLM.from_config``."""
+        if cls is not MultiverseForCausalLM:
+            return super()._from_config(config, **kwargs)
+        return cls.from_config(config, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
@@ -221,6 +233,11 @@ class MultiverseModel:
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModel") -> None:
         """Take the call that ``AutoModel`` makes to a class which came with a checkpoint as its code."""
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Take the call of ``AutoModel.from_config``."""
+        return MultiverseForCausalLM.from_config(config, **kwargs).base_model
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PreTrainedModel:
