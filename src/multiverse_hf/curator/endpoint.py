@@ -1,0 +1,204 @@
+"""Calls of an OpenAI-compatible endpoint: bounded in number, tried again where that helps, counted.
+
+The client's own retries are off: they are neither counted nor known to the circuit breaker, and wait a minute at most
+whatever the endpoint asks for.
+"""
+
+import asyncio
+import email.utils
+import itertools
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import httpx2
+import openai
+from pydantic import BaseModel
+
+from multiverse_hf.curator.breaker import Breaker
+from multiverse_hf.curator.drafts import Refusal
+from multiverse_hf.curator.replies import Reply, schema_of
+
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries of one call, doubled each time
+_NO_SCHEMA = ("response_format", "json_schema", "structured", "guided", "grammar")
+_OF_THIS_CALL = ("context", "too long", "length", "too large", "filter", "policy")
+_SHOWN = 300  # characters of an endpoint's message
+
+
+class EndpointError(Exception):
+    """The endpoint takes no call of this run: a wrong key, model or address, or no money left."""
+
+
+class Endpoint:
+    """An endpoint and one model of it. To be used in ``async with``.
+
+    Attributes:
+        counts: calls by what became of them: "answered", "rate limited", "server error", "timeout", "connection",
+            "refused".
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        api_key: str,
+        concurrency: int = 64,
+        timeout_s: float = 600.0,
+        max_retries: int = 6,
+        max_outage_s: float = 900.0,
+    ) -> None:
+        self.counts: Counter[str] = Counter()
+        self.breaker = Breaker(max_outage_s)
+        self.takes_schema = True
+        self.timeout_s, self.max_retries = timeout_s, max_retries
+        self._key = api_key
+        self._slots = asyncio.Semaphore(concurrency)
+        # httpx looks all its connections over at each request; aiohttp does not, which is half of a call's cost here.
+        # The limit on time is ours: theirs begins anew with each byte.
+        http = openai.DefaultAioHttpClient(
+            timeout=None, limits=httpx2.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+        )
+        self._client = openai.AsyncOpenAI(
+            base_url=base_url, api_key=api_key, max_retries=0, timeout=None, http_client=http
+        )
+
+    async def __aenter__(self) -> "Endpoint":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._client.close()
+
+    async def ask(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
+        """Make a call, as often as it takes.
+
+        Args:
+            body: the request, without a ``response_format``.
+            name, form: of the result.
+
+        Raises:
+            Refusal: if this call cannot be answered: refused for what is in it, or failed ``max_retries`` times while
+                others did not.
+            EndpointError: if no call can be.
+            EndpointDown: if none was for long.
+        """
+        async with self._slots:
+            failures = 0
+            for tries in itertools.count():
+                is_probe = await self.breaker.enter()
+                try:
+                    reply = await self._send(body, name, form)
+                    self.breaker.succeed()
+                    self.counts["answered"] += 1
+                    return reply
+                except _Failed as err:
+                    self._take_note(err)
+                    failures += err.kind != "rate limited" and not self.breaker.is_open
+                    if failures > self.max_retries:
+                        raise Refusal("no answer", f"{failures} tries failed, the last with {err}") from err
+                    # where the endpoint says how long, the breaker holds all calls back
+                    wait = 0.0 if err.retry_after_s else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**tries)
+                finally:
+                    self.breaker.leave(is_probe)
+                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable: the loop has no end")
+
+    def _take_note(self, err: "_Failed") -> None:
+        """Count a failure, and tell the breaker. A limit on the rate is no sign of an endpoint that is down.
+
+        Raises:
+            EndpointDown: if nothing was answered for long.
+        """
+        self.counts[err.kind] += 1
+        if err.retry_after_s:
+            self.breaker.hold_back(err.retry_after_s)
+        if err.kind == "rate limited":
+            self.breaker.check(str(err))
+        else:
+            self.breaker.fail(str(err))
+
+    async def _send(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
+        """Make one call; where the endpoint takes no schema, without one from then on."""
+        has_schema = self.takes_schema
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                response = await self._client.post(
+                    "/chat/completions", body=self._with_form(body, name, form), cast_to=httpx2.Response
+                )
+                return _read(response)
+        except openai.APIStatusError as err:
+            said = self._hide(err.message)
+            if err.status_code in (400, 415, 422, 501) and has_schema and any(word in said for word in _NO_SCHEMA):
+                self.takes_schema = False
+                return await self._send(body, name, form)
+            raise self._failure(err, said) from err
+        except TimeoutError as err:
+            raise _Failed("timeout", f"no answer in {self.timeout_s:g} s") from err
+        except (openai.APIConnectionError, httpx2.HTTPError) as err:
+            cause = err.__cause__ or err
+            raise _Failed("connection", self._hide(f"{type(cause).__name__}: {cause}")) from err
+
+    def _with_form(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> dict[str, Any]:
+        """Ask for a schema, or show it in the last message and ask for fenced text."""
+        schema = schema_of(form)
+        if self.takes_schema:
+            wanted = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
+            return {**body, "response_format": wanted}
+        *before, last = body["messages"]
+        text = f"Answer with one JSON object of this schema, between ```json and ```:\n{json.dumps(schema)}"
+        return {**body, "messages": [*before, {**last, "content": f"{last['content']}\n\n{text}"}]}
+
+    def _failure(self, err: openai.APIStatusError, said: str) -> Exception:
+        """Say what a status means."""
+        status = err.status_code
+        message = f"HTTP {status}: {said[:_SHOWN]}"
+        retry_after_s = _retry_after(err.response.headers)
+        if status == 429 and "insufficient_quota" not in said:
+            return _Failed("rate limited", message, retry_after_s)
+        if status >= 500 or status in (408, 409, 425):
+            return _Failed("server error", message, retry_after_s)
+        if status in (400, 413, 422) and (self.counts["answered"] or any(word in said for word in _OF_THIS_CALL)):
+            self.counts["refused"] += 1
+            return Refusal("no answer", message, is_final=True)
+        return EndpointError(message)
+
+    def _hide(self, text: str) -> str:
+        """Take the key out of a message, should an endpoint say it."""
+        return " ".join(text.split()).replace(self._key, "***") if self._key else " ".join(text.split())
+
+
+class _Failed(Exception):
+    """A call that may be made again."""
+
+    def __init__(self, kind: str, message: str, retry_after_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.kind, self.retry_after_s = kind, retry_after_s
+
+
+def _read(response: httpx2.Response) -> Reply:
+    """Read an answer; what is none is a fault of the server.
+
+    Raises:
+        _Failed: then.
+    """
+    try:
+        data = json.loads(response.content)
+        choice, usage = data["choices"][0], data.get("usage") or {}
+        text = choice["message"].get("content") or ""
+        counted = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
+        return Reply(str(text), choice.get("finish_reason"), *counted)
+    except (ValueError, LookupError, TypeError, AttributeError) as err:
+        raise _Failed("server error", f"an answer that is none: {response.content[:80]!r}") from err
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """Give the seconds that an endpoint asks to wait: a number or a date; 0 if it asks for none."""
+    value = headers.get("retry-after")
+    try:
+        if headers.get("retry-after-ms"):
+            return max(0.0, float(headers["retry-after-ms"]) / 1000)
+        return max(0.0, float(value)) if value else 0.0
+    except ValueError:
+        date = email.utils.parsedate_tz(value)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
