@@ -21,7 +21,7 @@ from rich.text import Text
 
 from multiverse_hf import __version__
 from multiverse_hf.batch.launch import run_batch
-from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Cluster, Executor, Outcome
+from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Outcome
 from multiverse_hf.checkpoints import (
     FAILURE,
     INTERRUPTED,
@@ -42,6 +42,7 @@ from multiverse_hf.checkpoints import (
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
+from multiverse_hf.jobs.options import Cluster, Executor
 
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
 # The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.

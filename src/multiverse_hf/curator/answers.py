@@ -1,4 +1,4 @@
-"""The answer of a document against that of its original: equal text, or equal to math-verify in a process of its own."""
+"""The answer of a document against its original's: equal text, or equal to math-verify in a process of its own."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ class AnswerChecker:
         self._turn = asyncio.Lock()
 
     async def check(self, original: str, document: Document) -> None:
-        """Check that the sequential text of a document has the original's answer, and that no conclusion states another.
+        """Check that a document's sequential text has the original's answer, and that no conclusion states another.
 
         Raises:
             Refusal: if not, with both answers.

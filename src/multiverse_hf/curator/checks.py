@@ -1,4 +1,4 @@
-"""What a document has to pass: content, grammar, independence. Each check raises the refusal that it is refused with."""
+"""What a document has to pass: content, grammar, independence. Each raises the refusal it ends in."""
 
 import re
 
@@ -38,7 +38,7 @@ def check_content(original: str, text: str, max_distance: float) -> float:
 
 
 def worst(original: str, text: str) -> str:
-    """Show where a text differs most from the original: in the longest stretch without 20 equal characters in a row."""
+    """Show where a text differs most from the original: in the longest stretch that 20 equal characters do not part."""
     stretches: list[list[int]] = []  # begin and end in the original, begin and end in the text
     for op in Levenshtein.opcodes(original, text):
         if op.tag == "equal":
