@@ -2,13 +2,13 @@
 
     python tests/rule_server.py --targets documents.jsonl --delay 0.1
 
-prints its address on its first line and serves until it is killed. It knows the document that a problem should
-come to: a chains problem's own, or that of a row of --targets (``prompt``, ``document``). Each stage of a trace gets the answer
-that leads there, worked out from the prompt's own numbered sentences.
+prints its address on its first line and serves until it is killed. It knows the document that a problem should come
+to: a chains problem's own, or that of a row of --targets (``prompt``, ``document``). Each stage of a trace gets the
+answer that leads there, worked out from the prompt's own numbered sentences.
 
-It can be bad, from the start (--behave) or from a POST to ``/behave`` on: a share of its answers are lies (LIES),
-chosen by the request, so that the same request is always lied to in the same way; a share of requests fail (FAILURES),
-each twice and then no more. GET ``/log`` tells what was asked.
+It can be bad, from the start (--behave) or from a POST to ``/behave`` on. A share of answers are lies (LIES), chosen
+by the request, so that the same one is always lied to in the same way; a share of requests fail (FAILURES), each twice
+and then no more. GET ``/log`` tells what was asked.
 """
 
 import argparse

@@ -38,7 +38,7 @@ def check_content(original: str, text: str, max_distance: float) -> float:
 
 
 def worst(original: str, text: str) -> str:
-    """Show where a text differs most from the original: in the longest stretch that 20 equal characters do not part."""
+    """Show where a text differs most from the original: in the longest stretch without 20 equal characters."""
     stretches: list[list[int]] = []  # begin and end in the original, begin and end in the text
     for op in Levenshtein.opcodes(original, text):
         if op.tag == "equal":

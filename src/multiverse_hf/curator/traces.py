@@ -1,11 +1,13 @@
 """Traces: what the curator reads, from rows of whatever columns."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from multiverse_hf.data.records import Reason, RowError, number_rows
+from multiverse_hf.data.records import Reason, RowError, number_rows, open_table
 from multiverse_hf.modeling.tags import MULTIVERSE, read_messages
 
 # The usual names of the columns, in the order in which they are looked for; those of s1K-1.1 are among them.
@@ -60,6 +62,32 @@ def read_traces(
             yield number, read_trace(number, row, columns)
         except RowError as err:
             yield number, err
+
+
+def count_rows(source: str, subset: str | None = None, split: str = "train") -> tuple[int, str]:
+    """Count the rows of a source.
+
+    Returns:
+        How many there are, and what tells them from others: a file's SHA-256, or a dataset's fingerprint.
+
+    Raises:
+        ValueError: if the source cannot be read.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file() or path.suffix == ".parquet":
+        table = open_table(source, subset, split)
+        return len(table), str(table._fingerprint)
+    rows, digest = 0, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                rows += bool(line.strip())
+    except OSError as err:
+        raise ValueError(f"cannot read {source}: {err.strerror or err}") from err
+    if path.suffix != ".jsonl":
+        rows = sum(1 for _ in number_rows(source))
+    return rows, digest.hexdigest()
 
 
 def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
