@@ -7,7 +7,6 @@ import re
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from multiverse_hf.curator.assembly import reasoning_of
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
@@ -65,16 +64,17 @@ class AnswerChecker:
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
 
-    async def check(self, original: str, document: Document) -> None:
+    async def check(self, original: str, sequential: str, document: Document) -> None:
         """Check that a document's sequential text has the original's answer, and that no conclusion states another.
 
         Raises:
             Refusal: if not, with both answers.
         """
-        await self._compare(final_answers(original), final_answers(reasoning_of(document)))
-        texts = (piece.text for piece in document.walk() if isinstance(piece.node, Text))
-        if (gold := stated_answers(original)) and (found := stated_answers("".join(texts))):
-            await self._compare(gold, found)
+        await self._compare(final_answers(original), final_answers(sequential))
+        if gold := stated_answers(original):
+            texts = (piece.text for piece in document.walk() if isinstance(piece.node, Text))
+            if found := stated_answers("".join(texts)):
+                await self._compare(gold, found)
 
     async def _compare(self, gold: list[str], found: list[str]) -> None:
         if gold == found:

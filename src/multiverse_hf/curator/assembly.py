@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from multiverse_hf.documents import Document
-from multiverse_hf.modeling.tags import LABEL, MULTIVERSE
+from multiverse_hf.documents import Document, Element, Path, Text
+from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
 
 if TYPE_CHECKING:
     from multiverse_hf.curator.stages.mapreduce import BlockText
@@ -146,14 +146,17 @@ def reasoning_of(document: Document) -> str:
 
 def parallelism(document: Document) -> float:
     """Give # parallel of a document in characters: all of its text over the longest way through it."""
-    total = len(document.render())
-    return total / _longest(document) if total else 1.0
+    sizes = [_sizes(child, document.tags) for child in document.children]
+    longest = sum(way for _, way in sizes)
+    return sum(size for size, _ in sizes) / longest if longest else 1.0
 
 
-def _longest(document: Document) -> int:
-    length = len(document.render())
-    for block, depth in document.blocks():
-        if depth == 1:
-            inside = [Document(path.children) for path in block.paths]
-            length -= sum(len(each.render()) for each in inside) - max(map(_longest, inside))
-    return length
+def _sizes(node: Text | Element, tags: TagNames) -> tuple[int, int]:
+    """Give how long a piece of a document is, and how long the longest way through it."""
+    if isinstance(node, Text):
+        return len(node.text), len(node.text)
+    own = len(tags.open(node.role)) + len(tags.close(node.role))
+    inside = [(isinstance(child, Path), *_sizes(child, tags)) for child in node.children]
+    longest = sum(way for is_path, _, way in inside if not is_path)
+    longest += max((way for is_path, _, way in inside if is_path), default=0)
+    return own + sum(size for _, size, _ in inside), own + longest

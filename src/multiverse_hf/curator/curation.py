@@ -13,10 +13,8 @@ from multiverse_hf.curator.assembly import parallelism
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
 from multiverse_hf.curator.replies import Reply, read_result
-from multiverse_hf.curator.sentences import number_sentences, split_sentences
 from multiverse_hf.curator.stages import JUDGE, STAGES, SYSTEM, Stage, read_prompt
 from multiverse_hf.curator.traces import Trace
-from multiverse_hf.documents import parse_document
 
 Ask = Callable[[Mapping[str, Any], str, type[BaseModel]], Awaitable[Reply]]
 
@@ -88,16 +86,16 @@ class Curator:
         Raises:
             EndpointError, EndpointDown: if no call can be made.
         """
-        draft, outcome = Draft(trace, split_sentences(trace.reasoning), self.limits), Outcome()
+        draft, outcome = Draft(trace, self.limits), Outcome()
         for stage in STAGES:
             try:
                 setattr(draft, stage.name, await self._pass(stage, draft, outcome))
             except Refusal as err:
                 outcome.stage, outcome.check, outcome.detail = stage.name, err.check, err.detail
                 return outcome
-        outcome.document = draft.document
+        outcome.document = draft.text
         outcome.distance, outcome.path_distances = draft.distance, draft.path_distances
-        outcome.parallelism = parallelism(parse_document(draft.document))
+        outcome.parallelism = parallelism(draft.document)
         return outcome
 
     async def _pass(self, stage: Stage, draft: Draft, outcome: Outcome) -> BaseModel:
@@ -123,8 +121,8 @@ class Curator:
     async def _check(self, stage: Stage, draft: Draft, result: BaseModel, outcome: Outcome) -> None:
         """Make all checks of a stage; once there is a document, its answer is one of them."""
         stage.check(draft, result)
-        if draft.document is not None and stage is not JUDGE:
-            await self.answers.check(draft.trace.reasoning, parse_document(draft.document))
+        if draft.plain is not None and stage is not JUDGE:
+            await self.answers.check(draft.trace.reasoning, draft.sequential, draft.document or draft.plain)
         if stage is STAGES[-1] and self.judge_model is not None:
             try:
                 await self._pass(JUDGE, draft, outcome)
@@ -156,8 +154,7 @@ class Curator:
 
 def write_messages(stage: Stage, draft: Draft, refused: Sequence[str] = ()) -> list[dict[str, str]]:
     """Write what a stage is asked. All stages of a trace begin alike, for endpoints that keep prefixes of prompts."""
-    parts = [f"# Problem\n\n{draft.trace.prompt}", f"# Reasoning\n\n{number_sentences(draft.sentences)}"]
-    parts.append(stage.instructions(draft))
+    parts = [draft.opening, stage.instructions(draft)]
     if refused:
         reasons = "\n".join(f"- {reason}" for reason in dict.fromkeys(refused))
         parts.append(f"# Replies that were refused\n\n{reasons}\n\nAnswer again, whole, without these faults.")

@@ -3,7 +3,9 @@
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from multiverse_hf.curator.sentences import number_sentences, split_sentences
 from multiverse_hf.curator.traces import Trace
+from multiverse_hf.documents import Document
 
 if TYPE_CHECKING:
     from multiverse_hf.curator.stages.groups import Groups
@@ -45,19 +47,32 @@ class Draft:
     """What is known of a document so far. A stage fills in its own field.
 
     Attributes:
-        document: the text, from the last stage on.
+        sentences: of the reasoning.
+        opening: of what every stage is asked: the problem and the numbered sentences.
+        plain: the document with the original's sentences and without outlines and conclusions, from stage 4 on.
+        document, text: the whole one, from stage 5 on.
+        sequential: the reasoning of the latest of them, made sequential again.
         distance: of it to the original.
         path_distances: of each path to the text it was quoted from, in the order in which paths open.
     """
 
     trace: Trace
-    sentences: list[str]
     limits: Limits
+    sentences: list[str] = field(init=False)
+    opening: str = field(init=False)
     summary: "Summary | None" = None
     groups: "Groups | None" = None
     structure: "Structure | None" = None
     refill: "Refill | None" = None
     mapreduce: "MapReduce | None" = None
-    document: str | None = None
+    plain: Document | None = None
+    document: Document | None = None
+    text: str | None = None
+    sequential: str = ""
     distance: float | None = None
     path_distances: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.sentences = split_sentences(self.trace.reasoning)
+        numbered = number_sentences(self.sentences)
+        self.opening = f"# Problem\n\n{self.trace.prompt}\n\n# Reasoning\n\n{numbered}"

@@ -1,5 +1,6 @@
 """Replies of a model: what is kept of one, and how a typed result is read from it."""
 
+import functools
 import json
 import re
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ def read_result(reply: Reply, form: type[BaseModel]) -> BaseModel:
         raise Refusal("form", f"the reply is no JSON: {err}") from err
 
 
+@functools.cache
 def schema_of(form: type[BaseModel]) -> dict:
     """Give the JSON schema of a result in the strict form that endpoints take: no further fields, all required."""
     schema = form.model_json_schema()

@@ -21,7 +21,7 @@ class Judgement(BaseModel):
 
 def variables(draft: Draft) -> dict[str, str]:
     """Give what the prompt says of the draft."""
-    return {"document": draft.document}
+    return {"document": draft.text}
 
 
 def check(draft: Draft, result: Judgement) -> None:

@@ -2,7 +2,7 @@
 
 from pydantic import BaseModel, Field
 
-from multiverse_hf.curator.assembly import assemble, block_names, original_text, path_sentences
+from multiverse_hf.curator.assembly import assemble, block_names, original_text, path_sentences, reasoning_of
 from multiverse_hf.curator.checks import check_content, check_grammar, check_independence, check_paths
 from multiverse_hf.curator.drafts import Draft, Refusal
 from multiverse_hf.modeling.tags import MULTIVERSE
@@ -63,13 +63,16 @@ def check(draft: Draft, result: MapReduce) -> None:
     if outside := sorted(rewritten.keys() - allowed):
         raise Refusal("rewrites", f"sentence {outside[0]} is in no path; only sentences of paths are rewritten")
     sentences = [rewritten_as(rewritten, n, sentence) for n, sentence in enumerate(draft.sentences, start=1)]
-    plain = assemble(draft.structure, original_text(draft.refill, draft.sentences))
     text = assemble(draft.structure, original_text(draft.refill, sentences), texts)
     document = check_grammar(text, draft.limits.max_depth)
-    path_distances = check_paths(plain, document, draft.limits.max_distance)
-    distance = check_content(draft.trace.reasoning, text, draft.limits.max_distance)
+    sequential = reasoning_of(document)
+    path_distances = [0.0] * sum(names.values())
+    if result.rewrites:
+        path_distances = check_paths(draft.plain, document, draft.limits.max_distance)
+    distance = check_content(draft.trace.reasoning, sequential, draft.limits.max_distance)
     check_independence(document, draft.trace.prompt)
-    draft.document, draft.distance, draft.path_distances = document.render(), distance, path_distances
+    draft.document, draft.text, draft.sequential = document, text, sequential
+    draft.distance, draft.path_distances = distance, path_distances
 
 
 def rewritten_as(rewritten: dict[int, str], number: int, sentence: str) -> str:

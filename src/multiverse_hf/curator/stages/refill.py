@@ -2,9 +2,10 @@
 
 from pydantic import BaseModel, Field
 
-from multiverse_hf.curator.assembly import assemble, original_text
+from multiverse_hf.curator.assembly import assemble, original_text, reasoning_of
 from multiverse_hf.curator.checks import check_content
 from multiverse_hf.curator.drafts import Draft, Refusal
+from multiverse_hf.documents import parse_document
 
 
 class Quote(BaseModel):
@@ -54,12 +55,13 @@ def check(draft: Draft, result: Refill) -> None:
             owner[number] = quote.step
     if empty := [name for name in leaves if name not in owner.values()]:
         raise Refusal("quotes", f"step {empty[0]} has no text")
-    text = assemble(draft.structure, original_text(result, draft.sentences))
+    plain = parse_document(assemble(draft.structure, original_text(result, draft.sentences)))
+    sequential = reasoning_of(plain)
     try:
-        check_content(draft.trace.reasoning, text, draft.limits.max_distance)
+        check_content(draft.trace.reasoning, sequential, draft.limits.max_distance)
     except Refusal as err:
         lost = [str(number) for number in range(1, count + 1) if number not in owner]
         raise Refusal(
             err.check, err.detail + (f"; in no step: sentences {', '.join(lost[:20])}" if lost else "")
         ) from err
-    draft.document = text
+    draft.plain, draft.sequential = plain, sequential
