@@ -151,6 +151,16 @@ def mapreduce(document: Document) -> dict[str, Any]:
     return {"blocks": blocks, "rewrites": []}
 
 
+def reworded(sentences: list[str], refused: str) -> list[dict[str, Any]]:
+    """Take words that a path must not say, as a refusal quotes them, out of the sentences that have them."""
+    rewrites = {}
+    for words in re.findall(r"refers to another path: (?:'(.*?)'|\"(.*?)\"); rewrite", refused):
+        pattern = re.compile(r"\s+".join(map(re.escape, "".join(words).split())))
+        found = (number for number, text in enumerate(sentences, start=1) if pattern.search(text))
+        rewrites |= {number: pattern.sub("this", sentences[number - 1]).strip() for number in found}
+    return [{"sentence": number, "text": text} for number, text in rewrites.items()]
+
+
 # Badness
 
 
@@ -268,6 +278,8 @@ class Server:
         at = user.index("\n\n# Task: ")
         stage = TASKS[user[at + 2 : user.index("\n", at + 2)]]
         truth, target, sentences, text = self.truth(stage, user[:at])
+        if stage == "mapreduce" and (rewrites := reworded(sentences, user[at:])):
+            text = json.dumps(truth | {"rewrites": rewrites})
         finish_reason = "stop"
         if dice.random() < behaviour.get("lies", 0):
             kind = dice.choice(behaviour.get("kinds", LIES))

@@ -150,4 +150,7 @@ def _mention(path: Path, is_first: bool, problem: str) -> str | None:
 
 
 def _around(text: str, match: re.Match[str]) -> str:
-    return " ".join(text[max(0, match.start() - 20) : match.end() + 20].split())
+    """Give the words of a match with some before and after them, of the same sentence."""
+    before = re.split(r"[.?!]\s|\n", text[max(0, match.start() - 20) : match.start()])[-1]
+    after = re.split(r"[.?!]\s|\n", text[match.end() : match.end() + 20])[0]
+    return " ".join(f"{before}{match[0]}{after}".split())

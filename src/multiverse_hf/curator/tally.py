@@ -15,11 +15,10 @@ class Tally:
     """Counts of a run.
 
     Attributes:
-        asked, refused: replies by stage, and those refused.
-        rows: how many came to each stage, and how many passed it.
-        checks: refused replies by stage and check.
-        rejected: rows by the stage and check that they ended at.
-        tokens: by kind.
+        rejected: rows, by the stage and check that they ended at.
+        reached, passed: rows that came to a stage, and that passed it.
+        asked, checks: replies by stage, and those refused by stage and check.
+        tokens, judge_tokens: of prompts and completions.
         distances, path_distances, parallelism: histograms, by the number of the bin.
     """
 
@@ -75,6 +74,16 @@ class Tally:
         if settings.judge:
             costs.append(settings.cost(judge, self.judge_tokens["prompt"], self.judge_tokens["completion"]))
         return None if None in costs else sum(costs)
+
+    @classmethod
+    def from_dict(cls, counts: dict[str, Any]) -> "Tally":
+        """Read a tally back from a summary."""
+        tally = cls(counts["accepted"])
+        for name, counter in vars(tally).items():
+            if isinstance(counter, Counter):
+                is_histogram = name in ("distances", "path_distances", "parallelism")
+                counter.update({int(key) if is_histogram else key: count for key, count in counts[name].items()})
+        return tally
 
     def to_dict(self, settings: Settings) -> dict[str, Any]:
         """Give all counts, as the summary has them."""

@@ -10,6 +10,8 @@ from typing import IO, Any, ClassVar
 
 from multiverse_hf.checkpoints import FAILURE, CommandError
 
+SETTINGS = "run.json"
+
 
 @dataclass(frozen=True, slots=True)
 class JobFolder:
@@ -31,7 +33,7 @@ class JobFolder:
     @property
     def settings(self) -> Path:
         """What the run was begun with."""
-        return self.path / "run.json"
+        return self.path / SETTINGS
 
     @property
     def logs(self) -> Path:
