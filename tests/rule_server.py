@@ -205,7 +205,7 @@ class Server:
 
     Attributes:
         behaviour: "lies" and "failures" (shares), "kinds" and "failing" (which), "down", "schema" (False: refused),
-            "status" (all requests get it).
+            "status" and "message" (for all requests), "dependent" (what the judge finds).
         counts: what was received and how it was answered.
     """
 
@@ -280,6 +280,8 @@ class Server:
         truth, target, sentences, text = self.truth(stage, user[:at])
         if stage == "mapreduce" and (rewrites := reworded(sentences, user[at:])):
             text = json.dumps(truth | {"rewrites": rewrites})
+        if stage == "judge" and behaviour.get("dependent"):
+            text = json.dumps({"dependent": [{"path": "2", "quote": "so", "reason": "path 1 has it"}]})
         finish_reason = "stop"
         if dice.random() < behaviour.get("lies", 0):
             kind = dice.choice(behaviour.get("kinds", LIES))

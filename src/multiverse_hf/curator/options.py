@@ -86,6 +86,8 @@ class Settings:
         for name in self.columns:
             _check_name(name, COLUMNS, "columns")
         for model, price in self.prices.items():
+            if not isinstance(price, Mapping) or not all(isinstance(each, int | float) for each in price.values()):
+                raise CommandError(f"the price of {model} must be {{prompt: X, completion: Y}}, got {price!r:.60}")
             for name in price:
                 _check_name(name, ("prompt", "completion"), f"the price of {model}")
         address = urlsplit(self.base_url)
