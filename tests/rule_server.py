@@ -29,11 +29,13 @@ from multiverse_hf.documents import Block, Document, Think, parse_document
 from multiverse_hf.modeling.tags import LABEL
 
 TASKS = {read_prompt(stage.name, stage.version).partition("\n")[0]: stage.name for stage in (*STAGES, JUDGE)}
-LIES = (
-    *("malformed", "truncated", "prose", "other form"),
-    *("unknown step", "lost step", "wrong span", "lost sentences", "lost ending"),
-    *("mention", "rewritten", "tags", "empty outline"),
-)
+LIES = ("malformed", "truncated", "prose", "other form")  # of any stage
+STAGE_LIES = {
+    "groups": ("unknown step",),
+    "structure": ("lost step",),
+    "refill": ("wrong span", "lost sentences", "other ending"),
+    "mapreduce": ("mention", "rewritten", "tags", "empty outline"),
+}
 FAILURES = ("429", "500", "503", "drop", "half", "hang")
 
 
@@ -164,8 +166,8 @@ def reworded(sentences: list[str], refused: str) -> list[dict[str, Any]]:
 # Badness
 
 
-def lie(kind: str, stage: str, truth: dict[str, Any], target: Document, sentences: list[str]) -> tuple[str, str]:
-    """Give the text of a bad answer, and how it finished. What does not suit the stage is malformed."""
+def lie(kind: str, truth: dict[str, Any], target: Document, sentences: list[str]) -> tuple[str, str]:
+    """Give the text of a bad answer, and how it finished."""
     made = json.loads(json.dumps(truth))
     if kind == "truncated":
         text = json.dumps(truth)
@@ -174,26 +176,29 @@ def lie(kind: str, stage: str, truth: dict[str, Any], target: Document, sentence
         return "I am sorry, I would rather not say.", "stop"
     if kind == "other form":
         return json.dumps({"result": truth}), "stop"
-    if kind == "unknown step" and stage == "groups":
+    if kind == "unknown step":
         made["groups"][0]["steps"].append("99")
-    elif kind == "lost step" and stage == "structure":
+    elif kind == "lost step":
         made["parts"].pop()
-    elif kind == "wrong span" and stage == "refill":
+    elif kind == "wrong span":
         made["quotes"][0]["last"] += len(sentences)
-    elif kind == "lost sentences" and stage == "refill" and len(made["quotes"]) > 2:
-        longest = max(made["quotes"], key=lambda each: sum(map(len, sentences[each["first"] - 1 : each["last"]])))
-        longest["last"] = longest["first"]
-    elif kind == "lost ending" and stage == "refill" and made["quotes"][-1]["first"] < made["quotes"][-1]["last"]:
-        made["quotes"][-1]["last"] -= 1
-    elif kind in ("mention", "rewritten") and stage == "mapreduce":
+    elif kind == "lost sentences":
+        for quote in made["quotes"]:
+            quote["last"] = quote["first"]
+    elif kind == "other ending" and made["quotes"][-2]["first"] < made["quotes"][-2]["last"]:
+        *_, before, last = made["quotes"]
+        made["quotes"].append({"step": before["step"], "first": last["first"], "last": last["last"]})
+        last["first"] = last["last"] = before["last"]
+        before["last"] -= 1
+    elif kind in ("mention", "rewritten"):
         spans = {each["step"]: each for each in refill(target, sentences)["quotes"]}
         group = groups(target)["groups"][-1]["steps"]
         span = next(spans[name] for name in reversed(group) if name in spans)
         text = "As path 1 found, this is so." if kind == "mention" else "Something else entirely. " * 40
         made["rewrites"] = [{"sentence": span["first"], "text": text}]
-    elif kind == "tags" and stage == "mapreduce":
+    elif kind == "tags":
         made["blocks"][0]["conclusion"] += "</Conclusion></Parallel>"
-    elif kind == "empty outline" and stage == "mapreduce":
+    elif kind == "empty outline":
         made["blocks"][0]["outlines"][0] = " "
     else:
         return json.dumps(truth)[:-2] + ",}", "stop"
@@ -204,7 +209,7 @@ class Server:
     """Answers requests.
 
     Attributes:
-        behaviour: "lies" and "failures" (shares), "kinds" and "failing" (which), "down", "schema" (False: refused),
+        behaviour: "lies" and "failures" (shares), "failing" (in which ways), "down", "schema" (False: refused),
             "status" and "message" (for all requests), "dependent" (what the judge finds).
         counts: what was received and how it was answered.
     """
@@ -284,9 +289,9 @@ class Server:
             text = json.dumps({"dependent": [{"path": "2", "quote": "so", "reason": "path 1 has it"}]})
         finish_reason = "stop"
         if dice.random() < behaviour.get("lies", 0):
-            kind = dice.choice(behaviour.get("kinds", LIES))
+            kind = dice.choice((*LIES, *STAGE_LIES.get(stage, ())))
             self.counts["lies"] += 1
-            text, finish_reason = lie(kind, stage, truth, target, sentences)
+            text, finish_reason = lie(kind, truth, target, sentences)
         elif "response_format" not in request:
             text = f"Here it is:\n```json\n{text}\n```"
         self.counts["answered"] += 1

@@ -1,4 +1,4 @@
-"""``multiverse curate`` against a real server that answers by rule, and badly: all of it over HTTP, in real processes."""
+"""``multiverse curate`` against a server that answers by rule, and badly: over real HTTP, in real processes."""
 # ruff: noqa: E402 - without the extra these tests are skipped, with the reason
 
 import glob
@@ -185,7 +185,7 @@ def test_300_traces_come_out_as_documents_that_build_a_dataset(tmp_path: Path, s
     train = datasets.load_dataset(str(tmp_path / "dataset"), "multiverse", split="train")
     example = next(row for row in rows if row["id"] == train[0]["id"])
     assert json.loads(train[0]["provenance"])["model"] == "rule"
-    assert example["document"] in str(train[0])
+    assert example["document"] in train[0]["document"]
 
 
 @pytest.mark.skipif(not SAMPLES.is_dir(), reason=f"needs published documents in {SAMPLES}")
@@ -250,11 +250,14 @@ def test_when_a_fifth_of_all_calls_fail_or_lie_no_bad_row_comes_out_and_each_rej
         assert (row["check"], row["detail"]) == (last[-1]["check"], last[-1]["detail"])
     attempts = [each for row in rows for each in row["provenance"]["attempts"]]
     everything = attempts + [each for row in refused for each in row["attempts"]]
-    assert {"form", "content", "quotes"} <= {each["check"] for each in attempts}
+    assert {"form", "content", "quotes", "grammar", "answer"} <= {each["check"] for each in everything}
     tokens = {kind: sum(each[f"{kind}_tokens"] for each in everything) for kind in ("prompt", "completion")}
     assert report["tokens"] == tokens
     assert report["cost"] == pytest.approx((tokens["prompt"] + 2 * tokens["completion"]) / 1e6)
-    assert report["asked"] == {stage: log[stage] for stage in report["asked"]}  # no reply was paid for twice
+    # no reply was paid for twice, but for those that came when they were no longer waited for
+    status = json.loads(CurationFolder(folder, tasks).status(0).read_text()) if tasks == 1 else {}
+    late = status.get("calls timeout", log["answered"]) - log["hang"]
+    assert 0 <= log["answered"] - sum(report["asked"].values()) <= late
 
 
 def test_an_endpoint_that_is_down_for_a_while_costs_no_row(tmp_path: Path, serve):
@@ -309,7 +312,7 @@ def test_retry_after_is_kept_to(tmp_path: Path, serve, capfd):
     [
         (401, f"Incorrect API key provided: {KEY}", r"HTTP 401: Incorrect API key provided: \*\*\*"),
         (404, "no model rule", "HTTP 404: no model rule"),
-        (402, "no credit left", "HTTP 402"),
+        (402, "no credit left", "HTTP 402: no credit left"),
         (429, "insufficient_quota", "HTTP 429: insufficient_quota"),
         (400, "unknown field seed", "HTTP 400: unknown field seed"),
     ],
@@ -386,14 +389,14 @@ def test_a_judge_is_asked_if_wanted_and_what_it_finds_is_asked_again(tmp_path: P
 
 def test_killed_five_times_a_run_repeats_only_the_calls_on_their_way(tmp_path: Path, serve):
     source, folder = tmp_path / "traces.jsonl", tmp_path / "out"
-    write_traces(source, 400)
+    write_traces(source, 300, max_ops=2)
     once = finish(options(source, tmp_path / "once", serve(), "--concurrency", 64))
     assert once.returncode == 0, once.stderr
-    server, rng = serve("--delay", 0.02), random.Random(0)
+    server, rng = serve("--delay", 0.01), random.Random(0)
     command = options(source, folder, server, "--concurrency", 8)
     for kill in range(5):
         process = start(command)
-        goal = 5 * 400 * (kill + rng.random()) / 5.5
+        goal = 5 * 300 * (kill + rng.random()) / 5.5
         while server.log().get("received", 0) < goal:
             assert process.poll() is None, process.communicate()
             time.sleep(0.01)
@@ -404,11 +407,11 @@ def test_killed_five_times_a_run_repeats_only_the_calls_on_their_way(tmp_path: P
         file.write(b'{"number": 7, "acc')
     done = finish(command)
     assert done.returncode == 0, done.stderr
-    assert server.log()["received"] <= 1.03 * 5 * 400
+    assert server.log()["received"] <= 1.03 * 5 * 300
     assert (folder / "curated.jsonl").read_bytes() == (tmp_path / "once" / "curated.jsonl").read_bytes()
     again = finish(command)
-    assert "400 rows" in again.stdout
-    assert "400 of them before" in again.stdout
+    assert "300 rows" in again.stdout
+    assert "300 of them before" in again.stdout
 
 
 def test_two_tasks_give_the_rows_of_one(tmp_path: Path, serve):
@@ -470,7 +473,7 @@ def test_rows_come_from_parquet_and_datasets_as_well(tmp_path: Path, serve, capf
 def test_no_key_is_written_anywhere(tmp_path: Path, serve):
     source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve()
     write_traces(source, 5)
-    server.behave(failures=0.5, failing=["500", "drop"], lies=0.3)
+    server.behave(failures=0.2, failing=["500", "drop"], lies=0.3)
     done = finish(options(source, folder, server, "--tasks", 2, "--report", "--traceback"))
     assert done.returncode == 0, done.stderr
     files = [path for path in folder.rglob("*") if path.is_file()]

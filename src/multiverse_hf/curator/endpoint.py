@@ -128,7 +128,7 @@ class Endpoint:
                 )
                 return _read(response)
         except openai.APIStatusError as err:
-            said = self._hide(err.message)
+            said = self._hide(_message(err))
             if err.status_code in (400, 415, 422, 501) and has_schema and any(word in said for word in _NO_SCHEMA):
                 self.takes_schema = False
                 return await self._send(body, name, form)
@@ -174,6 +174,13 @@ class _Failed(Exception):
     def __init__(self, kind: str, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.kind, self.retry_after_s = kind, retry_after_s
+
+
+def _message(err: openai.APIStatusError) -> str:
+    """Give an endpoint's own words; the client unwraps ``error`` where there is one."""
+    message = err.body.get("message") if isinstance(err.body, dict) else None
+    code = err.body.get("code") if isinstance(err.body, dict) else None
+    return " ".join(str(each) for each in (message or err.message, code) if each)
 
 
 def _read(response: httpx2.Response) -> Reply:
