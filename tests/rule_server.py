@@ -8,7 +8,7 @@ answer that leads there, worked out from the prompt's own numbered sentences.
 
 It can be bad, from the start (--behave) or from a POST to ``/behave`` on. A share of answers are lies (LIES), chosen
 by the request, so that the same one is always lied to in the same way; a share of requests fail (FAILURES), each twice
-and then no more. GET ``/log`` tells what was asked.
+and then no more. GET ``/log`` tells what was asked, ``/times`` when it answered.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import itertools
 import json
 import random
 import re
+import time
 from collections import Counter
 from typing import Any
 
@@ -219,6 +220,7 @@ class Server:
         self.counts: Counter[str] = Counter()
         self.failed: Counter[bytes] = Counter()
         self.in_flight = 0
+        self.answered_at: list[float] = []
 
     @functools.lru_cache(maxsize=512)  # noqa: B019 - one server a process
     def target(self, problem: str) -> Document:
@@ -251,6 +253,9 @@ class Server:
     async def respond(self, path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         if path == "/log":
             return send(writer, 200, dict(self.counts))
+        if path == "/times":  # of the answers since it was last asked
+            times, self.answered_at = self.answered_at, []
+            return send(writer, 200, times)
         if path == "/behave":
             self.behaviour |= json.loads(body)
             return send(writer, 200, self.behaviour)
@@ -295,6 +300,7 @@ class Server:
         elif "response_format" not in request:
             text = f"Here it is:\n```json\n{text}\n```"
         self.counts["answered"] += 1
+        self.answered_at.append(time.monotonic())
         self.counts[stage] += 1
         send(writer, 200, completion(request, user, text, finish_reason))
 

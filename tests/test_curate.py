@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-for package in ("datatrove", "openai", "aiohttp", "rapidfuzz", "math_verify"):
+for package in ("datatrove", "aiohttp", "rapidfuzz", "math_verify"):
     pytest.importorskip(package, reason="needs multiverse_hf[curate]")
 
 from multiverse_hf.cli import run

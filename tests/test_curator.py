@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-for package in ("openai", "aiohttp", "rapidfuzz", "math_verify"):
+for package in ("aiohttp", "rapidfuzz", "math_verify"):
     pytest.importorskip(package, reason="needs multiverse_hf[curate]")
 
 import rule_server

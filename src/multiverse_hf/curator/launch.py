@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 NEEDED = {
     "datatrove": "curate",
-    "openai": "curate",
     "aiohttp": "curate",
     "rapidfuzz": "curate",
     "math_verify": "curate",
@@ -139,7 +138,7 @@ def _settle(curation: Curation, work: "Work", digest: str) -> None:
             return explain_option(name, stored, value)
         return f"with {name} {json.dumps(stored.get(name))}, now it is {json.dumps(value)}"
 
-    packages = ("openai", "datatrove", "rapidfuzz", "math-verify")
+    packages = ("aiohttp", "datatrove", "rapidfuzz", "math-verify")
     settle(work.folder, curation.output, asked, INFORMATION, explain, packages, is_dry_run=curation.cluster.dry_run)
 
 
