@@ -2,8 +2,8 @@
 
 The endpoint is the tests' rule server, a process of its own that takes 100 ms for each answer. What it could give is
 measured in the same run, in turn with the curator: by a bare aiohttp client that makes as many calls, of the first
-stage, as many at once, and does nothing else. Rates are those of the middle four fifths of the answers, by the server's
-clock: starting up and the last rows, when fewer calls are on their way, are left out on both sides. Rows are chains.
+stage, as many at once, and does nothing else. Rates are those of the middle four fifths of the answers, by the clock
+of the server: starting up and the last rows, when fewer calls are on their way, are left out on both sides.
 
     python benchmarks/curation.py --output benchmarks/results/curation_cpu.json
     python benchmarks/curation.py --tasks 2 --in-flight 64

@@ -13,6 +13,8 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from pydantic import BaseModel
@@ -63,7 +65,7 @@ class Endpoint:
             connector=aiohttp.TCPConnector(limit=self.concurrency),
             headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
             timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-            trust_env=True,  # proxies
+            proxy=_proxy(self._url),  # trust_env would look it up anew for each call, in another thread
         )
         return self
 
@@ -163,6 +165,12 @@ class Endpoint:
     def _hide(self, text: str) -> str:
         """Take the key out of a message, should an endpoint say it."""
         return " ".join(text.split()).replace(self._key, "***")
+
+
+def _proxy(url: str) -> str | None:
+    """Give the proxy that the environment names for an address."""
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
 
 
 class _Failed(Exception):
