@@ -1,8 +1,8 @@
 """How much of an endpoint's speed the curator uses, and how its memory grows with the rows that wait.
 
 The endpoint is the tests' rule server, a process of its own that takes 100 ms for each answer. What it could give is
-measured in the same run, in turn with the curator: by a bare aiohttp client that makes as many calls, of the first
-stage, as many at once, and does nothing else. Rates are those of the middle four fifths of the answers, by the clock
+measured in the same run, in turn with the curator: by a bare aiohttp client that makes the same calls, as many at
+once, and does nothing else. Rates are those of the middle four fifths of the answers, by the clock
 of the server: starting up and the last rows, when fewer calls are on their way, are left out on both sides.
 
     python benchmarks/curation.py --output benchmarks/results/curation_cpu.json
@@ -30,14 +30,18 @@ from multiverse_hf.checkpoints import write_output
 from multiverse_hf.curator.assembly import reasoning_of
 from multiverse_hf.curator.curation import write_messages
 from multiverse_hf.curator.drafts import Draft, Limits
+from multiverse_hf.curator.replies import schema_of
 from multiverse_hf.curator.results import CurationFolder
 from multiverse_hf.curator.stages import STAGES
 from multiverse_hf.curator.traces import Trace
-from multiverse_hf.data.chains import document, sample_problem
+from multiverse_hf.data.chains import document, parse_problem, sample_problem
 from multiverse_hf.documents import parse_document
 from multiverse_hf.jobs.folders import count_lines
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests"))
+import rule_server  # noqa: E402 - it is one of the tests' files
+
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OPENAI_API_KEY": "none"}
 PROBLEMS = 40  # distinct ones: the server then knows its answers, and its speed is not what is measured
 
@@ -120,12 +124,20 @@ def measure_throughput(folder: Path, args: Any) -> dict[str, Any]:
 
 
 def request_bodies(source: Path) -> list[bytes]:
-    """Give requests as the curator makes them, of the first stage for each problem."""
+    """Give the requests that the curator makes for each problem, one for each stage."""
     bodies = []
     with source.open() as file:
-        for row in (json.loads(next(file)) for _ in range(PROBLEMS)):
-            draft = Draft(Trace(1, "1", row["prompt"], row["reasoning"]), Limits())
-            bodies.append(json.dumps({"model": "rule", "messages": write_messages(STAGES[0], draft)}).encode())
+        rows = [json.loads(next(file)) for _ in range(PROBLEMS)]
+    for row in rows:
+        draft = Draft(Trace(1, "1", row["prompt"], row["reasoning"]), Limits())
+        target = parse_document(document(parse_problem(row["prompt"])))
+        for stage in STAGES:
+            body: dict[str, Any] = {"model": "rule", "messages": write_messages(stage, draft), "temperature": 0.6}
+            schema = {"name": stage.name, "strict": True, "schema": schema_of(stage.form)}
+            body |= {"seed": 0, "response_format": {"type": "json_schema", "json_schema": schema}}
+            bodies.append(json.dumps(body).encode())
+            said = rule_server.answer(stage.name, target, [each.strip() for each in draft.sentences])
+            setattr(draft, stage.name, stage.form.model_validate(said))
     return bodies
 
 
