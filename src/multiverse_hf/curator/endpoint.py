@@ -12,7 +12,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -85,15 +85,21 @@ class Endpoint:
             EndpointError: if no call can be.
             EndpointDown: if none was for long.
         """
+        request = self._write(body, name, form)  # not while a slot is held: a call could be on its way in it
         async with self._slots:
             failures = 0
             for tries in itertools.count():
                 is_probe = await self.breaker.enter()
+                if request.has_schema and not self.takes_schema:  # another call found that out meanwhile
+                    request = self._write(body, name, form)
                 try:
-                    reply = await self._send(body, name, form)
+                    reply = await self._send(request)
                     self.breaker.succeed()
                     self.counts["answered"] += 1
                     return reply
+                except _NoSchema:
+                    self.takes_schema = False
+                    continue
                 except _Failed as err:
                     self._take_note(err)
                     failures += err.kind != "rate limited" and not self.breaker.is_open
@@ -120,11 +126,10 @@ class Endpoint:
         else:
             self.breaker.fail(str(err))
 
-    async def _send(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
-        """Make one call; where the endpoint takes no schema, without one from then on."""
-        has_schema = self.takes_schema
+    async def _send(self, request: "_Request") -> Reply:
+        """Make one call."""
         try:
-            async with self._session.post(self._url, data=self._write(body, name, form)) as response:
+            async with self._session.post(self._url, data=request.data) as response:
                 content = await response.read()
                 if response.ok:
                     return _read(content)
@@ -134,21 +139,20 @@ class Endpoint:
         except (aiohttp.ClientError, OSError) as err:
             raise _Failed("connection", self._hide(f"{type(err).__name__}: {err}")) from err
         said = self._hide(_message(content))
-        if has_schema and status in (400, 415, 422, 501) and any(word in said for word in _NO_SCHEMA):
-            self.takes_schema = False
-            return await self._send(body, name, form)
+        if request.has_schema and status in (400, 415, 422, 501) and any(word in said for word in _NO_SCHEMA):
+            raise _NoSchema
         raise self._failure(status, said, retry_after_s)
 
-    def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> bytes:
-        """Ask for a schema, or show it in the last message and ask for fenced text."""
+    def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> "_Request":
+        """Ask for a schema; or show it in the last message and ask for fenced text, where the endpoint takes none."""
         schema = schema_of(form)
         if self.takes_schema:
             wanted = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-            return json.dumps({**body, "response_format": wanted}).encode()
+            return _Request(json.dumps({**body, "response_format": wanted}).encode(), has_schema=True)
         *before, last = body["messages"]
         text = f"Answer with one JSON object of this schema, between ```json and ```:\n{json.dumps(schema)}"
         messages = [*before, {**last, "content": f"{last['content']}\n\n{text}"}]
-        return json.dumps({**body, "messages": messages}).encode()
+        return _Request(json.dumps({**body, "messages": messages}).encode(), has_schema=False)
 
     def _failure(self, status: int, said: str, retry_after_s: float) -> Exception:
         """Say what a status means."""
@@ -171,6 +175,17 @@ def _proxy(url: str) -> str | None:
     """Give the proxy that the environment names for an address."""
     parts = urlsplit(url)
     return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+
+
+class _Request(NamedTuple):
+    """A request's bytes, and whether a schema is in them."""
+
+    data: bytes
+    has_schema: bool
+
+
+class _NoSchema(Exception):
+    """The endpoint takes no schema."""
 
 
 class _Failed(Exception):

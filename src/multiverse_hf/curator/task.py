@@ -140,8 +140,8 @@ class _TaskRun:
                     log=log,
                 )
                 rows = self._open_rows()
-                # some more rows than calls: while one is checked, another one calls
-                num_workers = settings.concurrency + settings.concurrency // 4 + 1
+                # more rows than calls: while some are checked, others have a request ready for each slot that is free
+                num_workers = settings.concurrency + settings.concurrency // 2 + 1
                 async with asyncio.TaskGroup() as group:
                     status = group.create_task(self._keep_status())
                     workers = [group.create_task(self._curate_rows(curator, rows)) for _ in range(num_workers)]
