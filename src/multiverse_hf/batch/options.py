@@ -1,56 +1,25 @@
-"""What a user asks of a batch, and how it ended. Data, and what fits together of it."""
+"""What a user asks of a batch, and how it ended."""
 
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.batch.rows import Summary
-from multiverse_hf.checkpoints import Attention, CommandError, Dtype
+from multiverse_hf.checkpoints import Attention, Dtype
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.jobs.options import Job
 
 MAX_NUM_SEQS = 64  # the engine's own default
 
 
-class Executor(StrEnum):
-    """What runs the tasks."""
-
-    LOCAL = "local"
-    SLURM = "slurm"
-    RAY = "ray"
-
-
 @dataclass(frozen=True, slots=True)
-class Cluster:
-    """What each task asks a scheduler for.
-
-    Attributes:
-        partition, time, sbatch: of Slurm; ``sbatch`` holds further options as ``name=value``.
-        cpus_per_task, gpus_per_task: of Slurm and Ray.
-        mem_per_cpu: GB, likewise.
-        dry_run: show Slurm's script and start nothing.
-    """
-
-    partition: str | None = None
-    time: str | None = None
-    sbatch: list[str] = field(default_factory=list)
-    cpus_per_task: int | None = None
-    gpus_per_task: int | None = None
-    mem_per_cpu: int | None = None
-    dry_run: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
+class Batch(Job):
     """What a user asks for.
 
     Attributes:
         source: the input, JSONL.
         output: folder.
         model, dtype, attention, device, threads, suffix, options: as for one prompt; None in ``options`` says nothing.
-        tasks: shares of the rows.
-        workers: how many of them at once; None for what the machine or the cluster has room for.
-        executor, cluster: what runs them.
         max_num_seqs, max_cache_tokens: of each task's engine.
     """
 
@@ -63,39 +32,8 @@ class Batch:
     attention: Attention
     device: str
     threads: int | None
-    tasks: int = 1
-    workers: int | None = None
-    executor: Executor = Executor.LOCAL
     max_num_seqs: int = MAX_NUM_SEQS
     max_cache_tokens: int | None = None
-    cluster: Cluster = field(default_factory=Cluster)
-
-    def __post_init__(self) -> None:
-        """Check what fits together.
-
-        Raises:
-            CommandError: if an option is for another executor, or one is missing.
-        """
-        cluster = self.cluster
-        for_slurm = {"--partition": cluster.partition, "--time": cluster.time, "--sbatch": cluster.sbatch}
-        for_slurm["--dry-run"] = cluster.dry_run
-        counts = {"--cpus-per-task": cluster.cpus_per_task, "--gpus-per-task": cluster.gpus_per_task}
-        for_any = counts | {"--mem-per-cpu": cluster.mem_per_cpu}
-        if self.executor is not Executor.SLURM and (
-            given := next((name for name in for_slurm if for_slurm[name]), "")
-        ):
-            raise CommandError(f"{given} is for --executor slurm; leave it out")
-        if self.executor is Executor.LOCAL and (
-            given := next((name for name in for_any if for_any[name] is not None), "")
-        ):
-            raise CommandError(f"{given} is for --executor slurm or ray; leave it out, --threads bounds a task's CPUs")
-        if self.executor is Executor.SLURM:
-            for name in ("--partition", "--time"):
-                if not for_slurm[name]:
-                    raise CommandError(f"--executor slurm needs {name}; sinfo shows partitions and their time limits")
-            for each in cluster.sbatch:
-                if "=" not in each:
-                    raise CommandError(f"--sbatch takes NAME=VALUE, such as account=me; got {each!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import IO, Any
 
 from multiverse_hf.checkpoints import FAILURE, CommandError, one_line
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.jobs.folders import JobFolder, appending, whole_lines, writing
 from multiverse_hf.modeling.tags import read_messages
 
 OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # of an answer
@@ -157,70 +157,16 @@ def read_unchanged(path: Path, digest: str) -> Iterator[Row]:
 # The output
 
 
-@dataclass(frozen=True, slots=True)
-class Folder:
-    """Where things are in an output folder.
+class Folder(JobFolder):
+    """Where things are in the folder of a batch."""
 
-    A task appends the rows it finishes to its part, which gets its final name when all of them are there: what is
-    finished can be seen from the names alone, and nothing else has to be kept in step with the files.
-    """
-
-    path: Path
-    tasks: int
-
-    @property
-    def settings(self) -> Path:
-        """What the run was begun with."""
-        return self.path / "run.json"
+    __slots__ = ()
+    result_name = "answers.jsonl"
 
     @property
     def answers(self) -> Path:
         """All rows in the input's order; there only when all are."""
-        return self.path / "answers.jsonl"
-
-    @property
-    def logs(self) -> Path:
-        """What datatrove and Slurm write."""
-        return self.path / "logs"
-
-    def part(self, task: int) -> Path:
-        """A task's rows, complete."""
-        return self.path / "parts" / f"{task:05d}.jsonl"
-
-    def unfinished(self, task: int) -> Path:
-        """A task's rows so far."""
-        return self.path / "parts" / f"{task:05d}.unfinished.jsonl"
-
-    def open_tasks(self) -> list[int]:
-        """Give the tasks that have rows to do."""
-        names = {path.name for path in (self.path / "parts").glob("*.jsonl")}
-        return [task for task in range(self.tasks) if self.part(task).name not in names]
-
-    @contextlib.contextmanager
-    def lock(self, name: str, busy: str | None = None) -> Iterator[None]:
-        """Keep other processes, on other machines too, out of the same work.
-
-        A record lock, not flock: a process forked from this one must not go on holding it.
-
-        Args:
-            name: of the work.
-            busy: the error's message if it is held; None waits.
-
-        Raises:
-            CommandError: if it is held.
-        """
-        import fcntl  # Windows has none, and the rest of the command line works there
-
-        path = self.logs / "locks" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
-            except (BlockingIOError, PermissionError) as err:
-                raise CommandError(busy, FAILURE) from err
-            except OSError:  # a file system without locks: then users see to it themselves
-                pass
-            yield
+        return self.result
 
 
 def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
@@ -235,20 +181,15 @@ def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
     """
     found: dict[str, tuple[int, int]] = {}
     end = 0
-    with part.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            if not data.endswith(b"\n"):
-                break
-            try:
-                row_id = str(json.loads(data)["id"])
-            except (ValueError, TypeError, KeyError) as err:
-                raise CommandError(
-                    f"{part}, line {number} is damaged; delete the line and run again", FAILURE
-                ) from err
-            if row_id in found:
-                raise CommandError(f"{part}, line {number} repeats id {row_id}; delete the line", FAILURE)
-            found[row_id] = (end, len(data))
-            end += len(data)
+    for number, (begin, data) in enumerate(whole_lines(part), 1):
+        try:
+            row_id = str(json.loads(data)["id"])
+        except (ValueError, TypeError, KeyError) as err:
+            raise CommandError(f"{part}, line {number} is damaged; delete the line and run again", FAILURE) from err
+        if row_id in found:
+            raise CommandError(f"{part}, line {number} repeats id {row_id}; delete the line", FAILURE)
+        found[row_id] = (begin, len(data))
+        end = begin + len(data)
     return found, end
 
 
@@ -258,18 +199,8 @@ def append_rows(part: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     found, end = finished_rows(part)
-    with part.open("r+b") as file:
-        file.truncate(end)
-        file.seek(end)
+    with appending(part, end) as file:
         yield file, set(found)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_row(file: IO[bytes], row: dict[str, Any]) -> None:
-    """Append a row; once this returns, a kill of the process cannot lose it."""
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-    file.flush()
 
 
 def merge(folder: Folder, source: Path, digest: str) -> None:
@@ -288,8 +219,7 @@ def merge(folder: Folder, source: Path, digest: str) -> None:
         parts = [folder.part(task) for task in range(folder.tasks)]
         found = [finished_rows(part)[0] for part in parts]
         order = [str(row.id) for row in read_unchanged(source, digest)]
-        new = folder.path / ".answers.jsonl.unfinished"
-        with new.open("wb") as file:
+        with writing(folder.answers) as file:
             for number, row_id in enumerate(order):
                 task = number % folder.tasks
                 if row_id not in found[task]:
@@ -298,20 +228,6 @@ def merge(folder: Folder, source: Path, digest: str) -> None:
                 with parts[task].open("rb") as part:  # each time: there may be more parts than files one may open
                     part.seek(begin)
                     file.write(part.read(length))
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(folder.answers)
-
-
-def count_lines(path: Path, begin: int = 0) -> tuple[int, int]:
-    """Count the line ends in a file from a place on, none if it is not there; and give the place where it ends."""
-    count = 0
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-        file.seek(begin)
-        while data := file.read(1 << 20):
-            count += data.count(b"\n")
-            begin += len(data)
-    return count, begin
 
 
 @dataclass(frozen=True, slots=True)

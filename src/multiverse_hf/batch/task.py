@@ -1,24 +1,15 @@
 """One task of a batch, as datatrove runs it: a share of the rows, answered by one engine. Imported by workers too."""
 
 import collections
-import contextlib
-import functools
 import hashlib
-import os
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
-import multiprocess
-from datatrove.executor.local import LocalPipelineExecutor
-from datatrove.pipeline.base import PipelineStep
-
-from multiverse_hf.batch.rows import OWN_FIELDS, Folder, Row, append_rows, merge, read_unchanged, write_row
+from multiverse_hf.batch.rows import OWN_FIELDS, Folder, Row, append_rows, merge, read_unchanged
 from multiverse_hf.checkpoints import (
-    FAILURE,
     Answer,
     Attention,
     Checkpoint,
@@ -30,6 +21,8 @@ from multiverse_hf.checkpoints import (
     quiet,
 )
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.jobs.folders import write_row
+from multiverse_hf.jobs.steps import PartStep
 
 # Handles wake whoever waits for them at every token; looking at them now and then costs a batch nothing.
 POLL_S = 0.01
@@ -71,46 +64,30 @@ def row_seed(seed: int, row_id: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=7).digest(), "little")
 
 
-class AnswerRows(PipelineStep):
-    """A datatrove step that answers a task's rows and appends them to its part. It ends a pipeline.
+class AnswerRows(PartStep):
+    """A datatrove step that answers a task's rows. Task k of N has every N-th row from row k on."""
 
-    Task k of N has every N-th row from row k on. The last task to end merges the parts.
-    """
-
-    type = "multiverse"
     name = "answer rows"
+    advice: ClassVar[Mapping[str, str]] = {
+        "OutOfMemoryError": "out of memory; lower --max-num-seqs or --max-cache-tokens, or use --dtype bfloat16"
+    }
 
     def __init__(self, work: Work) -> None:
-        super().__init__()
+        super().__init__(work.folder)
         self.work = work
-        self.local_rank = 0  # which of this machine's workers it is; schedulers show each its own GPUs instead
 
-    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> tuple[()]:
-        """Answer the rows of a task that are not finished.
-
-        Raises:
-            CommandError: if the task cannot go on; what is finished is kept.
-        """
-        _end_with_parent()
-        folder = self.work.folder
-        with _failing_in_a_line(rank), folder.lock(f"{rank:05d}", f"another process is at work on task {rank}"):
-            if folder.answers.exists():  # the parts may be gone by now
-                return ()
-            if not folder.part(rank).exists():
-                self._answer_task(rank, world_size)
-            if not folder.open_tasks():
-                merge(folder, self.work.source, self.work.digest)
-        return ()
-
-    def _answer_task(self, rank: int, world_size: int) -> None:
+    def do_task(self, rank: int, world_size: int) -> None:
+        """Answer the rows of a task that are not finished."""
         work = self.work
-        part = work.folder.unfinished(rank)
         # read to its end at once: that shows whether the input is still the one that was checked
         rows = [row for row in read_unchanged(work.source, work.digest) if row.number % world_size == rank]
-        with append_rows(part) as (file, finished):
+        with append_rows(work.folder.unfinished(rank)) as (file, finished):
             if todo := [row for row in rows if str(row.id) not in finished]:
                 self._answer(todo, file)
-        part.replace(work.folder.part(rank))
+
+    def merge(self) -> None:
+        """Write all rows to one file, in the input's order."""
+        merge(self.work.folder, self.work.source, self.work.digest)
 
     def _answer(self, todo: list[Row], file: IO[bytes]) -> None:
         """Answer rows, at most a window of them at once, and write each when it is done."""
@@ -178,39 +155,3 @@ class AnswerRows(PipelineStep):
         if self.work.device in ("auto", "cuda") and (count := torch.cuda.device_count()):
             return f"cuda:{self.local_rank % count}"
         return self.work.device
-
-
-class LocalTasks(LocalPipelineExecutor):
-    """datatrove's executor for one machine, whose workers know which of them they are and fail in a line."""
-
-    def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
-        for step in self.pipeline:
-            step.local_rank = local_rank
-        with _failing_in_a_line(rank):  # its logs may fail too, on a full disk
-            return super()._run_for_rank(rank, local_rank, node_rank)
-
-
-@contextlib.contextmanager
-def _failing_in_a_line(rank: int) -> Iterator[None]:
-    """Turn whatever fails into one error with one message: others may not survive the way back from a worker.
-
-    Raises:
-        CommandError: instead.
-    """
-    try:
-        yield
-    except CommandError:
-        raise
-    except Exception as err:
-        reason = one_line(err).rstrip(".")
-        if type(err).__name__ == "OutOfMemoryError":
-            reason = "out of memory; lower --max-num-seqs or --max-cache-tokens, or use --dtype bfloat16"
-        raise CommandError(f"task {rank} failed: {reason} ({type(err).__name__})", FAILURE) from err
-
-
-@functools.cache  # once a process
-def _end_with_parent() -> None:
-    """Have a worker end when the process that started it does: after a kill nothing is left running."""
-    parent = multiprocess.parent_process()
-    if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(FAILURE)), daemon=True).start()

@@ -171,7 +171,9 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
         yield row
 
 
-def number_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[tuple[int, Any]]:
+def number_rows(
+    source: str, config: str | None = None, split: str = "train", rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[int, Any]]:
     """Give the rows of a file or dataset with their numbers from 1; for a JSONL file these are lines.
 
     A line of a JSONL file that is no JSON is given as a :class:`RowError`.
@@ -181,41 +183,64 @@ def number_rows(source: str, config: str | None = None, split: str = "train") ->
             the Hub.
         config: of a dataset that has several.
         split: of a dataset.
+        rank, world_size: give only every ``world_size``-th number from ``rank + 1`` on.
 
     Raises:
         ValueError: if there is no such file, dataset, config or split.
     """
     path = Path(source).expanduser()
-    readers = {".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv}
+    readers = {".json": _read_json, ".csv": _read_csv}
     try:
-        is_file = path.is_file()
-        if path.suffix in readers and is_file:
-            yield from readers[path.suffix](path)
+        if path.suffix == ".jsonl" and path.is_file():
+            yield from _read_lines(path, rank, world_size)
+            return
+        if path.suffix in readers and path.is_file():
+            for number, row in readers[path.suffix](path):
+                if (number - 1) % world_size == rank:
+                    yield number, row
             return
     except (OSError, ValueError, RecursionError, csv.Error) as err:
         raise ValueError(f"cannot read {source}: {err}") from err
+    table = open_table(source, config, split)
+    share = table if world_size == 1 else table.select(range(rank, len(table), world_size))
+    try:
+        yield from zip(range(rank + 1, len(table) + 1, world_size), share, strict=True)
+    except Exception as err:  # as below: a damaged file shows when it is read
+        raise _unreadable(source, err) from err
+
+
+def open_table(source: str, config: str | None = None, split: str = "train") -> Any:
+    """Open a ``.parquet`` file or a dataset, without reading it into memory.
+
+    Raises:
+        ValueError: as :func:`number_rows`.
+    """
     import datasets
 
+    path = Path(source).expanduser()
     try:
+        is_file = path.is_file()
         if path.suffix == ".parquet" and is_file:
-            rows = datasets.load_dataset("parquet", data_files=str(path), split="train")
-        elif is_file or path.suffix in (*readers, ".parquet"):
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+        if is_file or path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
             known = "a .jsonl, .json, .parquet or .csv file, a folder, or a dataset on the Hub"
             raise ValueError(f"it is none of these: {known}" if is_file else f"no file {source}")
-        else:
-            rows = datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
-        yield from enumerate(rows, start=1)
+        return datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
-        cause = err.__cause__ or err
-        reason = " ".join(str(cause).split()) or type(cause).__name__
-        raise ValueError(f"cannot read the dataset {source}: {reason}") from err
+        raise _unreadable(source, err) from err
 
 
-def _read_lines(path: Path) -> Iterator[tuple[int, Any]]:
+def _unreadable(source: str, error: Exception) -> ValueError:
+    cause = error.__cause__ or error
+    reason = " ".join(str(cause).split()) or type(cause).__name__
+    return ValueError(f"cannot read the dataset {source}: {reason}")
+
+
+def _read_lines(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Any]]:
     """Read JSON lines; datasets would refuse the whole file for one bad line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            if not line.strip():
+            if (number - 1) % world_size != rank or not line.strip():
                 continue
             try:
                 yield number, json.loads(line.removeprefix(b"\xef\xbb\xbf"))

@@ -4,12 +4,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 
 import multiprocess
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from multiverse_hf.batch.rows import Folder, count_lines
+from multiverse_hf.jobs.folders import JobFolder, count_lines
 
 WATCH_S = 0.5
 
@@ -20,8 +21,15 @@ class Watch:
     A pool whose worker is killed would wait for its task for ever.
     """
 
-    def __init__(self, folder: Folder, rows: int) -> None:
-        self.folder, self.rows = folder, rows
+    def __init__(self, folder: JobFolder, rows: int, describe: Callable[[], str] | None = None) -> None:
+        """Look after a run.
+
+        Args:
+            folder: of it.
+            rows: in all.
+            describe: says in a few words what else there is to know.
+        """
+        self.folder, self.rows, self.describe = folder, rows, describe or str
         self.has_lost_worker = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
@@ -36,18 +44,19 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        columns = TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        columns = [TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
+        columns.append(TextColumn("{task.fields[note]}"))
         shown = self._console.is_terminal
         with Progress(
             *columns, console=self._console, disable=not shown, redirect_stdout=False, redirect_stderr=False
         ) as progress:
-            bar = progress.add_task("rows", total=self.rows)
+            bar = progress.add_task("rows", total=self.rows, note="")
             counts: dict[int, tuple[int, int]] = {}
             alive: set[int] = set()
             missing: set[int] = set()
             while not self._stop.wait(WATCH_S):
                 if shown:
-                    progress.update(bar, completed=self._count(counts))
+                    progress.update(bar, completed=self._count(counts), note=self.describe())
                 lost = {pid for pid in alive if not _is_alive(pid)}
                 # missing twice: at the end of a run they go away by themselves
                 if lost & missing and not self.has_lost_worker:
@@ -56,7 +65,7 @@ class Watch:
                 missing = lost
                 alive |= _children()
             if shown:
-                progress.update(bar, completed=self._count(counts))
+                progress.update(bar, completed=self._count(counts), note=self.describe())
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
         """Count the rows that are finished, reading on where the last count ended."""

@@ -1,0 +1,162 @@
+"""From the structure and the text of its steps to a document."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from multiverse_hf.documents import Document, Element, Path, Text
+from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
+
+if TYPE_CHECKING:
+    from multiverse_hf.curator.stages.mapreduce import BlockText
+    from multiverse_hf.curator.stages.refill import Refill
+    from multiverse_hf.curator.stages.structure import Structure
+
+_SURROUNDING = re.compile(r"\A(?:[ \t]*\n)+|\s+\Z")  # what a block boundary replaces; not the first line's indentation
+
+
+class PlannedBlock(NamedTuple):
+    """A block: its name, and what each path is made of."""
+
+    name: str
+    paths: "list[list[str | PlannedBlock]]"
+
+
+def plan(structure: "Structure") -> "list[str | PlannedBlock]":
+    """Give the document as steps and blocks in order; blocks are named B1, B2, ... in the order in which they open."""
+    count = 0
+
+    def name() -> str:
+        nonlocal count
+        count += 1
+        return f"B{count}"
+
+    def inner(step) -> "list[str | PlannedBlock]":
+        found: list[str | PlannedBlock] = [] if step.parts else [step.step]
+        for part in step.parts:
+            if len(part.steps) == 1:
+                found.append(part.steps[0])
+            else:
+                found.append(PlannedBlock(name(), [[each] for each in part.steps]))
+        return found
+
+    items: list[str | PlannedBlock] = []
+    for part in structure.parts:
+        if len(part.steps) == 1:
+            items += inner(part.steps[0])
+        else:
+            block = name()
+            items.append(PlannedBlock(block, [inner(step) for step in part.steps]))
+    return items
+
+
+def block_names(structure: "Structure") -> dict[str, int]:
+    """Give the name of every block with its number of paths, in the order in which they open."""
+    return {block.name: len(block.paths) for block in _blocks(plan(structure))}
+
+
+def _blocks(items: "Sequence[str | PlannedBlock]") -> Iterator[PlannedBlock]:
+    for item in items:
+        if isinstance(item, PlannedBlock):
+            yield item
+            for path in item.paths:
+                yield from _blocks(path)
+
+
+def path_sentences(structure: "Structure", refill: "Refill") -> set[int]:
+    """Give the numbers of the sentences that stand in some path."""
+    leaves = {
+        item
+        for block in _blocks(plan(structure))
+        for path in block.paths
+        for item in path
+        if not isinstance(item, PlannedBlock)
+    }
+    return {number for leaf in leaves for number in refill.numbers(leaf)}
+
+
+def original_text(refill: "Refill", sentences: Sequence[str]) -> dict[str, str]:
+    """Give the text of each step: its sentences, as they stand in the original."""
+    texts: dict[str, str] = {}
+    for quote in refill.quotes:
+        texts[quote.step] = _join(texts.get(quote.step, ""), "".join(sentences[quote.first - 1 : quote.last]))
+    return texts
+
+
+def _join(before: str, text: str) -> str:
+    """Put texts one after the other; what no whitespace parts goes on its own line."""
+    return f"{before}\n{text}" if before and text and not before[-1].isspace() else before + text
+
+
+def assemble(structure: "Structure", texts: Mapping[str, str], blocks: "Mapping[str, BlockText] | None" = None) -> str:
+    """Write the document, in ``<Think>``: exactly one newline between tags, labels in outlines and paths.
+
+    Args:
+        structure: what stands beside what.
+        texts: of each step that has text of its own.
+        blocks: outlines and conclusion of each block by its name; None writes the names in their place.
+    """
+
+    def write(items: "Sequence[str | PlannedBlock]", prefix: str) -> str:
+        pieces, run = [], ""
+        for item in items:
+            if isinstance(item, PlannedBlock):
+                pieces += [_SURROUNDING.sub("", run), write_block(item, prefix)]
+                run = ""
+            else:
+                run = _join(run, texts[item])
+        return "\n".join(filter(str.strip, [*pieces, _SURROUNDING.sub("", run)]))
+
+    def write_block(block: PlannedBlock, prefix: str) -> str:
+        labels = [f"{prefix}{number}" for number in range(1, len(block.paths) + 1)]
+        if blocks is None:
+            outlines, conclusion = [f"({block.name}, outline)" for _ in labels], f"({block.name}, conclusion)"
+        else:
+            outlines, conclusion = blocks[block.name].outlines, blocks[block.name].conclusion
+        goal = [_element("outline", f"{label}: {_bare(text)}") for label, text in zip(labels, outlines, strict=True)]
+        paths = [
+            _element("path", _labelled(label, write(path, f"{label}.")))
+            for label, path in zip(labels, block.paths, strict=True)
+        ]
+        inside = [_element("goal", "\n".join(goal)), *paths, _element("conclusion", conclusion.strip())]
+        return _element("parallel", "\n".join(inside))
+
+    return _element("think", write(plan(structure), ""))
+
+
+def _element(role: str, text: str) -> str:
+    return f"{MULTIVERSE.open(role)}\n{text}\n{MULTIVERSE.close(role)}"
+
+
+def _labelled(label: str, text: str) -> str:
+    """Begin a path with its label, on a line of its own if a block follows at once."""
+    return f"{label}:\n{text}" if text.startswith(MULTIVERSE.open("parallel")) else f"{label}: {text.lstrip()}"
+
+
+def _bare(outline: str) -> str:
+    """Take a label away that a model wrote before its outline."""
+    return outline[match.end() :].strip() if (match := LABEL.match(outline)) else outline.strip()
+
+
+def reasoning_of(document: Document) -> str:
+    """Give the sequential text of an assembled document, without the ``<Think>`` around it."""
+    text = document.sequential()
+    return text.removeprefix(f"{MULTIVERSE.open('think')}\n").removesuffix(f"\n{MULTIVERSE.close('think')}")
+
+
+def parallelism(document: Document) -> float:
+    """Give # parallel of a document in characters: all of its text over the longest way through it."""
+    sizes = [_sizes(child, document.tags) for child in document.children]
+    longest = sum(way for _, way in sizes)
+    return sum(size for size, _ in sizes) / longest if longest else 1.0
+
+
+def _sizes(node: Text | Element, tags: TagNames) -> tuple[int, int]:
+    """Give how long a piece of a document is, and how long the longest way through it."""
+    if isinstance(node, Text):
+        return len(node.text), len(node.text)
+    own = len(tags.open(node.role)) + len(tags.close(node.role))
+    inside = [(isinstance(child, Path), *_sizes(child, tags)) for child in node.children]
+    longest = sum(way for is_path, _, way in inside if not is_path)
+    longest += max((way for is_path, _, way in inside if is_path), default=0)
+    return own + sum(size for _, size, _ in inside), own + longest

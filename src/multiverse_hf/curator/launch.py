@@ -1,0 +1,180 @@
+"""``multiverse curate``: check everything, have the tasks run, sum up.
+
+What needs the ``curate`` extra is imported inside functions, so that ``--help`` answers at once.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from multiverse_hf.checkpoints import CommandError, check_output, one_line, quiet
+from multiverse_hf.curator.options import Curation, Settings
+from multiverse_hf.jobs.executors import check_packages, cores, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.processes import stopping_at_sigterm
+from multiverse_hf.jobs.settings import explain_option, settle
+
+if TYPE_CHECKING:
+    from multiverse_hf.curator.results import CurationFolder
+    from multiverse_hf.curator.task import Work
+
+NEEDED = {
+    "datatrove": "curate",
+    "aiohttp": "curate",
+    "rapidfuzz": "curate",
+    "math_verify": "curate",
+}
+PRELOAD = ("multiverse_hf.curator.task",)
+# How a run is run, and not what it is: may differ when it is gone on with.
+INFORMATION = (
+    *("input", "rows", "versions", "base_url", "api_key_env", "prices"),
+    *("concurrency", "timeout_s", "max_retries", "max_outage_s"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        result: where the accepted rows are, or will be.
+        summary: what it came to; None if the tasks are still to run.
+        finished_before: rows that were there already.
+        seconds: it took.
+        job: Slurm's number for it.
+        script: what a dry run shows.
+    """
+
+    result: Path
+    summary: dict[str, Any] | None = None
+    finished_before: int = 0
+    seconds: float = 0.0
+    job: str | None = None
+    script: str | None = None
+
+
+def run_curation(curation: Curation) -> Outcome:
+    """Curate the rows of a source, or those that an earlier run left; with Slurm, have them curated.
+
+    Raises:
+        CommandError: if the input, an option or the folder is not as it should be, or a task failed. What is finished
+            is kept, and so is every reply that was paid for.
+        KeyboardInterrupt: on Ctrl-C or a SIGTERM, likewise.
+    """
+    check_packages(curation.executor, "multiverse curate", NEEDED)
+    quiet()
+    from multiverse_hf.curator.results import CurationFolder, merge
+    from multiverse_hf.curator.task import CurateRows, Work
+
+    begin = time.perf_counter()
+    folder = CurationFolder(curation.output.expanduser().absolute(), curation.tasks)
+    source, rows, digest = _open_source(curation)
+    work = Work(folder, source, rows, curation.settings)
+    if curation.cluster.dry_run:
+        _settle(curation, work, digest)
+        executor = slurm_executor(CurateRows(work), curation)
+        return Outcome(folder.result, script=slurm_script(executor, len(folder.open_tasks())))
+    if not folder.result.exists():
+        curation.settings.api_key()  # now, and not in each task
+    check_output(folder.path, is_folder=True)
+    busy = f"another run is at work in {curation.output}; wait for it, or name another folder"
+    with folder.lock("run", busy), stopping_at_sigterm():
+        _settle(curation, work, digest)
+        before = rows if folder.result.exists() else folder.count_rows()
+        if not folder.result.exists() and folder.open_tasks():
+            workers = min(curation.workers or cores(), curation.tasks)
+            progress = Progress(folder, curation.settings)
+            advice = ", with fewer --workers or a lower concurrency"
+            job = start_tasks(CurateRows(work), curation, workers, rows, PRELOAD, advice, progress.describe)
+            if job is not None:
+                return Outcome(folder.result, finished_before=before, job=job)
+        if not folder.result.exists():
+            merge(folder, rows, curation.settings)
+        return Outcome(folder.result, json.loads(folder.summary.read_bytes()), before, time.perf_counter() - begin)
+
+
+def _open_source(curation: Curation) -> tuple[str, int, str]:
+    """Check that there are rows, and that the first of them is a trace.
+
+    Returns:
+        The source with an absolute path, how many rows it has, and what tells it from others.
+
+    Raises:
+        CommandError: if not.
+    """
+    from multiverse_hf.curator.traces import count_rows, read_traces
+
+    source, settings = curation.source, curation.settings
+    path = Path(source).expanduser()
+    if path.exists():
+        source = str(path.absolute())
+    try:
+        first = next(read_traces(source, settings.columns, settings.subset, settings.split), None)
+        if first is None:
+            raise CommandError(
+                f"{curation.source} holds no rows; write one JSON object with a prompt and reasoning a line"
+            )
+        if isinstance(first[1], Exception):
+            raise CommandError(f"{curation.source}, row {first[0]}: {one_line(first[1])}")
+        return source, *count_rows(source, settings.subset, settings.split)
+    except ValueError as err:
+        raise CommandError(one_line(err)) from err
+
+
+def _settle(curation: Curation, work: "Work", digest: str) -> None:
+    """Write down what the run is begun with, or check that it is the one that was begun here."""
+    from multiverse_hf.curator.stages import prompt_versions
+
+    asked = {"input": work.source, "input_digest": digest, "rows": work.rows, "tasks": curation.tasks}
+    asked |= dataclasses.asdict(work.settings) | {"prompts": prompt_versions()}
+
+    def explain(name: str, stored: Mapping[str, Any], value: Any) -> str:
+        if name == "input_digest":
+            return f"with other rows than {curation.source} now has"
+        if name == "tasks":
+            return explain_option(name, stored, value)
+        return f"with {name} {json.dumps(stored.get(name))}, now it is {json.dumps(value)}"
+
+    packages = ("aiohttp", "datatrove", "rapidfuzz", "math-verify")
+    settle(work.folder, curation.output, asked, INFORMATION, explain, packages, is_dry_run=curation.cluster.dry_run)
+
+
+class Progress:
+    """Says in a few words how a run is doing, from what its tasks write down."""
+
+    def __init__(self, folder: "CurationFolder", settings: Settings) -> None:
+        self.folder, self.settings = folder, settings
+
+    def describe(self) -> str:
+        """Give accepted and rejected rows, tokens, cost, and whether something is amiss."""
+        total, down = self.read()
+        prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
+        parts = [f"{total.get('accepted', 0)} accepted, {total.get('rejected', 0)} rejected"]
+        parts.append(f"{(prompt + completion) / 1e6:.2f} M tokens")
+        if (cost := self.settings.cost(self.settings.model, prompt, completion)) is not None:
+            parts.append(f"${cost:.2f}")
+        if again := sum(total.get(f"calls {kind}", 0) for kind in FAILED):
+            parts.append(f"{again} calls again")
+        if down:
+            parts.append("endpoint down, trying")
+        return " · ".join(parts)
+
+    def read(self) -> tuple[dict[str, int], bool]:
+        """Add up what the tasks wrote last; and say whether one holds the endpoint to be down."""
+        total: dict[str, int] = {}
+        down = False
+        for task in range(self.folder.tasks):
+            try:
+                status = json.loads(self.folder.status(task).read_bytes())
+            except (OSError, ValueError):
+                continue
+            down |= bool(status.pop("is_down", False))
+            for name, count in status.items():
+                total[name] = total.get(name, 0) + count
+        return total, down
+
+
+FAILED = ("rate limited", "server error", "timeout", "connection")

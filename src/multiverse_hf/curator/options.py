@@ -1,0 +1,182 @@
+"""What a user asks of the curator: settings from a YAML file, and options over them."""
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from multiverse_hf.checkpoints import CommandError, one_line
+from multiverse_hf.curator.traces import COLUMNS
+from multiverse_hf.jobs.options import Job
+
+ROUTER = "https://router.huggingface.co/v1"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What a model costs, in US dollars for a million tokens."""
+
+    prompt: float = 0.0
+    completion: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the config file may say; an option of the same name goes before it.
+
+    Attributes:
+        model: as the endpoint calls it.
+        base_url: of any OpenAI-compatible endpoint.
+        api_key_env: the environment variable that has the key; by default HF_TOKEN (or the login of the Hub's client)
+            for Hugging Face, and OPENAI_API_KEY for others, if it is set.
+        columns: names of the columns for the id, prompt, reasoning and answer, where they are not the usual ones.
+        subset, split: of a dataset.
+        seed: of the run; the seed of each call follows from it.
+        max_attempts: how often a stage is asked before its row is rejected.
+        max_distance: edit distance to the original over its length, of a document and of each path (the paper: 0.2).
+        request: further fields of each request; None leaves one out.
+        judge, judge_model: whether a model judges independence as well, and which; by default the same.
+        concurrency: calls of a task at once.
+        timeout_s: of a call.
+        max_retries: how often a call is made again that failed, while others do not.
+        max_outage_s: how long no call may be answered before the run stops.
+        prices: by model.
+    """
+
+    model: str
+    base_url: str = ROUTER
+    api_key_env: str | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    subset: str | None = None
+    split: str = "train"
+    seed: int = 0
+    max_attempts: int = 4
+    max_distance: float = 0.2
+    request: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.6, "max_tokens": 16384})
+    judge: bool = False
+    judge_model: str | None = None
+    concurrency: int = 64
+    timeout_s: float = 600.0
+    max_retries: int = 6
+    max_outage_s: float = 900.0
+    prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            CommandError: naming the first that is wrong.
+        """
+        for each in dataclasses.fields(self):
+            _check_type(each, getattr(self, each.name))
+        if not self.model.strip():
+            raise CommandError("the model's name is empty; give it as the endpoint calls it")
+        for name, least in (("max_attempts", 1), ("concurrency", 1), ("max_retries", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise CommandError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        for name in ("timeout_s", "max_outage_s"):
+            if getattr(self, name) <= 0:
+                raise CommandError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.max_distance < 1:
+            raise CommandError(f"max_distance must be from 0 to below 1, got {self.max_distance}")
+        for name in self.columns:
+            _check_name(name, COLUMNS, "columns")
+        for model, price in self.prices.items():
+            if not isinstance(price, Mapping) or not all(isinstance(each, int | float) for each in price.values()):
+                raise CommandError(f"the price of {model} must be {{prompt: X, completion: Y}}, got {price!r:.60}")
+            for name in price:
+                _check_name(name, ("prompt", "completion"), f"the price of {model}")
+        address = urlsplit(self.base_url)
+        if address.scheme not in ("http", "https") or not address.hostname:
+            raise CommandError(f"base_url must be an address such as {ROUTER}, got {self.base_url!r}")
+        if address.username or address.password or address.query:  # it is written down; keys are not
+            raise CommandError(
+                "base_url holds a key or a query; put the key into an environment variable, api_key_env"
+            )
+
+    def api_key(self) -> str:
+        """Give the key, which is never written anywhere.
+
+        Raises:
+            CommandError: if the endpoint needs one and there is none.
+        """
+        if self.api_key_env is not None:
+            if not (key := os.environ.get(self.api_key_env, "").strip()):
+                raise CommandError(f"the environment variable {self.api_key_env} is empty; put the API key into it")
+            return key
+        host = urlsplit(self.base_url).hostname or ""
+        if host.endswith((".huggingface.co", ".hf.co", ".huggingface.cloud")):
+            from huggingface_hub import get_token
+
+            if not (key := get_token()):
+                raise CommandError(f"{host} needs a token: set HF_TOKEN, or log in with `hf auth login`")
+            return key
+        return os.environ.get("OPENAI_API_KEY", "").strip() or "none"
+
+    def cost(self, model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
+        """Give what tokens of a model cost in US dollars; None if there is no price for it."""
+        if model not in self.prices:
+            return None
+        price = Price(**self.prices[model])
+        return (prompt_tokens * price.prompt + completion_tokens * price.completion) / 1e6
+
+
+def _check_type(each: dataclasses.Field, value: Any) -> None:
+    kinds = {"str": str, "int": int, "float": (int, float), "bool": bool, "Mapping": Mapping}
+    name = str(each.type).removesuffix(" | None").partition("[")[0]
+    if name not in kinds:
+        name = getattr(each.type, "__name__", name)
+    kind = kinds.get(name, object)
+    is_none = value is None and (each.default is None)
+    if not is_none and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+        raise CommandError(f"{each.name} must be {name.lower()}, got {value!r:.60}")
+
+
+def _check_name(name: str, known: Any, where: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), list(known), 1)
+        way_out = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise CommandError(f"unknown name {name!r} in {where}; {way_out}")
+
+
+def load_settings(path: Path | None, **options: Any) -> Settings:
+    """Read a config file, if there is one, and put the options that were given over it.
+
+    Raises:
+        CommandError: if the file cannot be read, or a setting is unknown, wrong or missing.
+    """
+    values: Any = {}
+    if path is not None:
+        import yaml
+
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except (OSError, ValueError, yaml.YAMLError) as err:
+            raise CommandError(f"cannot read {path}: {one_line(getattr(err, 'strerror', None) or err)}") from err
+        if not isinstance(values, dict):
+            raise CommandError(f"{path} must hold settings such as `model: NAME`, got {values!r:.40}")
+    known = [each.name for each in dataclasses.fields(Settings)]
+    for name in values:
+        _check_name(name, known, str(path))
+    values |= {name: value for name, value in options.items() if value is not None}
+    if values.get("model") is None:
+        raise CommandError("no model; give one with --model, or in the config file")
+    return Settings(**values)
+
+
+@dataclass(frozen=True, slots=True)
+class Curation(Job):
+    """What a user asks for.
+
+    Attributes:
+        source: file or dataset.
+        output: folder.
+    """
+
+    source: str
+    output: Path
+    settings: Settings

@@ -1,0 +1,146 @@
+"""Traces: what the curator reads, from rows of whatever columns."""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.data.records import Reason, RowError, number_rows, open_table
+from multiverse_hf.modeling.tags import MULTIVERSE, read_messages
+
+# The usual names of the columns, in the order in which they are looked for; those of s1K-1.1 are among them.
+COLUMNS = {
+    "id": ("id", "unique_id", "uuid"),
+    "prompt": ("prompt", "question", "problem"),
+    "reasoning": ("reasoning", "reasoning_content", "thinking", "trace", "deepseek_thinking_trajectory"),
+    "answer": ("answer", "deepseek_attempt", "completion", "response"),
+}
+_THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A sequential answer with its reasoning, as somebody's model wrote it.
+
+    Attributes:
+        number: of the row in its source, from 1: a line of a JSONL file.
+        id: as given, else the number.
+        prompt: the problem.
+        reasoning: the text to curate, without tags of its own around it.
+        answer: what follows the reasoning, None if the row has none.
+    """
+
+    number: int
+    id: str
+    prompt: str
+    reasoning: str
+    answer: str | None = None
+
+
+def read_traces(
+    source: str,
+    columns: Mapping[str, str],
+    subset: str | None = None,
+    split: str = "train",
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[tuple[int, Trace | RowError]]:
+    """Give every ``world_size``-th row of a source from ``rank`` on, with its number; one at a time.
+
+    Args:
+        source, subset, split: as :func:`~multiverse_hf.data.records.number_rows` takes them.
+        columns: the names of those of :data:`COLUMNS` that are called otherwise.
+        rank, world_size: which rows; the others are not parsed.
+
+    Raises:
+        ValueError: if the source cannot be read.
+    """
+    for number, row in number_rows(source, subset, split, rank, world_size):
+        try:
+            yield number, read_trace(number, row, columns)
+        except RowError as err:
+            yield number, err
+
+
+def count_rows(source: str, subset: str | None = None, split: str = "train") -> tuple[int, str]:
+    """Count the rows of a source.
+
+    Returns:
+        How many there are, and what tells them from others: a file's SHA-256, or a dataset's fingerprint.
+
+    Raises:
+        ValueError: if the source cannot be read.
+    """
+    path = Path(source).expanduser()
+    if not path.is_file() or path.suffix == ".parquet":
+        table = open_table(source, subset, split)
+        return len(table), str(table._fingerprint)
+    rows, digest = 0, hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                digest.update(line)
+                rows += bool(line.strip())
+    except OSError as err:
+        raise ValueError(f"cannot read {source}: {err.strerror or err}") from err
+    if path.suffix != ".jsonl":
+        rows = sum(1 for _ in number_rows(source))
+    return rows, digest.hexdigest()
+
+
+def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
+    """Read a row.
+
+    The reasoning may stand in a column of its own, or between ``<think>`` tags before the answer; that in a column, or
+    in the last of ``messages``.
+
+    Raises:
+        RowError: if something is missing or not text, or the reasoning spells a control tag.
+    """
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise RowError(Reason.UNREADABLE, "a row is an object with columns")
+    prompt, reasoning, answer = (_text(row, name, columns) for name in ("prompt", "reasoning", "answer"))
+    if prompt is None and row.get("messages") is not None:
+        prompt, answer = _last_exchange(row["messages"])
+    if reasoning is None and answer is not None and (thought := _THOUGHT.fullmatch(answer)):
+        reasoning, answer = thought[1], thought[2]
+    for name, value in (("prompt", prompt), ("reasoning", reasoning)):
+        if value is None or not value.strip():
+            there = ", ".join(map(str, (key for key, each in row.items() if each is not None))) or "none"
+            raise RowError(Reason.COLUMNS, f"no text for the {name} (columns: {there}); name its column in `columns`")
+    thought = _THOUGHT.fullmatch(reasoning)
+    reasoning = (thought[1] if thought else reasoning).strip()
+    for value in (prompt, reasoning, answer or ""):
+        if value.encode("utf-8", "replace").decode("utf-8") != value:
+            raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text")
+    if tag := next((tag for tag in MULTIVERSE.tokens if tag in reasoning), None):
+        raise RowError(Reason.MALFORMED, f"the reasoning spells the control tag {tag}")
+    row_id = row.get(columns.get("id") or next((name for name in COLUMNS["id"] if row.get(name) is not None), "id"))
+    name = str(row_id) if isinstance(row_id, str | int) and str(row_id).strip() else str(number)
+    return Trace(number, name, prompt.strip(), reasoning, answer.strip() or None if answer else None)
+
+
+def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:
+    """Give the text of a column, by the name it was given or the first of its usual ones."""
+    names = (columns[name],) if name in columns else COLUMNS[name]
+    value = next((row[each] for each in names if row.get(each) is not None), None)
+    if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    if value is not None and not isinstance(value, str):
+        raise RowError(Reason.COLUMNS, f"the {name} must be text, got {type(value).__name__}")
+    return value
+
+
+def _last_exchange(messages: Any) -> tuple[str, str]:
+    """Give the last message of the user and the assistant's answer to it."""
+    try:
+        chat = read_messages(messages, "messages")
+    except (TypeError, ValueError) as err:
+        raise RowError(Reason.COLUMNS, str(err)) from err
+    if len(chat) < 2 or (chat[-2]["role"], chat[-1]["role"]) != ("user", "assistant"):
+        raise RowError(Reason.COLUMNS, "messages must end with one of the user and the assistant's answer to it")
+    return chat[-2]["content"], chat[-1]["content"]

@@ -1,0 +1,77 @@
+"""What runs the tasks of a job, and what fits together of it."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from multiverse_hf.checkpoints import CommandError
+
+
+class Executor(StrEnum):
+    """What runs the tasks."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
+    RAY = "ray"
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What each task asks a scheduler for.
+
+    Attributes:
+        partition, time, sbatch: of Slurm; ``sbatch`` holds further options as ``name=value``.
+        cpus_per_task, gpus_per_task: of Slurm and Ray.
+        mem_per_cpu: GB, likewise.
+        dry_run: show Slurm's script and start nothing.
+    """
+
+    partition: str | None = None
+    time: str | None = None
+    sbatch: list[str] = field(default_factory=list)
+    cpus_per_task: int | None = None
+    gpus_per_task: int | None = None
+    mem_per_cpu: int | None = None
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """How rows are shared out.
+
+    Attributes:
+        tasks: shares of the rows.
+        workers: how many of them at once; None for what the machine or the cluster has room for.
+        executor, cluster: what runs them.
+    """
+
+    tasks: int = 1
+    workers: int | None = None
+    executor: Executor = Executor.LOCAL
+    cluster: Cluster = field(default_factory=Cluster)
+
+    def __post_init__(self) -> None:
+        """Check what fits together.
+
+        Raises:
+            CommandError: if an option is for another executor, or one is missing.
+        """
+        cluster = self.cluster
+        for_slurm = {"--partition": cluster.partition, "--time": cluster.time, "--sbatch": cluster.sbatch}
+        for_slurm["--dry-run"] = cluster.dry_run
+        counts = {"--cpus-per-task": cluster.cpus_per_task, "--gpus-per-task": cluster.gpus_per_task}
+        for_any = counts | {"--mem-per-cpu": cluster.mem_per_cpu}
+        if self.executor is not Executor.SLURM and (
+            given := next((name for name in for_slurm if for_slurm[name]), "")
+        ):
+            raise CommandError(f"{given} is for --executor slurm; leave it out")
+        if self.executor is Executor.LOCAL and (
+            given := next((name for name in for_any if for_any[name] is not None), "")
+        ):
+            raise CommandError(f"{given} is for --executor slurm or ray; leave it out")
+        if self.executor is Executor.SLURM:
+            for name in ("--partition", "--time"):
+                if not for_slurm[name]:
+                    raise CommandError(f"--executor slurm needs {name}; sinfo shows partitions and their time limits")
+            for each in cluster.sbatch:
+                if "=" not in each:
+                    raise CommandError(f"--sbatch takes NAME=VALUE, such as account=me; got {each!r}")
