@@ -42,6 +42,7 @@ from multiverse_hf.checkpoints import (
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
+from multiverse_hf.evaluation.tasks import TASKS, Mode
 
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
 # The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
@@ -172,6 +173,25 @@ def wants_live(live: bool | None, as_json: bool) -> bool:
         raise CommandError("--json and --live exclude each other; leave one out")
     is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     return not as_json and (is_terminal if live is None else live)
+
+
+def check_sampling(temperature: float | None, top_p: float | None, greedy: str) -> None:
+    """Check the options of draws.
+
+    Args:
+        temperature, top_p: as given.
+        greedy: option to name to those who want none.
+
+    Raises:
+        CommandError: if one is out of range.
+    """
+    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise CommandError(
+            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
+            f"for the likeliest token use {greedy}"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
 
 
 @contextlib.contextmanager
@@ -311,13 +331,7 @@ def generate(
         --executor slurm --partition gpu --time 4:00:00 --gpus-per-task 1
     """
     shows_live = wants_live(live, as_json)
-    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
-        raise CommandError(
-            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
-            "for the likeliest token use --greedy"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    check_sampling(temperature, top_p, "--greedy")
     if temperature is not None or top_p is not None:
         if do_sample is False:
             raise CommandError("--greedy takes no --temperature or --top-p; leave one out")
@@ -497,6 +511,71 @@ def demo(
         print_json(report)
     else:
         print_report(console, report)
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", metavar="NAME", help=f"Any number of: {', '.join(TASKS)}."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Answers, results.json and report; the same command again goes on.")
+    ] = Path("runs/eval"),
+    model: ModelOption = None,
+    revision: Annotated[str, typer.Option(metavar="NAME", help="Of a repository.")] = "main",
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            metavar="MODE", help="parallel; zero: asked for a sequential answer, free to branch; autoregressive."
+        ),
+    ] = Mode.PARALLEL,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Problems of each task, the first.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of the draws; 0 takes the likeliest token.")
+    ] = 0.6,
+    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = 0.95,
+    max_new_tokens: MaxNewTokensOption = 32_768,
+    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
+    max_cache_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
+
+    Every answer is kept as it comes. A run that was cut off is gone on with by the same command; answers depend
+    neither on that nor on how many are written at once.
+
+    \b
+    Examples:
+      multiverse eval --task mv:chains --limit 30
+      multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
+      multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
+    """
+    from multiverse_hf.evaluation.commands import evaluate as run_evaluation
+    from multiverse_hf.evaluation.commands import print_results
+    from multiverse_hf.evaluation.run import Evaluation
+
+    check_sampling(temperature or None, top_p, "--temperature 0")
+    asked = Evaluation(
+        model, tuple(dict.fromkeys(task or ["mv:chains"])), mode, revision, data_dir, limit, n, seed, temperature,
+        top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens,
+    )  # fmt: skip
+    results = run_evaluation(asked, output)
+    if as_json:
+        print_json(results)
+    else:
+        print_results(results, output)
 
 
 @app.command()

@@ -4,7 +4,6 @@ datatrove and torch are imported inside functions, so that ``--help`` answers at
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import os
@@ -23,16 +22,15 @@ from multiverse_hf.batch.options import Batch, Executor, Outcome
 from multiverse_hf.batch.rows import Folder, check_input, count_lines, merge, summarize
 from multiverse_hf.checkpoints import (
     FAILURE,
-    Checkpoint,
     CommandError,
     check_output,
+    fingerprint,
     one_line,
     open_checkpoint,
     quiet,
     write_output,
 )
 
-SAMPLE = 1 << 20  # bytes at either end of a weights file that tell it from others: training changes every tensor
 # What a run is and not how it is run: may differ when it is gone on with.
 INFORMATION = ("input", "model", "rows", "versions")
 
@@ -157,23 +155,6 @@ def _read_settings(folder: Folder) -> dict[str, Any] | None:
     if not isinstance(stored, dict):
         raise CommandError(f"{folder.settings} does not describe a run; name another folder")
     return stored
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tell a checkpoint from others: by a repository's commit, or by a folder's files, of large ones the ends."""
-    commit = getattr(checkpoint.config, "_commit_hash", None)
-    if not os.path.isdir(checkpoint.path):
-        return str(commit)
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint.path).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt") and path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(SAMPLE))
-                file.seek(max(size - SAMPLE, 0))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
 
 
 def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings: dict[str, Any]) -> Any:

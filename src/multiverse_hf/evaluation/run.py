@@ -1,0 +1,369 @@
+"""A run: every problem of some tasks answered and judged, resumable at any moment.
+
+One folder holds one run: ``run.json`` (what it was begun with), ``samples/`` (answers), and at the end
+``results.json`` and the report.
+"""
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.checkpoints import (
+    Attention,
+    Checkpoint,
+    CommandError,
+    Dtype,
+    check_output,
+    fingerprint,
+    load_model,
+    one_line,
+    open_checkpoint,
+    write_output,
+)
+from multiverse_hf.evaluation.answers import Rule, judge
+from multiverse_hf.evaluation.metrics import is_well_formed
+from multiverse_hf.evaluation.samples import Sample, SampleStore
+from multiverse_hf.evaluation.tasks import (
+    TASKS,
+    Mode,
+    Problem,
+    ProblemSet,
+    Task,
+    load_problems,
+    training_problems,
+)
+from multiverse_hf.evaluation.verifier import Verifier
+
+POLL_S = 0.005
+TEMPERATURE, TOP_P = 0.6, 0.95  # of the published example
+MAX_NEW_TOKENS = 32_768  # the paper's context; the model's own bounds it
+MAX_NUM_SEQS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What a user asks for.
+
+    Attributes:
+        model: folder or repository; None for the embedded model.
+        revision: of a repository.
+        tasks: names.
+        mode: how the model is asked.
+        data_dir: folder with local rows; None for the Hub.
+        limit: problems of each task, from the first on; None for all.
+        num_samples: answers to each problem.
+        seed: of all noise. Answer k of a problem has noise of this seed and k, so two runs that differ in nothing but
+            their batches give the same answers.
+        temperature: 0 takes the likeliest token.
+        top_p: draw among the likeliest tokens that have this much probability together.
+        max_new_tokens: bounds the length: positions past the prompt, not the tokens of all paths.
+        system_prompt: before each problem; the record has none.
+        dtype, attention, device, threads: as for :func:`~multiverse_hf.checkpoints.load_model`.
+        max_num_seqs, max_cache_tokens: of the engine.
+    """
+
+    model: str | None
+    tasks: tuple[str, ...]
+    mode: Mode = Mode.PARALLEL
+    revision: str = "main"
+    data_dir: Path | None = None
+    limit: int | None = None
+    num_samples: int = 1
+    seed: int = 0
+    temperature: float = TEMPERATURE
+    top_p: float = TOP_P
+    max_new_tokens: int = MAX_NEW_TOKENS
+    system_prompt: str | None = None
+    dtype: Dtype = Dtype.AUTO
+    attention: Attention = Attention.SDPA
+    device: str = "auto"
+    threads: int | None = None
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_cache_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check what fits together.
+
+        Raises:
+            CommandError: if a task is unknown, or greedy answers are asked for more than once.
+        """
+        import difflib
+
+        for name in self.tasks:
+            if name not in TASKS:
+                close = difflib.get_close_matches(name, TASKS, 1, cutoff=0.3)
+                hint = f"did you mean {close[0]}? " if close else ""
+                raise CommandError(f"no task {name!r}; {hint}there are {', '.join(TASKS)}")
+        if not self.tasks:
+            raise CommandError(f"no task was named; there are {', '.join(TASKS)}")
+        if self.temperature == 0 and self.num_samples > 1:
+            raise CommandError(
+                f"{self.num_samples} greedy answers to a problem would all be the same; give --temperature, or --n 1"
+            )
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Options of the engine, all of them said: a checkpoint's generation config may hold others."""
+        drawn = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
+        return {
+            "do_sample": self.temperature > 0,
+            **drawn,
+            "top_k": 0,
+            "repetition_penalty": 1.0,
+            "max_new_tokens": self.max_new_tokens,
+            "structure": self.mode.structure,
+        }
+
+    def messages(self, problem: Problem) -> str | list[dict[str, str]]:
+        """Give what the model is asked."""
+        prompt = problem.prompt(self.mode)
+        if self.system_prompt is None:
+            return prompt
+        return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": prompt}]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer to be written."""
+
+    task: Task
+    problem: Problem
+    sample: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """As :attr:`Sample.key`."""
+        return self.task.name, self.problem.id, self.sample
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    done: int
+    total: int
+    correct: int
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Give the seed of a problem's k-th answer; runs of different seeds share none."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=7).digest(), "little")
+
+
+# The run
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that is complete.
+
+    Attributes:
+        problem_sets: as they were asked.
+        num_seen: by task, problems left out because the model's ``run.json`` says it was trained on them.
+        samples: all of them, in the order of tasks and problems.
+        model: what is known of the model.
+        num_before: samples that an earlier command had finished.
+        seconds: this command took to answer and judge.
+        device: the model was on, a ``torch.device``; None if nothing was left to answer.
+    """
+
+    evaluation: Evaluation
+    problem_sets: tuple[ProblemSet, ...]
+    num_seen: dict[str, int]
+    samples: tuple[Sample, ...]
+    model: dict[str, Any]
+    num_before: int
+    seconds: float
+    device: Any
+
+
+def run_evaluation(
+    evaluation: Evaluation, output: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> Finished:
+    """Answer and judge what is not finished in a folder.
+
+    Raises:
+        CommandError: if the model, a task's rows or the folder are not as they should be. What is finished is kept.
+    """
+    check_output(output, is_folder=True)
+    problem_sets = [load_problems(TASKS[name], evaluation.data_dir, evaluation.limit) for name in evaluation.tasks]
+    checkpoint = open_checkpoint(
+        evaluation.model, evaluation.revision, needs_tags=evaluation.mode is not Mode.AUTOREGRESSIVE
+    )
+    problem_sets, num_seen = leave_out_seen(problem_sets, checkpoint.path)
+    weights = fingerprint(checkpoint)
+    settle(output / "run.json", evaluation, checkpoint, weights, problem_sets)
+    jobs = [
+        Job(problems.task, problem, number, sample_seed(evaluation.seed, number))
+        for problems in problem_sets
+        for problem in problems.problems
+        for number in range(evaluation.num_samples)
+    ]
+    begin = time.perf_counter()
+    model = None
+    with SampleStore(output / "samples") as store, Verifier() as verifier:
+        left = [job for job in jobs if job.key not in store.samples]
+        if left:
+            model = load_model(
+                checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
+            )
+        correct = sum(sample.correct for sample in store.samples.values())
+        on_progress(Progress(len(jobs) - len(left), len(jobs), correct))
+        for done, sample in enumerate(answer_jobs(evaluation, checkpoint, model, left, verifier), 1):
+            store.add(sample)
+            correct += sample.correct
+            on_progress(Progress(len(jobs) - len(left) + done, len(jobs), correct))
+        samples = tuple(store.samples[job.key] for job in jobs)
+    return Finished(
+        evaluation,
+        tuple(problem_sets),
+        num_seen,
+        samples,
+        describe_model(checkpoint, weights),
+        len(jobs) - len(left),
+        time.perf_counter() - begin,
+        None if model is None else model.device,
+    )
+
+
+def answer_jobs(
+    evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs: Sequence[Job], verifier: Verifier
+) -> Iterator[Sample]:
+    """Answer and judge, and give the samples as they come. An answer depends on its own job alone."""
+    if not jobs:
+        return
+    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = stack.enter_context(
+                MultiverseEngine(
+                    model, max_num_seqs=evaluation.max_num_seqs, max_cache_tokens=evaluation.max_cache_tokens
+                )
+            )
+        except ValueError as err:
+            raise CommandError(f"{checkpoint.name}: {one_line(err)}") from err
+        waiting, running = list(reversed(jobs)), []
+        while waiting or running:
+            while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a place
+                job = waiting.pop()
+                try:
+                    ids = checkpoint.encode(evaluation.messages(job.problem))
+                    handle = engine.submit(ids, seed=job.seed, **evaluation.sampling)
+                except (CommandError, ValueError) as err:
+                    yield refused(evaluation, job, one_line(err))
+                    continue
+                running.append((job, handle, time.perf_counter()))
+            finished = [each for each in running if each[1].done]
+            running = [each for each in running if not each[1].done] if finished else running
+            for job, handle, begin in finished:
+                result = handle.result()
+                document = checkpoint.decode(result.ids)
+                yield judged(evaluation, job, document, result.stats, time.perf_counter() - begin, verifier)
+            if not finished and running:
+                time.sleep(POLL_S)
+
+
+def judged(evaluation: Evaluation, job: Job, document: str, stats: Any, seconds: float, verifier: Verifier) -> Sample:
+    """Judge an answer."""
+    problem = job.problem
+    verdict = judge(job.task.kind, problem.gold, document, verifier)
+    counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
+    return Sample(
+        task=job.task.name,
+        id=problem.id,
+        group=problem.group,
+        sample=job.sample,
+        seed=job.seed,
+        prompt=problem.prompt(evaluation.mode),
+        document=document,
+        gold=problem.gold,
+        answer=verdict.answer,
+        correct=verdict.correct,
+        rule=verdict.rule.value,
+        well_formed=is_well_formed(document),
+        **{name: getattr(stats, name) for name in counted},
+        malformed=stats.malformed,
+        finish_reason=str(stats.finish_reason),
+        seconds=round(seconds, 4),
+    )
+
+
+def refused(evaluation: Evaluation, job: Job, reason: str) -> Sample:
+    """Give the sample of a problem that can never be answered, such as one that is longer than the context."""
+    from multiverse_hf.modeling.state import GenerationStats
+
+    sample = asdict(
+        judged(evaluation, job, "", GenerationStats(num_steps=0), 0.0, Verifier())  # nothing to compare
+    )
+    return Sample(**sample | {"rule": Rule.NO_ANSWER.value, "finish_reason": "refused", "error": reason})
+
+
+# What a run is
+
+
+def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list[ProblemSet], dict[str, int]]:
+    """Leave out chains problems that the model was trained on, and count them by task."""
+    kept, counts = [], {}
+    for each in problem_sets:
+        seen = training_problems(model) if each.task.dataset is None else set()
+        problems = tuple(problem for problem in each.problems if problem.question not in seen)
+        counts[each.task.name] = len(each.problems) - len(problems)
+        kept.append(ProblemSet(each.task, problems, each.source))
+    return kept, counts
+
+
+def describe_model(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+    """Say which model it is, for the results."""
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "commit": getattr(checkpoint.config, "_commit_hash", None),
+        "fingerprint": weights,
+        "architecture": (checkpoint.config.architectures or [checkpoint.config.model_type])[0],
+    }
+
+
+# May differ when a run is gone on with: they do not change an answer.
+HOW = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
+
+
+def settle(
+    path: Path, evaluation: Evaluation, checkpoint: Checkpoint, weights: str, problem_sets: Sequence[ProblemSet]
+) -> None:
+    """Write down what a run is begun with, or check that it is the one that was begun here.
+
+    Raises:
+        CommandError: if the folder is another run's.
+    """
+    asked = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(evaluation).items()
+        if name not in HOW
+    }
+    asked |= {"weights": weights, "problems": {each.task.name: each.fingerprint for each in problem_sets}}
+    if not path.exists():
+        if any((path.parent / "samples").glob("*.parquet")):
+            raise CommandError(f"{path.parent} holds samples, but no run.json; name another folder")
+        write_output(path, json.dumps(asked | {"model": checkpoint.name}, indent=2, ensure_ascii=False) + "\n")
+        return
+    try:
+        stored = json.loads(path.read_bytes())
+    except (OSError, ValueError) as err:
+        raise CommandError(f"cannot read {path}: {one_line(err)}; name another folder") from err
+    for name, value in asked.items():
+        if value == (there := stored.get(name)):
+            continue
+        way_out = "give the same again to go on, or another --output"
+        if name == "weights":
+            raise CommandError(f"{path.parent} was begun with another model ({stored.get('model')}); {way_out}")
+        if name == "problems":
+            raise CommandError(f"{path.parent} was begun with other problems; {way_out}")
+        option = {"num_samples": "n", "tasks": "task"}.get(name, name.replace("_", "-"))
+        raise CommandError(f"{path.parent} was begun with --{option} {there}, now it is {value}; {way_out}")
