@@ -116,7 +116,7 @@ def final_answer(document: str) -> str | None:
     if not (lines := list(_ANSWER_LINE.finditer(text))):
         return None
     rest = text[lines[-1].end() :].strip()
-    return rest.splitlines()[0].strip() if rest else None
+    return rest.splitlines()[0].strip().strip("*").strip() or None if rest else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -146,7 +146,7 @@ def _braced(text: str, begin: int) -> tuple[int | None, str]:
 
 # Whether it is right
 
-_UNIT = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?|\^?\{?\\circ\}?|°)\.?$")
+_UNIT = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?|\^?\{?\\circ\}?|°)$")
 _WORD_UNIT = re.compile(r"^(-?[\d.,]+)\s+[a-z]+(?:\^\{?\d\}?)?\.?$", re.I)
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
 _SPACING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])|\\ |~|\$|\s")
@@ -159,7 +159,7 @@ def normalize(answer: str) -> str:
     """Take from an answer what does not change its meaning: spaces, ``\\left``, ``\\text{}``, a unit after a number,
     ``x=`` before a value, ``\\dfrac`` for ``\\frac``, braces of single digits, a percent or dollar sign, a full stop.
     """
-    text = answer.strip().strip("$").strip().removesuffix(".").strip()
+    text = answer.strip().removesuffix(".").strip("$ \n").removesuffix(".").strip()
     text = _UNIT.sub("", text)
     text = _WORD_UNIT.sub(r"\1", text)
     text = _TEXT.sub(r"\1", text)
@@ -191,7 +191,7 @@ def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
     return same, Rule.MATH_VERIFY if same else Rule.DIFFERENT
 
 
-_LETTER = re.compile(r"\(?([A-Z])\)?(?:[\s.:)].*)?", re.DOTALL)
+_LETTER = re.compile(r"\(?([A-Z])(?:[).:,].*)?", re.DOTALL)
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:

@@ -4,7 +4,6 @@ One folder holds one run: ``run.json`` (what it was begun with), ``samples/`` (a
 ``results.json`` and the report.
 """
 
-import contextlib
 import hashlib
 import json
 import time
@@ -25,7 +24,7 @@ from multiverse_hf.checkpoints import (
     open_checkpoint,
     write_output,
 )
-from multiverse_hf.evaluation.answers import Rule, judge
+from multiverse_hf.evaluation.answers import judge
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.tasks import (
@@ -215,7 +214,8 @@ def run_evaluation(
             )
         correct = sum(sample.correct for sample in store.samples.values())
         on_progress(Progress(len(jobs) - len(left), len(jobs), correct))
-        for done, sample in enumerate(answer_jobs(evaluation, checkpoint, model, left, verifier), 1):
+        for done, answered in enumerate(answer_jobs(evaluation, checkpoint, model, left) if left else (), start=1):
+            sample = make_sample(evaluation, answered, verifier)
             store.add(sample)
             correct += sample.correct
             on_progress(Progress(len(jobs) - len(left) + done, len(jobs), correct))
@@ -232,77 +232,88 @@ def run_evaluation(
     )
 
 
-def answer_jobs(
-    evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs: Sequence[Job], verifier: Verifier
-) -> Iterator[Sample]:
-    """Answer and judge, and give the samples as they come. An answer depends on its own job alone."""
-    if not jobs:
-        return
-    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What came of a job.
 
-    with contextlib.ExitStack() as stack:
-        try:
-            engine = stack.enter_context(
-                MultiverseEngine(
-                    model, max_num_seqs=evaluation.max_num_seqs, max_cache_tokens=evaluation.max_cache_tokens
-                )
-            )
-        except ValueError as err:
-            raise CommandError(f"{checkpoint.name}: {one_line(err)}") from err
-        waiting, running = list(reversed(jobs)), []
+    Attributes:
+        document: the answer, tags included.
+        ids: token ids of it, end token included.
+        stats: ``GenerationStats`` of it.
+        seconds: from its submission to its end.
+        error: why it could not be answered; None if it could.
+    """
+
+    job: Job
+    document: str
+    ids: list[int]
+    stats: Any
+    seconds: float
+    error: str | None = None
+
+
+def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs: Sequence[Job]) -> Iterator[Answered]:
+    """Have jobs answered by one engine, and give the answers as they come. Each depends on its own job alone.
+
+    Raises:
+        CommandError: if the engine cannot be made.
+    """
+    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+    from multiverse_hf.modeling.state import GenerationStats
+
+    limits = {"max_num_seqs": evaluation.max_num_seqs, "max_cache_tokens": evaluation.max_cache_tokens}
+    try:
+        engine = MultiverseEngine(model, **limits)
+    except ValueError as err:
+        raise CommandError(f"{checkpoint.name}: {one_line(err)}") from err
+    waiting, running = list(reversed(jobs)), []
+    with engine:
         while waiting or running:
             while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a place
                 job = waiting.pop()
                 try:
                     ids = checkpoint.encode(evaluation.messages(job.problem))
                     handle = engine.submit(ids, seed=job.seed, **evaluation.sampling)
-                except (CommandError, ValueError) as err:
-                    yield refused(evaluation, job, one_line(err))
+                except (CommandError, ValueError) as err:  # of this one, as a rule: too long for the context
+                    yield Answered(job, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
                     continue
                 running.append((job, handle, time.perf_counter()))
-            finished = [each for each in running if each[1].done]
-            running = [each for each in running if not each[1].done] if finished else running
-            for job, handle, begin in finished:
-                result = handle.result()
-                document = checkpoint.decode(result.ids)
-                yield judged(evaluation, job, document, result.stats, time.perf_counter() - begin, verifier)
-            if not finished and running:
+            still = []
+            for job, handle, begin in running:
+                if not handle.done:
+                    still.append((job, handle, begin))
+                    continue
+                result, seconds = handle.result(), time.perf_counter() - begin
+                yield Answered(job, checkpoint.decode(result.ids), result.ids, result.stats, seconds)
+            if running and len(still) == len(running):
                 time.sleep(POLL_S)
+            running = still
 
 
-def judged(evaluation: Evaluation, job: Job, document: str, stats: Any, seconds: float, verifier: Verifier) -> Sample:
+def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
     """Judge an answer."""
-    problem = job.problem
-    verdict = judge(job.task.kind, problem.gold, document, verifier)
+    job, stats = answered.job, answered.stats
+    verdict = judge(job.task.kind, job.problem.gold, answered.document, verifier)
     counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
     return Sample(
         task=job.task.name,
-        id=problem.id,
-        group=problem.group,
+        id=job.problem.id,
+        group=job.problem.group,
         sample=job.sample,
         seed=job.seed,
-        prompt=problem.prompt(evaluation.mode),
-        document=document,
-        gold=problem.gold,
+        prompt=job.problem.prompt(evaluation.mode),
+        document=answered.document,
+        gold=job.problem.gold,
         answer=verdict.answer,
         correct=verdict.correct,
         rule=verdict.rule.value,
-        well_formed=is_well_formed(document),
+        well_formed=is_well_formed(answered.document),
         **{name: getattr(stats, name) for name in counted},
         malformed=stats.malformed,
-        finish_reason=str(stats.finish_reason),
-        seconds=round(seconds, 4),
+        finish_reason=str(stats.finish_reason) if answered.error is None else "refused",
+        seconds=round(answered.seconds, 4),
+        error=answered.error,
     )
-
-
-def refused(evaluation: Evaluation, job: Job, reason: str) -> Sample:
-    """Give the sample of a problem that can never be answered, such as one that is longer than the context."""
-    from multiverse_hf.modeling.state import GenerationStats
-
-    sample = asdict(
-        judged(evaluation, job, "", GenerationStats(num_steps=0), 0.0, Verifier())  # nothing to compare
-    )
-    return Sample(**sample | {"rule": Rule.NO_ANSWER.value, "finish_reason": "refused", "error": reason})
 
 
 # What a run is

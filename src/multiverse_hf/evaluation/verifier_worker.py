@@ -7,6 +7,9 @@ Run as a script: it imports math-verify and nothing of this package, so it start
 import json
 import sys
 
+# math-verify's own timeouts are signals, which long computations in C do not see, and what they cut off counts as
+# different. Here the process is killed. None, its word for never, is an error in versions before 0.7.
+NEVER_S = 3600
 MEMORY = 4 << 30  # bytes; a tower of powers takes all there is before it takes long
 
 
@@ -15,12 +18,11 @@ def compare(gold: str, answer: str) -> tuple[bool, str | None]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     configs = [LatexExtractionConfig(), ExprExtractionConfig()]
-    # no timeouts: theirs are signals, which sympy's inner loops in C do not see; here the process is killed
-    parsed = [parse(f"${text}$", configs, parsing_timeout=None) for text in (gold, answer)]
+    parsed = [parse(f"${text}$", configs, parsing_timeout=NEVER_S) for text in (gold, answer)]
     for text, values in zip(("gold answer", "answer"), parsed, strict=True):
         if not values:
             return False, f"the {text} cannot be read"
-    return bool(verify(*parsed, timeout_seconds=None)), None
+    return bool(verify(*parsed, timeout_seconds=NEVER_S)), None
 
 
 def main() -> None:
