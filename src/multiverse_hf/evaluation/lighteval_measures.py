@@ -2,8 +2,7 @@
 
 LightEval's ``TransformersModel`` is wrapped twice, because it has no hook at either place. Where it has answered,
 while its tokenizer is at hand, tokens and length are counted from the ids and put where metrics look, in
-``doc.specific``.
-And its criteria for stop sequences expect one row for each prompt of a batch, where an engine that branches asks with
+``doc.specific``. And its criteria for stop sequences expect one row for each prompt of a batch, where an engine that branches asks with
 one row for each branch; transformers' own take any rows.
 """
 
@@ -28,6 +27,7 @@ def measure_transformers() -> None:
 
     @functools.wraps(answer)
     def greedy_until(self: Any, docs: list[Any]) -> list[Any]:
+        self.generation_config_dict["output_scores"] = False  # it asks for them, and never looks at them
         responses = answer(self, docs)
         tags = find_tags(self.tokenizer)
         for doc, response in zip(docs, responses, strict=True):

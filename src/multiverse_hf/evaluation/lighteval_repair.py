@@ -7,8 +7,8 @@ Three of its task modules fail when they are imported, and it imports all of the
 huggingface-hub 2 no longer takes. And it hashes text, which xxhash 4 refuses. ``lighteval`` has no hook that runs
 before that, so ``install`` writes a file that Python reads at its start, ``multiverse_hf_lighteval.pth``. The three
 modules are then empty, their tasks are not there, and text is encoded before it is hashed. Nothing happens in a
-program that does not use LightEval's tasks. Upstream, in huggingface/lighteval: issue 1330 (xxhash), issue 802 (what is
-downloaded where there is no network); none was found for ``list_models``. All of this can go when they are mended.
+program that does not use LightEval's tasks. Upstream, in huggingface/lighteval: issue 1330 (xxhash), issue 802 (what
+is downloaded where there is no network); none was found for ``list_models``. All of this can go when they are mended.
 """
 
 import importlib.abc
