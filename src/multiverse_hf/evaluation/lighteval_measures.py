@@ -1,9 +1,8 @@
 """``lighteval accelerate`` keeps nothing of an answer but its text and padded ids: what it cost is measured here.
 
-LightEval's ``TransformersModel`` is wrapped twice, because it has no hook at either place. Where it has answered,
-while its tokenizer is at hand, tokens and length are counted from the ids and put where metrics look, in
-``doc.specific``. And its criteria for stop sequences expect one row for each prompt of a batch, where an engine that branches asks with
-one row for each branch; transformers' own take any rows.
+LightEval's ``TransformersModel`` has no hook for that, so it is wrapped. Where it has answered, while its tokenizer is
+at hand, tokens and length are counted from the ids and put where metrics look, in ``doc.specific``. Its calls of
+``generate`` are mended on the way: see :func:`measure_transformers`.
 """
 
 import functools
@@ -17,7 +16,12 @@ MEASURES = "measures"  # key of ``doc.specific``: of each answer its num_tokens,
 
 
 def measure_transformers() -> None:
-    """Wrap LightEval's ``TransformersModel``; once a process."""
+    """Wrap LightEval's ``TransformersModel``; once a process.
+
+    Three things it does to ``generate`` are undone: it asks for scores, which it never reads and branches cannot give;
+    it takes a padding token of id 0 for none, and pads with the end token; and its criteria for stop sequences expect
+    one row for each prompt of a batch, where an engine that branches asks with one row for each branch.
+    """
     from lighteval.models.transformers import transformers_model
 
     model = transformers_model.TransformersModel
@@ -27,16 +31,33 @@ def measure_transformers() -> None:
 
     @functools.wraps(answer)
     def greedy_until(self: Any, docs: list[Any]) -> list[Any]:
-        self.generation_config_dict["output_scores"] = False  # it asks for them, and never looks at them
-        responses = answer(self, docs)
+        generate = self.model.generate
+        self.model.generate = _mended(generate, self.tokenizer.pad_token_id)
+        try:
+            responses = answer(self, docs)
+        finally:
+            self.model.generate = generate
         tags = find_tags(self.tokenizer)
         for doc, response in zip(docs, responses, strict=True):
-            doc.specific[MEASURES] = [measure(strip(ids, self.tokenizer), tags) for ids in response.output_tokens]
+            budget = self.max_length - len(response.input_tokens)
+            budget = min(budget, doc.generation_size or budget)
+            answers = [strip(ids, self.tokenizer, tags, budget) for ids in response.output_tokens]
+            doc.specific[MEASURES] = [measure(ids, tags) for ids in answers]
         return responses
 
     greedy_until.measures = True
     model.greedy_until = greedy_until
     transformers_model.stop_sequences_criteria = stop_sequences_criteria
+
+
+def _mended(generate: Any, pad: int | None) -> Any:
+    def mended(**options: Any) -> Any:
+        options["output_scores"] = False
+        if pad is not None:
+            options["pad_token_id"] = pad
+        return generate(**options)
+
+    return mended
 
 
 def stop_sequences_criteria(tokenizer: Any, stop_sequences: Sequence[str], batch: Any) -> Any:
@@ -55,17 +76,21 @@ def find_tags(tokenizer: Any) -> TagSet | None:
     return TagSet.from_tokenizer(tokenizer)
 
 
-def strip(ids: Sequence[int], tokenizer: Any) -> list[int]:
+def strip(ids: Sequence[int], tokenizer: Any, tags: TagSet | None, budget: int) -> list[int]:
     """Take the padding off: LightEval's answers are as long as the longest of their batch.
 
-    Where padding and end are one token, the first of them at the end of the answer is its end.
+    Where padding is done with the end token, the first of them is the answer's own end, unless it would stand past
+    the budget: then the answer was cut off.
     """
     ids = [int(token) for token in ids]
-    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     length = len(ids)
     while length and ids[length - 1] == pad:
         length -= 1
-    return ids[: length + 1] if pad == end and length < len(ids) else ids[:length]
+    if pad == end and length < len(ids) and measure(ids[: length + 1], tags)["length"] <= budget:
+        length += 1
+    return ids[:length]
 
 
 def measure(ids: Sequence[int], tags: TagSet | None) -> dict[str, Any]:
@@ -74,8 +99,7 @@ def measure(ids: Sequence[int], tags: TagSet | None) -> dict[str, Any]:
         return {"num_tokens": len(ids), "length": len(ids), "parallelism": 1.0, "num_forks": 0}
     from multiverse_hf.modeling.layout import Event, Scanner
 
-    measures = measure_ids(ids, tags)
-    scanner = Scanner(tags)
+    measures, scanner = measure_ids(ids, tags), Scanner(tags)
     forks = sum(scanner.feed(token) is Event.FORK for token in ids)
     counted = {"num_tokens": measures.num_tokens, "length": measures.length, "num_forks": forks}
     return counted | {"parallelism": measures.parallelism}
