@@ -562,8 +562,7 @@ def evaluate(
       multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
       multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
     """
-    from multiverse_hf.evaluation.commands import evaluate as run_evaluation
-    from multiverse_hf.evaluation.commands import print_results
+    from multiverse_hf.evaluation import commands
     from multiverse_hf.evaluation.run import Evaluation
 
     check_sampling(temperature or None, top_p, "--temperature 0")
@@ -571,11 +570,35 @@ def evaluate(
         model, tuple(dict.fromkeys(task or ["mv:chains"])), mode, revision, data_dir, limit, n, seed, temperature,
         top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens,
     )  # fmt: skip
-    results = run_evaluation(asked, output)
+    results = commands.evaluate(asked, output)
     if as_json:
         print_json(results)
     else:
-        print_results(results, output)
+        commands.print_results(results, output)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the report goes.")] = Path("runs/comparison"),
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Compare two evaluations problem by problem: the paired difference, and which problems changed sides.
+
+    \b
+    Examples:
+      multiverse compare runs/autoregressive runs/parallel
+      multiverse compare runs/zero runs/parallel --output runs/zero-and-parallel
+    """
+    from multiverse_hf.evaluation import commands
+
+    comparison = commands.compare(first, second, output)
+    if as_json:
+        print_json(comparison)
+    else:
+        commands.print_comparison(comparison, output)
 
 
 @app.command()

@@ -10,11 +10,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, quiet, write_output
+from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, quiet, write_output
+from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
-from multiverse_hf.evaluation.results import make_results
+from multiverse_hf.evaluation.results import make_results, read_results
 
 
 def evaluate(evaluation: run.Evaluation, output: Path) -> dict[str, Any]:
@@ -56,24 +58,6 @@ def check_packages() -> None:
             raise CommandError(f"{module} is missing; pip install 'multiverse_hf[eval]'", FAILURE)
 
 
-def read_results(output: Path) -> dict[str, Any] | None:
-    """Read the ``results.json`` of a run; None if it has none.
-
-    Raises:
-        CommandError: if it is no such file.
-    """
-    path = output / "results.json"
-    if not path.is_file():
-        return None
-    try:
-        results = json.loads(path.read_bytes())
-        if results["schema"] != 1:
-            raise CommandError(f"{path} has schema {results['schema']}, and this version reads 1; evaluate again")
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CommandError(f"{path} is not what multiverse eval writes ({err!r}); evaluate again") from err
-    return results
-
-
 def command_line() -> str:
     """Give the command as it may be published: of absolute paths only the last part, which is true elsewhere too."""
     arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
@@ -102,8 +86,6 @@ def progress_bar(title: str) -> Iterator[tuple[Callable[[run.Progress], None], l
 
 def print_results(results: dict[str, Any], output: Path) -> None:
     """Print what a run came to, for people."""
-    from rich.table import Table
-
     table = Table(title=f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
     names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
     for column in ("task", "problems", *names.values()):
@@ -114,5 +96,39 @@ def print_results(results: dict[str, Any], output: Path) -> None:
         for group, of in task["groups"].items():
             cells = [show(metric, of["metrics"][metric]) for metric in names]
             table.add_row(f"  {group}", str(of["problems"]), *cells, style="dim")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    _console().print(table)
     print(f"{output / 'report.html'}\n{output / 'results.json'}")
+
+
+def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
+    """Compare two runs, and write the report.
+
+    Raises:
+        CommandError: as :func:`~multiverse_hf.evaluation.compare.compare_runs`.
+    """
+    check_packages()
+    check_output(output, is_folder=True)
+    comparison = comparing.compare_runs(first, second)
+    comparing.write_comparison(output, comparison)
+    return comparison
+
+
+def print_comparison(comparison: dict[str, Any], output: Path) -> None:
+    """Print what a comparison came to, for people."""
+    for side in ("a", "b"):
+        run_of = comparison[side]
+        print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
+    table = Table(title="B - A, paired by problem")
+    for column in ("task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"):
+        table.add_column(column)
+    for name, task in comparison["tasks"].items():
+        if task["problems"]:
+            metrics = ("pass@1", "parallelism", "length")
+            cells = [comparing.show_difference(metric, task["differences"][metric]) for metric in metrics]
+            table.add_row(name, str(task["problems"]), *cells, str(len(task["helped"])), str(len(task["hurt"])))
+    _console().print(table)
+    print(output / "comparison.html")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -8,7 +8,7 @@ Names are stable within a ``schema``; one that goes or changes its meaning raise
         "name": "owner/name or folder",           as it was given to the run
         "revision": "main", "commit": str | null,   of a repository; the commit that was read
         "fingerprint": str,                         of the weights and files (a folder), or the commit again
-        "architecture": "Qwen3ForCausalLM", "dtype": "auto"
+        "architecture": "Qwen3ForCausalLM", "dtype": "bfloat16"
       },
       "mode": "parallel" | "zero" | "autoregressive",
       "prompts": {
@@ -47,11 +47,14 @@ Metrics: ``pass@1``, ``pass@2``, ``pass@4``, ... up to n, ``avg@n`` (the name ha
 samples, but pass@k, which is a problem's unbiased estimate. :mod:`~multiverse_hf.evaluation.metrics` defines them.
 """
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
+from multiverse_hf.checkpoints import CommandError, Dtype
 from multiverse_hf.evaluation.metrics import CONFIDENCE, avg_at_n, bootstrap, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.run import Evaluation, Finished
 from multiverse_hf.evaluation.samples import Sample
@@ -109,7 +112,7 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
     evaluation = finished.evaluation
     return {
         "schema": SCHEMA,
-        "model": finished.model | {"dtype": evaluation.dtype.value},
+        "model": finished.model | ({} if evaluation.dtype is Dtype.AUTO else {"dtype": evaluation.dtype.value}),
         "mode": evaluation.mode.value,
         "prompts": describe_prompts(evaluation),
         "sampling": evaluation.sampling,
@@ -164,3 +167,23 @@ def _describe_task(finished: Finished, problem_set: ProblemSet) -> dict[str, Any
         "rules": dict(Counter(sample.rule for sample in samples).most_common()),
         "finish_reasons": dict(Counter(sample.finish_reason for sample in samples).most_common()),
     }
+
+
+def read_results(output: Path) -> dict[str, Any] | None:
+    """Read the ``results.json`` of a run; None if it has none.
+
+    Raises:
+        CommandError: if it is no such file.
+    """
+    path = output / "results.json"
+    if not path.is_file():
+        return None
+    try:
+        results = json.loads(path.read_bytes())
+        if results["schema"] != SCHEMA:
+            raise CommandError(
+                f"{path} has schema {results['schema']}, and this version reads {SCHEMA}; evaluate again"
+            )
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise CommandError(f"{path} is not what multiverse eval writes ({err!r}); evaluate again") from err
+    return results

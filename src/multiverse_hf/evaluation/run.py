@@ -192,9 +192,11 @@ def run_evaluation(
     """
     check_output(output, is_folder=True)
     problem_sets = [load_problems(TASKS[name], evaluation.data_dir, evaluation.limit) for name in evaluation.tasks]
-    checkpoint = open_checkpoint(
-        evaluation.model, evaluation.revision, needs_tags=evaluation.mode is not Mode.AUTOREGRESSIVE
-    )
+    checkpoint = open_checkpoint(evaluation.model, evaluation.revision, needs_tags=False)
+    if evaluation.mode is not Mode.AUTOREGRESSIVE and not checkpoint.has_tags:
+        raise CommandError(
+            f"{checkpoint.name} has no control tags and cannot branch; evaluate it with --mode autoregressive"
+        )
     problem_sets, num_seen = leave_out_seen(problem_sets, checkpoint.path)
     weights = fingerprint(checkpoint)
     settle(output / "run.json", evaluation, checkpoint, weights, problem_sets)
@@ -338,6 +340,7 @@ def describe_model(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
         "commit": getattr(checkpoint.config, "_commit_hash", None),
         "fingerprint": weights,
         "architecture": (checkpoint.config.architectures or [checkpoint.config.model_type])[0],
+        "dtype": str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch."),
     }
 
 

@@ -213,7 +213,7 @@ class ProblemSet:
     """The problems of a task as a run asks them.
 
     Attributes:
-        source: a dataset of the Hub, the name of a local file, or ``made here``.
+        source: a dataset of the Hub, the name of a local file, or the module that makes them.
         fingerprint: of questions and right answers, in order.
     """
 
@@ -257,7 +257,7 @@ def read_rows(task: Task, data_dir: Path | None) -> tuple[list[dict[str, Any]], 
         CommandError: if they cannot be had.
     """
     if task.dataset is None:
-        return list(chains_rows()), "made here"
+        return list(chains_rows()), "multiverse_hf.data.chains"
     source = task.dataset if data_dir is None else str(find_file(task, data_dir))
     try:
         rows = list(load_rows(source, task.config, task.split))
