@@ -6,7 +6,6 @@ torch and transformers are imported inside the commands that run a model, so tha
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import sys
 import traceback as tracebacks
@@ -42,11 +41,22 @@ from multiverse_hf.checkpoints import (
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
-from multiverse_hf.evaluation.tasks import TASKS, Mode
+from multiverse_hf.evaluation import cli as evaluation_cli
+from multiverse_hf.options import (
+    TRACEBACK,
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LiveOption,
+    MaxNewTokensOption,
+    ModelOption,
+    ThreadsOption,
+    TracebackOption,
+    check_sampling,
+    print_json,
+)
 
-TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
-# The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
-MIN_TEMPERATURE = 1e-6
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 
 MANY, CLUSTER = "Many prompts", "Slurm and Ray"  # panels of the help
@@ -64,45 +74,6 @@ class StructureMode(StrEnum):
 
 
 app = typer.Typer(name="multiverse", add_completion=False, pretty_exceptions_enable=False)
-
-
-def _show_traceback(value: bool) -> bool:
-    if value:
-        os.environ[TRACEBACK] = "1"
-    return value
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Checkpoint folder or repository; built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
-        "which solve sums of chains only.",
-    ),
-]
-MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path; the context caps it.")
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(metavar="TYPE", help="auto (the checkpoint's), float32, bfloat16, float16 or float64."),
-]
-AttentionOption = Annotated[Attention, typer.Option(metavar="KIND", help="Attention implementation: sdpa or eager.")]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; by default torch's choice.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-LiveOption = Annotated[
-    bool | None, typer.Option("--live/--plain", help="Branches side by side, or plain text; live in a terminal.")
-]
-TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=_show_traceback, help=f"Show where an error came from ({TRACEBACK}=1).")
-]
 
 
 def _show_version(value: bool) -> None:
@@ -175,25 +146,6 @@ def wants_live(live: bool | None, as_json: bool) -> bool:
     return not as_json and (is_terminal if live is None else live)
 
 
-def check_sampling(temperature: float | None, top_p: float | None, greedy: str) -> None:
-    """Check the options of draws.
-
-    Args:
-        temperature, top_p: as given.
-        greedy: option to name to those who want none.
-
-    Raises:
-        CommandError: if one is out of range.
-    """
-    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
-        raise CommandError(
-            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
-            f"for the likeliest token use {greedy}"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
-
-
 @contextlib.contextmanager
 def waiting(message: str) -> Iterator[None]:
     """Show in a terminal that something takes its time."""
@@ -203,11 +155,6 @@ def waiting(message: str) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Write one JSON object to standard output."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 # Commands
@@ -513,94 +460,6 @@ def demo(
         print_report(console, report)
 
 
-@app.command("eval")
-def evaluate(
-    task: Annotated[
-        list[str] | None,
-        typer.Option("--task", "-t", metavar="NAME", help=f"Any number of: {', '.join(TASKS)}."),
-    ] = None,
-    output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Answers, results.json and report; the same command again goes on.")
-    ] = Path("runs/eval"),
-    model: ModelOption = None,
-    revision: Annotated[str, typer.Option(metavar="NAME", help="Of a repository.")] = "main",
-    mode: Annotated[
-        Mode,
-        typer.Option(
-            metavar="MODE", help="parallel; zero: asked for a sequential answer, free to branch; autoregressive."
-        ),
-    ] = Mode.PARALLEL,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
-    ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Problems of each task, the first.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of the draws; 0 takes the likeliest token.")
-    ] = 0.6,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = 0.95,
-    max_new_tokens: MaxNewTokensOption = 32_768,
-    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
-    max_cache_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")] = None,
-    dtype: DtypeOption = Dtype.AUTO,
-    attn: AttentionOption = Attention.SDPA,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
-    traceback: TracebackOption = False,
-) -> None:
-    """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
-
-    Every answer is kept as it comes. A run that was cut off is gone on with by the same command; answers depend
-    neither on that nor on how many are written at once.
-
-    \b
-    Examples:
-      multiverse eval --task mv:chains --limit 30
-      multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
-      multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
-    """
-    from multiverse_hf.evaluation import commands
-    from multiverse_hf.evaluation.run import Evaluation
-
-    check_sampling(temperature or None, top_p, "--temperature 0")
-    asked = Evaluation(
-        model, tuple(dict.fromkeys(task or ["mv:chains"])), mode, revision, data_dir, limit, n, seed, temperature,
-        top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens,
-    )  # fmt: skip
-    results = commands.evaluate(asked, output)
-    if as_json:
-        print_json(results)
-    else:
-        commands.print_results(results, output)
-
-
-@app.command()
-def compare(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the report goes.")] = Path("runs/comparison"),
-    as_json: JsonOption = False,
-    traceback: TracebackOption = False,
-) -> None:
-    """Compare two evaluations problem by problem: the paired difference, and which problems changed sides.
-
-    \b
-    Examples:
-      multiverse compare runs/autoregressive runs/parallel
-      multiverse compare runs/zero runs/parallel --output runs/zero-and-parallel
-    """
-    from multiverse_hf.evaluation import commands
-
-    comparison = commands.compare(first, second, output)
-    if as_json:
-        print_json(comparison)
-    else:
-        commands.print_comparison(comparison, output)
-
-
 @app.command()
 def merge(
     adapter: Annotated[Path, typer.Option(metavar="DIR", help="Folder that a LoRA run wrote.")],
@@ -666,6 +525,11 @@ def save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
+
+
+app.command("eval")(evaluation_cli.evaluate)
+app.command()(evaluation_cli.compare)
+app.add_typer(evaluation_cli.experiments, name="experiment")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -12,7 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, quiet, write_output
+from multiverse_hf.checkpoints import (
+    FAILURE,
+    CommandError,
+    check_output,
+    one_line,
+    output_folder,
+    quiet,
+    write_output,
+)
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
@@ -111,6 +119,45 @@ def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
     comparison = comparing.compare_runs(first, second)
     comparing.write_comparison(output, comparison)
     return comparison
+
+
+def experiment(name: str, measure: Callable[[], dict[str, Any]], output: Path) -> list[str]:
+    """Measure one of the paper's experiments, and write ``NAME.json``, ``.png`` and ``.svg``; for a table ``.md`` too.
+
+    Args:
+        name: ``table``, ``budget``, ``latency`` or ``batch``.
+        measure: does the work.
+        output: folder to write to.
+
+    Returns:
+        What came out, line by line.
+    """
+    from multiverse_hf.evaluation import batches, budget, latency, suite
+
+    module = {"table": suite, "budget": budget, "latency": latency, "batch": batches}[name]
+    check_packages()
+    check_output(output, is_folder=True)
+    quiet()
+    try:
+        result = measure() | {"command": command_line()}
+    except ValueError as err:  # of a fit: too little to fit a curve to
+        raise CommandError(one_line(err)) from err
+    with output_folder(output) as part:
+        (part / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if module is suite:
+            (part / "table.md").write_text(suite.write_page(result), encoding="utf-8")
+        module.draw(part / name, result)
+    return [*module.summarize(result), str(output / f"{name}.png")]
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show in a terminal how many timed answers are done; give what to call with that and with how many there are."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_comparison(comparison: dict[str, Any], output: Path) -> None:

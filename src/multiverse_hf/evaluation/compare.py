@@ -184,12 +184,15 @@ def draw(path: Path, comparison: Mapping[str, Any]) -> None:
     for name, task in comparison["tasks"].items():
         if task["problems"]:
             rows[f"{name}, all {task['problems']}"] = task["differences"]["pass@1"]
-            rows |= {f"B {kind}: {of['problems']}": of["difference"] for kind, of in task["by_forking"].items()}
+            rows |= {
+                f"{name}, B {kind}: {of['problems']}": of["difference"] for kind, of in task["by_forking"].items()
+            }
     figure, (axes,) = make_figure(height=1.2 + 0.45 * len(rows))
-    for at, (label, of) in enumerate(reversed(rows.items())):
+    for label, of in reversed(rows.items()):
         ends = [[100 * (of["value"] - of["low"])], [100 * (of["high"] - of["value"])]]
         axes.errorbar([100 * of["value"]], [label], xerr=ends, fmt="o", color="#2b6cb0", capsize=4)
     axes.axvline(0, color="gray", linestyle=":")
+    axes.margins(y=0.2)
     axes.set(xlabel="pass@1 of B - A, points of percent")
     save_figure(figure, path)
 

@@ -29,10 +29,10 @@ from multiverse_hf.checkpoints import new_folder
 from multiverse_hf.evaluation.answers import AnswerKind, judge
 from multiverse_hf.evaluation.lighteval_measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
-from multiverse_hf.evaluation.tasks import TASKS, Mode, Task, find_file, read_rows
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_rows
 from multiverse_hf.evaluation.verifier import Verifier
 
-MAX_NEW_TOKENS = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", "32768"))
+BUDGET = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", MAX_NEW_TOKENS))
 DATA_DIR = Path(os.environ["MULTIVERSE_DATA_DIR"]) if os.environ.get("MULTIVERSE_DATA_DIR") else None
 
 
@@ -179,7 +179,7 @@ def make_tasks() -> list[LightevalTaskConfig]:
                     evaluation_splits=[split],
                     few_shots_split=split,
                     metrics=make_metrics(),
-                    generation_size=MAX_NEW_TOKENS,
+                    generation_size=BUDGET,
                     stop_sequence=[],
                     version=task.version,
                 )

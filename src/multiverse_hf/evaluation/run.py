@@ -28,7 +28,11 @@ from multiverse_hf.evaluation.answers import judge
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.tasks import (
+    MAX_NEW_TOKENS,
+    MAX_NUM_SEQS,
     TASKS,
+    TEMPERATURE,
+    TOP_P,
     Mode,
     Problem,
     ProblemSet,
@@ -39,9 +43,6 @@ from multiverse_hf.evaluation.tasks import (
 from multiverse_hf.evaluation.verifier import Verifier
 
 POLL_S = 0.005
-TEMPERATURE, TOP_P = 0.6, 0.95  # of the published example
-MAX_NEW_TOKENS = 32_768  # the paper's context; the model's own bounds it
-MAX_NUM_SEQS = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,9 @@ from multiverse_hf.data.records import RowError, load_rows
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
 
+# Sampling of record (the published example), and the paper's context, which the model's own bounds
+TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
+MAX_NUM_SEQS = 64  # the engine's own default
 CHAINS_SEED = 1000  # no training run draws its rows with it
 NUM_CHAINS_PROBLEMS = 300  # a third of each kind
 LETTERS = "ABCD"
