@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.experiment import Subject, describe, interleave
+from multiverse_hf.evaluation.experiment import Subject, describe
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.metrics import parallelism, speedup
-from multiverse_hf.evaluation.timing import Timed
+from multiverse_hf.evaluation.timing import Timed, in_turns
 
 REPEATS = 3
 SIZES = (1, 2, 4, 8, 16)
@@ -40,8 +40,7 @@ def measure_batches(
         runs: dict[str, list[list[Timed]]] = {side: [] for side in SIDES}
         with subject.engine(max_num_seqs=size) as time_answers:
             time_answers(prompts[:1])
-            for done, turn in enumerate(interleave(len(SIDES), repeats), start=1):
-                side = list(SIDES)[turn]
+            for done, side in enumerate(in_turns(list(SIDES), repeats), start=1):
                 runs[side].append([time_answers(batch, structure=SIDES[side]) for batch in batches])
                 on_progress(at * len(SIDES) * repeats + done, total)
         rows.append({"batch": size, "batches": len(batches)} | _summarize_size(runs))

@@ -62,15 +62,6 @@ class Subject:
             raise CommandError(f"{self.checkpoint.name}: {one_line(err)}; set --max-cache-tokens") from err
 
 
-def interleave(count: int, repeats: int) -> Iterator[int]:
-    """Give numbers below ``count``, all of them ``repeats`` times, each time beginning with another: what else runs on
-    the machine then meets all of them alike.
-    """
-    for repeat in range(repeats):
-        begin = repeat % count
-        yield from (*range(begin, count), *range(begin))
-
-
 def describe(subject: Subject, experiment: str) -> dict[str, Any]:
     """Say of a result where it comes from."""
     checkpoint = subject.checkpoint

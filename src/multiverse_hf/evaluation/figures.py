@@ -27,13 +27,6 @@ def make_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tu
     return figure, axes
 
 
-def use_powers_of_two(axis: Any) -> None:
-    """Scale an axis, ``axes.xaxis`` or ``axes.yaxis``, by powers of two."""
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis._set_axes_scale("log", base=2)
-    axis.set_major_formatter("{x:g}")
-
-
 def save_figure(figure: Any, path: Path) -> list[Path]:
     """Write a figure as PNG and as SVG; ``path`` has either ending, or none. It is drawn before a file is opened."""
     path = path.with_suffix("") if path.suffix in (".png", ".svg") else path

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.experiment import Subject, describe, interleave
+from multiverse_hf.evaluation.experiment import Subject, describe
 from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.timing import in_turns
 
 REPEATS = 3
 
@@ -77,7 +78,7 @@ def measure_latency(
     answers: list[Any] = [None] * len(prompts)
     with subject.engine(max_num_seqs=1) as time_answers:
         time_answers(prompts[:1])  # the first answer also pays for what is made once
-        for done, number in enumerate(interleave(len(prompts), repeats), start=1):
+        for done, number in enumerate(in_turns(range(len(prompts)), repeats), start=1):
             timed = time_answers([prompts[number]])
             answers[number] = timed.results[0].stats
             times[number].append(1000 * timed.seconds / timed.num_tokens)

@@ -1,15 +1,17 @@
 """What it takes to answer some prompts at once: the prompts' own pass, and everything after it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.handles import MultiverseResult
 from multiverse_hf.modeling.state import BranchEvent
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,10 @@ def time_answers(engine: MultiverseEngine, prompts: Sequence[Any], **options: An
             first.append(time.perf_counter())
 
     before = engine.memory()["num_preemptions"]
-    _synchronize(engine.model.device)
+    synchronize(engine.model.device)
     begin = time.perf_counter()
     results = engine.generate(list(prompts), on_event=listen, **options)
-    _synchronize(engine.model.device)
+    synchronize(engine.model.device)
     end = time.perf_counter()
     if preempted := engine.memory()["num_preemptions"] - before:
         raise RuntimeError(
@@ -62,7 +64,16 @@ def time_answers(engine: MultiverseEngine, prompts: Sequence[Any], **options: An
     return Timed(first[0] - begin, end - first[0], results)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait for what was given to a device; a CPU is done when the call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def in_turns(items: Sequence[Item], repeats: int) -> Iterator[Item]:
+    """Give items in turns, all of them ``repeats`` times, each time beginning with another: what else runs on the
+    machine then meets all of them alike.
+    """
+    for repeat in range(repeats):
+        begin = repeat % len(items)
+        yield from (*items[begin:], *items[:begin])
