@@ -4,6 +4,7 @@
 record is the problem and, after a space, one of the two sentences Multiverse is trained on (``data/suffixes.py``).
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -184,9 +185,13 @@ def training_problems(model: str) -> set[str]:
     try:
         data = json.loads(record.read_bytes())["data"]
         names = {field.name for field in fields(ChainsMixture)} & data.keys()
-        mixture = ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names})
+        return _problems_of(ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names}))
     except (ValueError, KeyError, TypeError, AttributeError) as err:
         raise CommandError(f"{record} names no training rows ({err!r}); move it away if it is not of sft.py") from err
+
+
+@functools.lru_cache(maxsize=4)  # a table or a curve asks for the same ones again and again
+def _problems_of(mixture: ChainsMixture) -> set[str]:
     return {str(row.problem) for row in mixture}
 
 
