@@ -5,6 +5,7 @@ The commands are slow: the environment is made with pip, from the network's pack
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -150,6 +151,31 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
+def test_the_commands_of_the_readme_run_as_pasted(environment: Path, tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lighteval custom" in text)
+    (tmp_path / "src").symlink_to(ROOT / "src")
+    variables = clean_variables(tmp_path) | {"PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", block], cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    numbers = [
+        {name: table(tmp_path / "runs/lighteval/results" / model)["mv:chains"][name] for name in METRICS}
+        for model in ("multiverse-tiny", "tiny-exported")
+    ]
+    assert numbers[0] == pytest.approx(numbers[1])
+    assert numbers[0]["# parallel"] > 1
+
+
+def clean_variables(folder: Path) -> dict[str, str]:
+    """Give what a program needs to run, and nothing else of this process's environment."""
+    names = ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH")
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return variables | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1"}
+
+
 def make_model(name: str, folder: Path) -> tuple[Path, Mode]:
     """Give a checkpoint that branches with nothing but transformers, or a plain random one."""
     if name == "random qwen2":
@@ -175,8 +201,7 @@ def test_both_commands_finish_and_their_numbers_are_those_of_multiverse_eval(
     model, mode = make_model(name, tmp_path)
     end = "" if mode is Mode.PARALLEL else f":{mode.value}"
     tasks = ["mv:aime25", "mv:math_500"] + (["mv:chains"] if mode is Mode.PARALLEL else [])
-    variables = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
-    variables |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    variables = clean_variables(tmp_path)
     variables |= {"MULTIVERSE_DATA_DIR": str(rows), "MULTIVERSE_MAX_NEW_TOKENS": BUDGET}
     asked = ",".join(f"{task}{end}|0" for task in tasks)
     common = "--custom-tasks multiverse_hf.evaluation.lighteval_tasks --save-details"

@@ -28,7 +28,7 @@ from multiverse_hf.checkpoints import (
 )
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct
 from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.evaluation.tasks import training_problems, unseen_chains
+from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
 from multiverse_hf.provenance import commit, versions
 

@@ -15,7 +15,7 @@ from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.compare import compare_runs
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.report import show
-from multiverse_hf.evaluation.run import Evaluation
+from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 
 BUDGETS = (128, 192, 256, 320, 384, 512, 768, 1024, 1536)
@@ -119,9 +119,10 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     differences.axhline(paper.MEAN_BUDGET_GAIN, linestyle="--", color="gray", label=label)
     differences.axhline(0, linestyle=":", color="gray")
     differences.set(xlabel="length budget (positions)", ylabel="parallel - autoregressive, points")
+    curves.legend(frameon=False, fontsize="small", loc="lower right")
+    differences.legend(frameon=False, fontsize="small", loc="upper left")
     for axes in (curves, differences):
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [str(budget) for budget in budgets], rotation=45)
         axes.minorticks_off()
-        axes.legend(frameon=False, fontsize="small")
     save_figure(figure, path)

@@ -114,7 +114,7 @@ def evaluate(
       multiverse eval --suite paper --limit 30 --output runs/table
     """
     from multiverse_hf.evaluation import commands
-    from multiverse_hf.evaluation.run import Evaluation
+    from multiverse_hf.evaluation.settings import Evaluation
 
     check_sampling(temperature or None, top_p, "--temperature 0")
     asked = Evaluation(
@@ -185,7 +185,7 @@ def budget(
     """
     from multiverse_hf.evaluation import commands
     from multiverse_hf.evaluation.budget import BUDGETS, measure_budgets
-    from multiverse_hf.evaluation.run import Evaluation
+    from multiverse_hf.evaluation.settings import Evaluation
 
     check_sampling(temperature or None, top_p, "--temperature 0")
     asked = Evaluation(
@@ -223,7 +223,7 @@ def latency(
     from multiverse_hf.evaluation import commands
     from multiverse_hf.evaluation.experiment import Subject
     from multiverse_hf.evaluation.latency import measure_latency
-    from multiverse_hf.evaluation.run import Evaluation
+    from multiverse_hf.evaluation.settings import Evaluation
 
     asked = Evaluation(
         model, (task,), data_dir=data_dir, limit=limit, temperature=0, max_new_tokens=max_new_tokens,
@@ -261,7 +261,7 @@ def batch(
     from multiverse_hf.evaluation import commands
     from multiverse_hf.evaluation.batches import SIZES, measure_batches
     from multiverse_hf.evaluation.experiment import Subject
-    from multiverse_hf.evaluation.run import Evaluation
+    from multiverse_hf.evaluation.settings import Evaluation
 
     asked = Evaluation(
         model, (task,), data_dir=data_dir, limit=limit, temperature=0, max_new_tokens=max_new_tokens,

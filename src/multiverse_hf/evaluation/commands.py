@@ -25,9 +25,10 @@ from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
+from multiverse_hf.evaluation.settings import Evaluation
 
 
-def evaluate(evaluation: run.Evaluation, output: Path) -> dict[str, Any]:
+def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     """Run an evaluation, or what is left of one, and write ``results.json`` and the report.
 
     Raises:

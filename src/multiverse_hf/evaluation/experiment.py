@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from multiverse_hf.checkpoints import Checkpoint, CommandError, fingerprint, load_model, one_line, open_checkpoint
-from multiverse_hf.evaluation.run import Evaluation, describe_model
+from multiverse_hf.evaluation.run import describe_model
+from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import TASKS, ProblemSet, load_problems
 from multiverse_hf.evaluation.timing import Timed
 from multiverse_hf.provenance import commit, hardware, versions

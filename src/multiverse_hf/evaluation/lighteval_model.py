@@ -21,7 +21,8 @@ from lighteval.utils.cache_management import SampleCache
 
 from multiverse_hf.checkpoints import Dtype, load_model, open_checkpoint
 from multiverse_hf.evaluation.lighteval_measures import MEASURES
-from multiverse_hf.evaluation.run import Evaluation, Job, answer_jobs, sample_seed
+from multiverse_hf.evaluation.run import Job, answer_jobs, sample_seed
+from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import TASKS, Mode, Problem
 
 OPTIONS: dict[str, Any] = {

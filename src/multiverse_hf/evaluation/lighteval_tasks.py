@@ -25,7 +25,7 @@ from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 
-from multiverse_hf.checkpoints import new_folder
+from multiverse_hf.checkpoints import CommandError, new_folder
 from multiverse_hf.evaluation.answers import AnswerKind, judge
 from multiverse_hf.evaluation.lighteval_measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
@@ -155,7 +155,7 @@ def _is_local(task: Task) -> bool:
         return False
     try:
         find_file(task, DATA_DIR)
-    except Exception:  # the folder need not hold every task
+    except CommandError:  # the folder need not hold every task
         return False
     return True
 

@@ -56,8 +56,9 @@ from typing import Any
 
 from multiverse_hf.checkpoints import CommandError, Dtype
 from multiverse_hf.evaluation.metrics import CONFIDENCE, avg_at_n, bootstrap, parallel_rate, pass_at_k
-from multiverse_hf.evaluation.run import Evaluation, Finished
+from multiverse_hf.evaluation.run import Finished
 from multiverse_hf.evaluation.samples import Sample
+from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import ProblemSet
 from multiverse_hf.provenance import commit, hardware, versions
 

@@ -9,7 +9,7 @@ from multiverse_hf.checkpoints import Checkpoint, CommandError, new_folder, open
 from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.report import describe_sampling, show
-from multiverse_hf.evaluation.run import Evaluation
+from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 
 RANDOM = "random"  # as a base: the model's own architecture with random weights, what multiverse-tiny began with
@@ -134,11 +134,12 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
                 fmt=marker, capsize=3, color=colors[row], label=f"{row}, {task}",
             )  # fmt: skip
     for row, scores in paper.TABLE.items():
-        for (task, score), marker in zip(scores.items(), markers, strict=False):
-            label = f"{row}, {task.removeprefix('mv:')}"
-            theirs.plot([score.parallelism or 1.0], [score.accuracy], marker, color=colors[row], label=label)
+        for score, marker in zip(scores.values(), markers, strict=False):
+            theirs.plot([score.parallelism or 1.0], [score.accuracy], marker, color=colors[row])
+    for task, marker in zip(paper.TABLE["parallel"], markers, strict=False):
+        theirs.plot([], [], marker, color="gray", label=task.removeprefix("mv:"))  # colors are those beside it
     ours.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="here")
     theirs.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="paper, Multiverse-32B")
     for axes in (ours, theirs):
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
     save_figure(figure, path)

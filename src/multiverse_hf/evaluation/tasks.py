@@ -4,29 +4,26 @@
 record is the problem and, after a space, one of the two sentences Multiverse is trained on (``data/suffixes.py``).
 """
 
-import functools
 import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.data import chains
-from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.data.records import RowError, load_rows
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
+from multiverse_hf.evaluation.chains import chains_rows
 
 # Sampling of record (the published example), and the paper's context, which the model's own bounds
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
 MAX_NUM_SEQS = 64  # the engine's own default
-CHAINS_SEED = 1000  # no training run draws its rows with it
-NUM_CHAINS_PROBLEMS = 300  # a third of each kind
 LETTERS = "ABCD"
 
 
@@ -149,52 +146,6 @@ def _read_gpqa(row: Mapping[str, Any]) -> Problem:
     return Problem(row_id(question), f"{question}\n\n{listed}\n\n", LETTERS[order.index(0)])
 
 
-def chains_rows(count: int = NUM_CHAINS_PROBLEMS, seed: int = CHAINS_SEED) -> Iterator[dict[str, str]]:
-    """Draw chains problems, the three kinds in turn, each problem once."""
-    streams = [unseen_chains(kind, seed=seed) for kind in chains.Kind]
-    for number in range(count):
-        problem = next(streams[number % len(streams)])
-        yield {"problem": str(problem), "answer": str(problem.answer), "kind": problem.kind.value}
-
-
-def unseen_chains(
-    kind: chains.Kind,
-    seed: int = CHAINS_SEED,
-    seen: Iterable[str] = (),
-    max_chains: int = chains.MAX_CHAINS,
-    max_ops: int = chains.MAX_OPS,
-) -> Iterator[chains.Problem]:
-    """Draw problems that are not among those seen, each once, for as long as there are any."""
-    rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
-    while True:
-        problem = chains.sample_problem(rng, kind, max_ops=max_ops)
-        if len(problem.chains) <= max_chains and str(problem) not in drawn:
-            drawn.add(str(problem))
-            yield problem
-
-
-def training_problems(model: str) -> set[str]:
-    """Give the chains problems a run was trained on, from the ``run.json`` beside it; none if there is no such file.
-
-    Raises:
-        CommandError: if the file is not what sft.py writes.
-    """
-    record = Path(model, "run.json")
-    if not record.is_file():
-        return set()
-    try:
-        data = json.loads(record.read_bytes())["data"]
-        names = {field.name for field in fields(ChainsMixture)} & data.keys()
-        return _problems_of(ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names}))
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CommandError(f"{record} names no training rows ({err!r}); move it away if it is not of sft.py") from err
-
-
-@functools.lru_cache(maxsize=4)  # a table or a curve asks for the same ones again and again
-def _problems_of(mixture: ChainsMixture) -> set[str]:
-    return {str(row.problem) for row in mixture}
-
-
 TASKS = {
     task.name: task
     for task in (
@@ -265,7 +216,7 @@ def read_rows(task: Task, data_dir: Path | None) -> tuple[list[dict[str, Any]], 
         CommandError: if they cannot be had.
     """
     if task.dataset is None:
-        return list(chains_rows()), "multiverse_hf.data.chains"
+        return list(chains_rows()), "multiverse_hf.evaluation.chains"
     source = task.dataset if data_dir is None else str(find_file(task, data_dir))
     try:
         rows = list(load_rows(source, task.config, task.split))
