@@ -111,6 +111,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     axes.plot([], [], " ", label=f"paper, 32B: flat from batch {low} to {high}")
     axes.set_xscale("log", base=2)
     axes.set_xticks(sizes, [str(size) for size in sizes])
-    axes.set(xlabel="batch size", ylabel="speedup per token", ylim=(0, None))
-    axes.legend(frameon=False, fontsize="small")
+    axes.set(xlabel="batch size", ylabel="speedup per token")
+    axes.set_ylim(0, 1.4 * max(row["max"] for row in rows))  # room for the legend
+    axes.legend(frameon=False, fontsize="small", loc="upper right")
     save_figure(figure, path)

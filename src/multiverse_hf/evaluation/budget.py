@@ -119,6 +119,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     differences.axhline(paper.MEAN_BUDGET_GAIN, linestyle="--", color="gray", label=label)
     differences.axhline(0, linestyle=":", color="gray")
     differences.set(xlabel="length budget (positions)", ylabel="parallel - autoregressive, points")
+    differences.margins(y=0.15)  # room for the legend
     curves.legend(frameon=False, fontsize="small", loc="lower right")
     differences.legend(frameon=False, fontsize="small", loc="upper left")
     for axes in (curves, differences):
