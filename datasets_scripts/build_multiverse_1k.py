@@ -59,7 +59,7 @@ def tell(args: argparse.Namespace) -> str:
 
 
 def main() -> None:
-    parser = build_parser(__doc__, "Multiverse-1K", licence=None)
+    parser = build_parser(__doc__, title=None, licence=None)
     parser.add_argument("--curated", nargs="+", default=[], metavar="ROWS", help="rows of a curator, or your own")
     parser.add_argument("--published", nargs="+", default=[], metavar="ROWS", help="rows of Multiverse-1K")
     parser.add_argument(
@@ -70,6 +70,8 @@ def main() -> None:
     with errors_in_a_line(parser):
         if not args.curated and not args.published:
             raise CommandError("there is nothing to build from; name rows with --curated or --published")
+        if any(not source.strip() or source == "." for source in (*args.curated, *args.published, *args.s1k)):
+            raise CommandError("a source is empty; name a file, a folder or a dataset on the Hub")
         names = [name_of(source) for source in (*args.curated, *args.published, *args.s1k)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise CommandError(f"several sources are called {twice[0]}; rows are told apart by it, so rename one")

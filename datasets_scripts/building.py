@@ -29,11 +29,11 @@ from multiverse_hf.data.measures import Ruler
 from multiverse_hf.modeling.tags import TagSet
 
 
-def build_parser(description: str, title: str, licence: str | None) -> argparse.ArgumentParser:
+def build_parser(description: str, title: str | None, licence: str | None) -> argparse.ArgumentParser:
     """Give a parser with the options that every builder has."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to make; it must be new or empty")
-    parser.add_argument("--title", default=title, help=f"of the card (default: {title})")
+    parser.add_argument("--output", type=Path, required=True, help="folder to make; new, or empty")
+    parser.add_argument("--title", help=f"of the card (default: {title or 'the folder name'})", default=title)
     parser.add_argument(
         "--license",
         required=licence is None,
@@ -70,6 +70,8 @@ def check_options(args: argparse.Namespace) -> None:
     """
     if not 0 <= args.test_share < 1:
         raise CommandError(f"--test-share must be from 0 to below 1, got {args.test_share}")
+    if args.title is None:
+        args.title = args.output.resolve().name
     if args.seed < 0:
         raise CommandError(f"--seed must be at least 0, got {args.seed}")
     for name in ("title", "license"):

@@ -10,6 +10,7 @@ the repository stay. Credentials are those of the Hub's client: HF_TOKEN, or wha
 
 import argparse
 import re
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -30,35 +31,70 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
     if not folder.is_dir():
         raise CommandError(f"no folder {folder}; build one first, e.g. with build_chains.py")
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    ours = [file for file in files if any(fnmatch(file, pattern) for pattern in BUILT)]
-    if CARD not in ours:
+    if CARD not in files:
         raise CommandError(f"{folder} holds no {CARD}; give a folder that a builder has written")
-    configs = read_configs(folder)
-    defaults = [config["config_name"] for config in configs if config.get("default")]
+    card = read_card(folder)
+    defaults = [config["config_name"] for config in card["configs"] if config.get("default")]
     if len(defaults) != 1:
         raise CommandError(f"the card of {folder} has {len(defaults)} default configs, not one; build it again")
-    named = {each["path"] for config in configs for each in config["data_files"]}
-    for pattern in sorted(named):
-        if not any(fnmatch(file, pattern) for file in ours):
+    ours = [file for file in files if file in (CARD, STATISTICS, PLOTS, DROPPED)]
+    for config, split, pattern, count in list_splits(card):
+        found = [file for file in files if fnmatch(file, pattern)]
+        if not found:
             raise CommandError(f"{folder} holds no {pattern}, which its card names; build it again")
-    return ours, [file for file in files if file not in ours]
+        rows = sum(count_rows(folder / file) for file in found)
+        if rows != count:
+            raise CommandError(
+                f"{folder} holds {rows} rows of {config}, {split}, and its card says {count}; build it again"
+            )
+        ours += found
+    return sorted(ours), [file for file in files if file not in ours]
 
 
-def read_configs(folder: Path) -> list[dict[str, Any]]:
-    """Give the configs that a card names."""
+def list_splits(card: dict[str, Any]) -> Iterator[tuple[str, str, str, int]]:
+    """Give config, split, the pattern of its files and the number of its rows, for all that a card names."""
+    counts = {
+        (info["config_name"], split["name"]): split["num_examples"]
+        for info in card["dataset_info"]
+        for split in info["splits"]
+    }
+    for config in card["configs"]:
+        for each in config["data_files"]:
+            yield config["config_name"], each["split"], each["path"], counts[config["config_name"], each["split"]]
+
+
+def count_rows(file: Path) -> int:
+    """Read a file, every column of it, and give the number of its rows.
+
+    Raises:
+        CommandError: if it is damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return sum(batch.num_rows for batch in pyarrow.parquet.ParquetFile(file).iter_batches())
+    except (pyarrow.ArrowException, OSError) as err:
+        raise CommandError(f"{file} is damaged ({one_line(err, 80)}); build it again") from err
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Give what a card says of its configs.
+
+    Raises:
+        CommandError: if it is no card that a builder has written.
+    """
     from huggingface_hub import DatasetCard
 
     try:
         data = DatasetCard((folder / CARD).read_text(encoding="utf-8")).data.to_dict()
-        configs = data["configs"]
-        for config in configs:
-            config["config_name"], [each["path"] for each in config["data_files"]]
+        list(list_splits(data))
     except (LookupError, TypeError, ValueError, OSError) as err:
         raise CommandError(f"cannot read the configs in {folder / CARD}: {one_line(err, 160)}") from err
-    return configs
+    return data
 
 
-def upload(folder: Path, repository: str, private: bool, message: str) -> str:
+def upload(folder: Path, files: list[str], repository: str, private: bool, message: str) -> str:
     """Upload what a build wrote, making the repository where there is none, and give the commit's address.
 
     Raises:
@@ -74,7 +110,7 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
             repo_id=repository,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=list(BUILT),
+            allow_patterns=files,
             delete_patterns=list(BUILT),
             commit_message=message,
         )
@@ -89,7 +125,8 @@ def upload(folder: Path, repository: str, private: bool, message: str) -> str:
         raise CommandError(f"the Hub refuses {repository} ({status}): {one_line(err, 200)}", FAILURE) from err
     except Exception as err:  # the Hub's client raises errors of its own, and of its HTTP library
         raise CommandError(
-            f"the upload to {repository} failed: {one_line(err, 200)} Nothing of it is visible there; start it anew",
+            f"the upload to {repository} failed: {one_line(err, 200).rstrip('.')}. Nothing of it is visible there; "
+            "start it anew",
             FAILURE,
         ) from err
     return commit.commit_url
@@ -118,7 +155,7 @@ def main() -> None:
         if args.dry_run:
             print(f"{len(files)} files, {size:,} bytes would go to {args.repository} in one commit")
             return
-        address = upload(args.folder, args.repository, args.private, args.message)
+        address = upload(args.folder, files, args.repository, args.private, args.message)
         print(f"{len(files)} files, {size:,} bytes: {address}")
     except CommandError as err:
         parser.exit(err.code, f"error: {err}\n")

@@ -11,10 +11,10 @@ stops.
 
 import argparse
 import errno
-import fcntl
 import json
 import math
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from safetensors import SafetensorError
 from transformers import set_seed
 
 try:
@@ -51,6 +52,7 @@ from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.training.generations import GenerationCallback
 from multiverse_hf.training.models import Base, load_base, trainable_tokens
 from multiverse_hf.training.report import draw_run, write_page
+from multiverse_hf.training.runs import check_same_run, claim, find_checkpoint
 from multiverse_hf.training.trainer import MultiverseSFTTrainer
 
 
@@ -98,16 +100,6 @@ class DataArguments:
     )
     max_chains: int = field(default=8, metadata={"help": "chains: the most chains of a problem, 3 to 8"})
     max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
-
-
-# What a resumed run may be told anew: none of it changes what is computed. And what starts with log, save or eval.
-MAY_CHANGE = {
-    "check_rows", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
-    "do_eval", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "ddp_timeout", "local_rank", "hf_token", "cache_dir", "model_init_kwargs",
-}  # fmt: skip
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -171,58 +163,6 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
         raise CommandError("an evaluation needs rows; give dataset_test_split or eval_rows")
 
     check_output(Path(training.output_dir), is_folder=True)
-    if not data.check_rows:
-        check_folder(Path(training.output_dir), training)
-
-
-def check_folder(output: Path, training: SFTConfig) -> None:
-    """Check that a run harms nothing that is in its folder, and find the checkpoint to resume from.
-
-    Raises:
-        CommandError: with the way out.
-    """
-    resume = training.resume_from_checkpoint
-    if (output / "run.json").exists():
-        raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
-    # the state is written last: a checkpoint without it was being written when the run was killed
-    whole = [state for state in output.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
-    if resume is True and whole:
-        training.resume_from_checkpoint = str(max(whole, key=_step).parent)
-    elif resume is True:
-        print(f"{output} holds no checkpoint to resume from; the run begins")
-        training.resume_from_checkpoint = None
-    elif resume:
-        if not (Path(resume) / "trainer_state.json").is_file():
-            raise CommandError(f"{resume} holds no checkpoint to resume from; leave out resume_from_checkpoint")
-    elif whole:
-        raise CommandError(
-            f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
-            "output_dir, or move it away"
-        )
-    if not (output / "begun.json").exists():
-        models = [output / name for name in ("config.json", "adapter_config.json")]
-        if found := [file.name for file in models if file.exists()]:
-            raise CommandError(f"{output} holds a model ({found[0]}); choose another output_dir")
-
-
-def claim(output: Path) -> Any:
-    """Keep a run's folder for this process as long as it lives.
-
-    Raises:
-        CommandError: if another run is writing there.
-    """
-    lock = (output / ".running").open("w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        raise CommandError(f"another run is writing to {output}; choose another output_dir") from err
-    return lock
-
-
-def _step(state: Path) -> int:
-    """Give the step of a checkpoint, by its file in the folder ``checkpoint-<step>``."""
-    number = state.parent.name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else -1
 
 
 def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
@@ -343,8 +283,9 @@ def main() -> None:
     lock = None
     try:
         check_arguments(data, training, model_args)
-        if training.process_index == 0 and not data.check_rows:
-            lock = claim(output)
+        if not data.check_rows:
+            training.resume_from_checkpoint = find_checkpoint(output, training.resume_from_checkpoint)
+            lock = claim(output) if training.process_index == 0 else None
         set_seed(training.seed)
         base = load_model(data, training, model_args)
         model, tokenizer = base.model, base.tokenizer
@@ -457,7 +398,10 @@ def main() -> None:
     }
     begun = output / "begun.json"
     if training.resume_from_checkpoint:
-        check_same_run(parser, Path(training.resume_from_checkpoint).resolve().parent, record)
+        try:
+            check_same_run(Path(training.resume_from_checkpoint).resolve().parent, record)
+        except ValueError as err:
+            parser.exit(FAILURE, f"error: {err}\n")
     if trainer.is_world_process_zero() and not begun.exists():
         write_output(begun, json.dumps(record, indent=1, default=str) + "\n")
     result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
@@ -500,39 +444,6 @@ def document_has_blocks(record: Any) -> bool:
     return record.document.num_paths > 0
 
 
-def check_same_run(parser: Parser, run: Path, record: dict[str, Any]) -> None:
-    """Check that a run is resumed with the rows and options it was begun with.
-
-    Stops the program if it is not: the sampler would go on in another order, over other rows.
-
-    Args:
-        parser: ends the program.
-        run: the folder that the checkpoint is in.
-        record: what this run was told.
-    """
-    told = next((file for file in (run / "begun.json", run / "run.json") if file.is_file()), None)
-    if told is None:
-        return
-    try:
-        before = json.loads(told.read_bytes())
-        parts = [before["data"], before["training"], before["model"], before["processes"]]
-    except (ValueError, KeyError, TypeError):
-        parser.exit(FAILURE, f"error: {told} is damaged; begin anew in another output_dir\n")
-    now = json.loads(json.dumps(record, default=str))
-    for part in ("data", "training", "model"):
-        for name in before[part]:
-            if name not in MAY_CHANGE and not name.startswith(("logging", "log_", "save_", "eval_", "push_", "hub_")):
-                check_unchanged(parser, run, name, before[part][name], now[part].get(name))
-    check_unchanged(parser, run, "number of processes", parts[-1], now["processes"])
-
-
-def check_unchanged(parser: Parser, output: Path, name: str, before: Any, now: Any) -> None:
-    """Stop the program if a setting is not what a run was begun with."""
-    if before != now:
-        advice = "resume it with the same rows and options, or choose another output_dir"
-        parser.exit(FAILURE, f"error: {output} was begun with {name} {before}, now it is {now}; {advice}\n")
-
-
 def run() -> None:
     """Train; what a user or a full disk ends, ends in a line."""
     try:
@@ -540,10 +451,15 @@ def run() -> None:
     except KeyboardInterrupt:
         print("stopped; what was saved goes on with --resume_from_checkpoint true", file=sys.stderr)
         sys.exit(INTERRUPTED)
-    except OSError as err:
-        if err.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    except (OSError, RuntimeError, SafetensorError) as err:
+        is_full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # as torch and safetensors say it
+        if not is_full and not re.search(r"No space left|File too large|PytorchStreamWriter failed", str(err)):
             raise
-        print(f"error: cannot write: {err.strerror}; make room, then --resume_from_checkpoint true", file=sys.stderr)
+        print(
+            f"error: cannot write: {one_line(err, 120)}; make room, then --resume_from_checkpoint true",
+            file=sys.stderr,
+        )
         sys.exit(FAILURE)
 
 

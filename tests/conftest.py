@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before anything imports torch or transformers; subprocesses that tests start inherit them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +18,7 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="multiverse-hf-modules-
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 import pytest  # noqa: E402 - after the environment is set
+from hub import serve  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 # deadline=None: the first example of a test pays for imports and compilation. HYPOTHESIS_PROFILE=dev searches anew
@@ -42,6 +44,13 @@ def _skip(items: list[pytest.Item], marker: str, reason: str) -> None:
     for item in items:
         if item.get_closest_marker(marker):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A stand-in for the Hub, as the environment in which the Hub's client uses it."""
+    with serve(tmp_path / "hf") as environment:
+        yield environment
 
 
 @pytest.fixture

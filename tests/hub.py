@@ -1,33 +1,43 @@
-"""A stand-in for the Hub: datasets repositories in memory, over real HTTP, for huggingface_hub's own client.
+"""A stand-in for the Hub: repositories of models and datasets in memory, over real HTTP, for the Hub's own client.
 
     python tests/hub.py --token SECRET
 
-prints its address on its first line and serves until it is killed. It answers what a build needs: making a repository,
-committing files (parquet through LFS, as there), listing and reading them, ranges too. Whoever writes must have the
-token. ``/log`` tells a test what was asked: the commits, and how each request was authorized, as far as it was.
+prints its address on its first line and serves until it is killed. It answers what uploads and loads need: making a
+repository, committing files (parquet and safetensors through LFS, as there), listing and reading them, ranges too.
+Whoever writes must have the token. ``/log`` tells a test what was asked: the commits, and how each request was
+authorized, as far as it was.
 """
 
 import argparse
 import base64
+import contextlib
 import hashlib
 import json
 import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-REPO = r"(?P<repo>[^/]+/[^/]+)"
+TOKEN = "hf_of-this-test-only"
+REPO = r"(?P<repo>(?:datasets|models)/[^/]+/[^/]+)"
+LARGE = (".parquet", ".safetensors")
 ROUTES = (
     ("POST", r"/api/repos/create", "create"),
     ("POST", r"/api/validate-yaml", "validate"),
-    ("POST", rf"/api/datasets/{REPO}/preupload/[^/]+", "preupload"),
-    ("POST", rf"/api/datasets/{REPO}/commit/[^/]+", "commit"),
-    ("POST", rf"/api/datasets/{REPO}/paths-info/[^/]+", "paths_info"),
-    ("GET", rf"/api/datasets/{REPO}/tree/[^/]+(?:/(?P<path>.+))?", "tree"),
-    ("GET", rf"/api/datasets/{REPO}(?:/revision/[^/]+)?", "info"),
-    ("POST", rf"/datasets/{REPO}\.git/info/lfs/objects/batch", "batch"),
+    ("GET", r"/api/whoami-v2", "who"),
+    ("POST", rf"/api/{REPO}/preupload/[^/]+", "preupload"),
+    ("POST", rf"/api/{REPO}/commit/[^/]+", "commit"),
+    ("POST", rf"/api/{REPO}/paths-info/[^/]+", "paths_info"),
+    ("GET", rf"/api/{REPO}/tree/[^/]+(?:/(?P<path>.+))?", "tree"),
+    ("GET", rf"/api/{REPO}(?:/revision/[^/]+)?", "info"),
+    ("POST", rf"/{REPO}\.git/info/lfs/objects/batch", "batch"),
     ("PUT", r"/lfs/(?P<oid>[0-9a-f]+)", "store"),
-    ("GET", rf"/datasets/{REPO}/resolve/[^/]+/(?P<path>.+)", "resolve"),
+    ("GET", rf"/{REPO}/resolve/[^/]+/(?P<path>.+)", "resolve"),
     ("GET", r"/log", "log"),
 )
 WRITES = {"create", "preupload", "commit", "batch"}
@@ -67,10 +77,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, method: str) -> None:
         url = urlsplit(self.path)
+        path = unquote(url.path)
+        if re.fullmatch(r"/(?!datasets/|api/)[^/]+/[^/]+(/resolve/.+|\.git/.+)", path):
+            path = f"/models{path}"  # files of a model have addresses without its kind
         self.query = parse_qs(url.query)
         self.body = self.read_body()
         for wanted, pattern, name in ROUTES:
-            match = re.fullmatch(pattern, unquote(url.path))
+            match = re.fullmatch(pattern, path)
             if match is None or wanted != method:
                 continue
             if name in WRITES and self.headers.get("Authorization") != f"Bearer {self.state.token}":
@@ -113,11 +126,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self) -> None:
         wanted = json.loads(self.body)
-        repo = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
-        url = {"url": f"{self.address}/datasets/{repo}", "name": repo}
-        if repo in self.state.repos:
-            return self.send(409, url | {"error": "You already created this dataset repo"})
-        self.state.repos[repo] = {".gitattributes": b"*.parquet filter=lfs\n"}
+        name, kind = f"{wanted.get('organization') or 'me'}/{wanted['name']}", wanted.get("type", "model") + "s"
+        url = {"url": f"{self.address}/{kind}/{name}".replace("/models/", "/"), "name": name}
+        if f"{kind}/{name}" in self.state.repos:
+            return self.send(409, url | {"error": "You already created this repo"})
+        self.state.repos[f"{kind}/{name}"] = {".gitattributes": b"*.parquet filter=lfs\n*.safetensors filter=lfs\n"}
         return self.send(200, url)
 
     def validate(self) -> None:
@@ -125,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo: str) -> None:
         names = [file["path"] for file in json.loads(self.body)["files"]]
-        modes = [{"path": n, "uploadMode": "lfs" if n.endswith(".parquet") else "regular"} for n in names]
+        modes = [{"path": n, "uploadMode": "lfs" if n.endswith(LARGE) else "regular"} for n in names]
         self.send(200, {"files": [mode | {"shouldIgnore": False} for mode in modes]})
 
     def batch(self, repo: str) -> None:
@@ -159,19 +172,28 @@ class Handler(BaseHTTPRequestHandler):
                 record["added"].append(value["path"])
         self.state.commits.append(record)
         oid = self.sha(repo)
-        self.send(200, {"commitOid": oid, "commitUrl": f"{self.address}/datasets/{repo}/commit/{oid}"})
+        self.send(200, {"commitOid": oid, "commitUrl": f"{self.address}/{repo}/commit/{oid}"})
 
     # Reading
 
+    def who(self) -> None:
+        self.send(200, {"type": "user", "name": "me", "orgs": []})
+
     def info(self, repo: str) -> None:
         siblings = [{"rfilename": name} for name in sorted(self.state.repos[repo])]
-        fields = {"id": repo, "sha": self.sha(repo), "private": False, "gated": False, "disabled": False}
+        fields = {
+            "id": repo.partition("/")[2],
+            "sha": self.sha(repo),
+            "private": False,
+            "gated": False,
+            "disabled": False,
+        }
         self.send(200, fields | {"downloads": 0, "likes": 0, "tags": [], "siblings": siblings})
 
     def entry(self, repo: str, name: str) -> dict[str, Any]:
         content = self.state.repos[repo][name]
         entry = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
-        if name.endswith(".parquet"):
+        if name.endswith(LARGE):
             entry["lfs"] = {"oid": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 130}
         return entry
 
@@ -216,6 +238,33 @@ class Handler(BaseHTTPRequestHandler):
     def log(self) -> None:
         state = self.state
         self.send(200, {"commits": state.commits, "refused": state.refused, "large": len(state.large)})
+
+
+@contextlib.contextmanager
+def serve(home: Path) -> Iterator[dict[str, str]]:
+    """Start a stand-in, and give the environment in which the Hub's client uses it, with its cache in ``home``."""
+    command = [sys.executable, __file__, "--token", TOKEN]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield {
+                "HF_ENDPOINT": process.stdout.readline().strip(),
+                "HF_HUB_OFFLINE": "0",
+                "HF_HUB_DISABLE_XET": "1",  # another protocol for large files; the stand-in has LFS
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HOME": str(home),
+                "HF_TOKEN": TOKEN,
+                "NO_PROXY": "127.0.0.1",
+                "no_proxy": "127.0.0.1",
+            }
+        finally:
+            process.kill()
+
+
+def read_log(environment: dict[str, str]) -> dict[str, Any]:
+    """Ask a stand-in for its log."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(f"{environment['HF_ENDPOINT']}/log") as response:
+        return json.load(response)
 
 
 def main() -> None:

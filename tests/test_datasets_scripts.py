@@ -4,13 +4,12 @@ import contextlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import pytest
 pytest.importorskip("datasets", reason="datasets need the train extra: pip install -e '.[train]'")
 pytest.importorskip("matplotlib", reason="the card's plots need the train extra: pip install -e '.[train]'")
 
+from hub import TOKEN, read_log
 from test_recipe import block, call
 
 from multiverse_hf.checkpoints import EMBEDDED, CommandError, new_folder
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.usefixtures("unquiet")
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "datasets_scripts"
 SAMPLES = sorted((ROOT.parent / "shared/data/multiverse-1k-samples").glob("*.xml"))
-TOKEN = "hf_of-this-test-only"
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -227,9 +226,9 @@ def test_two_builds_are_equal_to_the_byte_wherever_they_are_made(tmp_path: Path)
     for place, seed in (("here", "1"), ("elsewhere/deep", "2")):
         (tmp_path / place).mkdir(parents=True)
         write_rows(tmp_path / place / "rows.jsonl", [published(number) for number in range(30)] + ["{"])
-        options = ["--published", "rows.jsonl", "--license", "mit", "--output", f"built-{seed}"]
+        options = ["--published", "rows.jsonl", "--license", "mit", "--output", "built"]
         run("build_multiverse_1k.py", *options, cwd=tmp_path / place, PYTHONHASHSEED=seed)
-    one, other = contents(tmp_path / "here/built-1"), contents(tmp_path / "elsewhere/deep/built-2")
+    one, other = contents(tmp_path / "here/built"), contents(tmp_path / "elsewhere/deep/built")
     assert one == other
     assert len(one) == 10
     for name, content in one.items():
@@ -261,7 +260,7 @@ def test_killing_a_build_leaves_no_half_folder_and_the_next_one_clears_up(tmp_pa
     options = [sys.executable, str(SCRIPTS / "build_chains.py"), "--num-rows", "600", "--output", "chains"]
     process = subprocess.Popen(options, cwd=tmp_path, env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not any(tmp_path.glob(".chains.writing-*/whole/chains/*/*.parquet")):
+    while not any(tmp_path.glob(".chains.writing-*/files/chains/*/*.parquet")):
         assert process.poll() is None, "it has finished too soon to be killed"
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -383,31 +382,6 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 # Publishing
 
 
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Start a stand-in for the Hub, and give the environment in which the Hub's client uses it."""
-    command = [sys.executable, str(ROOT / "tests/hub.py"), "--token", TOKEN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        address = process.stdout.readline().strip()
-        yield {
-            "HF_ENDPOINT": address,
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",  # another protocol for large files; the stand-in has LFS
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-        process.kill()
-
-
-def hub_log(hub: dict[str, str]) -> dict[str, Any]:
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with opener.open(f"{hub['HF_ENDPOINT']}/log") as response:
-        return json.load(response)
-
-
 COMPARE = """
 import sys
 from datasets import get_dataset_default_config_name, load_dataset
@@ -438,11 +412,11 @@ def test_a_published_folder_is_one_commit_and_loads_from_the_hub_as_it_does_from
     said = run("publish.py", "built", "me/mine", "--dry-run", cwd=tmp_path, **hub)
     assert re.search(r"10 files, [\d,]+ bytes would go to me/mine in one commit", said)
     assert "left out, as no build writes it: notes.txt" in said
-    assert hub_log(hub) == {"commits": [], "refused": 0, "large": 0}
+    assert read_log(hub) == {"commits": [], "refused": 0, "large": 0}
 
     said += run("publish.py", "built", "me/mine", "--message", "First", cwd=tmp_path, **hub)
     assert f"{hub['HF_ENDPOINT']}/datasets/me/mine/commit/" in said
-    (commit,) = hub_log(hub)["commits"]
+    (commit,) = read_log(hub)["commits"]
     assert commit["summary"] == "First"
     assert set(commit["added"]) == set(contents(tmp_path / "built")) - {"notes.txt"}
     compare = [sys.executable, "-c", COMPARE, "built", "me/mine"]
@@ -451,7 +425,7 @@ def test_a_published_folder_is_one_commit_and_loads_from_the_hub_as_it_does_from
 
     # a later build, without a test split: what it lacks goes in the same commit, and the default stays
     said += run("publish.py", "again", "me/mine", cwd=tmp_path, **hub)
-    first, second = hub_log(hub)["commits"]
+    first, second = read_log(hub)["commits"]
     assert first == commit
     assert second["deleted"] == [f"{config}/test-00000-of-00001.parquet" for config in sorted(CONFIGS)]
 
@@ -468,7 +442,7 @@ def test_without_a_token_that_may_write_nothing_is_published_and_one_line_says_w
     assert said.count("\n") == 1
     assert "does not let you write to me/chains (401); set HF_TOKEN to a token that may" in said
     assert "hf_of-another" not in said
-    log = hub_log(hub)
+    log = read_log(hub)
     assert log["commits"] == []
     assert log["refused"] > 0
 
@@ -488,3 +462,64 @@ def test_a_folder_that_does_not_fit_its_card_is_not_published(
     (out / "README.md").write_text("no card")
     assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
     assert "cannot read the configs" in capsys.readouterr().err
+
+
+def test_a_damaged_file_or_one_too_many_is_not_published(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    out = tmp_path / "chains"
+    assert build(monkeypatch, "build_chains.py", "--num-rows", "5", "--output", out) == 0
+    file, other = out / "mixed/train-00000-of-00001.parquet", out / "mixed/notes.parquet"
+    shutil.copyfile(file, other)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 0
+    assert "left out, as no build writes it: mixed/notes.parquet" in capsys.readouterr().out
+    more = out / "mixed/train-00001-of-00002.parquet"
+    shutil.copyfile(file, more)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
+    assert re.search(r"holds \d+ rows of mixed, train, and its card says \d+", capsys.readouterr().err)
+    more.unlink()
+    os.truncate(file, file.stat().st_size // 2)
+    assert build(monkeypatch, "publish.py", out, "me/chains", "--dry-run") == 2
+    assert "mixed/train-00000-of-00001.parquet is damaged" in capsys.readouterr().err
+
+
+def test_an_empty_folder_will_do_and_the_one_one_is_in_will_not(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
+) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [published(number) for number in range(3)])
+    options = ["--published", rows, "--license", "mit", "--output"]
+    for name in ("empty", "k[c] \u00fc", "n" * 245):
+        left = tmp_path / f".{name[:100]}.writing-x"  # as a killed build leaves it
+        left.mkdir()
+        (left / "lock").touch()
+        (tmp_path / name).mkdir()
+        assert build(monkeypatch, "build_multiverse_1k.py", *options, tmp_path / name) == 0, capsys.readouterr().err
+        assert (tmp_path / name / "README.md").is_file()
+        assert not left.exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert build(monkeypatch, "build_multiverse_1k.py", *options, ".") == 2
+    assert "cannot be replaced as a whole; name a new folder in it" in capsys.readouterr().err
+
+
+def test_rows_without_an_id_are_told_apart_and_ids_are_checked(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources = []
+    for part in (1, 2):
+        rows = [published(10 * part + number, id=None) for number in range(2)]
+        sources.append(write_rows(tmp_path / f"part.{part}.jsonl", rows))
+    bad = [published(30, id=[1]), published(31, id="\ud800"), published(32, metadata="\udfff"), published(33, id=" ")]
+    sources.append(write_rows(tmp_path / "bad.jsonl", bad))
+    out = tmp_path / "built"
+    assert (
+        build(monkeypatch, "build_multiverse_1k.py", "--published", *sources, "--license", "mit", "--output", out) == 0
+    )
+    import datasets
+
+    ids = [row["id"] for split in ("train", "test") for row in datasets.load_dataset(str(out), split=split)]
+    assert sorted(ids) == ["bad-00004", "part.1-00001", "part.1-00002", "part.2-00001", "part.2-00002"]
+    dropped = [json.loads(line) for line in (out / "dropped_rows.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in dropped] == [
+        (1, "wrong columns"), (2, "unreadable"), (3, "unreadable"),
+    ]  # fmt: skip

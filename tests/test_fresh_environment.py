@@ -1,10 +1,12 @@
 """A new environment with torch and transformers and nothing else, offline: a saved checkpoint branches there.
 
-Slow: environments are made with pip, from the network's package index. At both ends of the supported range.
+Slow: environments are made with pip, from the network's package index. At both ends of the supported range of
+transformers; the default tests are run at its newer end, and those of model, engine and commands here at the older.
 """
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,10 @@ from test_remote_code import ask, saved  # noqa: F401 - a fixture
 from multiverse_hf import MultiverseForCausalLM
 
 ROOT = Path(__file__).parents[1]
+OLDEST, NEWEST = "5.17.0", "5.23.0"
+# What needs nothing of the extra train, which takes transformers of the newer end only; and not the test of the table
+# of all options that generate of the newest release takes.
+MODEL_TESTS = ("replay", "layout", "generate", "engine", "loading", "remote_code", "tags", "documents", "cli")
 ASK = """
 import importlib.util, json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
@@ -42,7 +48,7 @@ def environment(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", ["5.17.0", "5.23.0"])
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_a_checkpoint_branches_with_nothing_but_torch_and_transformers(version, environment, saved, tmp_path):  # noqa: F811
     from test_remote_code import CHAT
 
@@ -78,3 +84,24 @@ def test_an_older_transformers_is_told_what_is_needed(environment, saved, tmp_pa
     assert done.returncode != 0
     assert "transformers>=5.17.0 is required" in done.stderr
     assert "pip install 'transformers>=5.17,<6'" in done.stderr
+
+
+@pytest.mark.slow
+def test_model_engine_and_command_line_pass_their_tests_with_the_oldest_transformers(environment, tmp_path):
+    pins = (ROOT / "constraints.txt").read_text()
+    newer = r"(?m)^(transformers|huggingface_hub|tokenizers|accelerate)==.*$"  # which that transformers does not take
+    (tmp_path / "constraints.txt").write_text(re.sub(newer, "", pins))
+    python = environment / "bin/python"
+    install = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", tmp_path / "constraints.txt"]
+    needed = ["numpy", "safetensors", "typer", "rich", "pytest", "pytest-xdist", "hypothesis", "peft"]
+    subprocess.run([*install, f"transformers=={OLDEST}", *needed], check=True, timeout=900)
+    files = [ROOT / f"tests/test_{name}.py" for name in MODEL_TESTS]
+    command = [python, "-m", "pytest", "-n", "2", "-q", "-p", "no:cacheprovider", "-k", "not serve", *files]
+    variables = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=2400, check=False)
+    assert done.returncode == 0, done.stdout[-5000:]
+    said = subprocess.run(
+        [python, "-c", "import transformers; print(transformers.__version__)"], capture_output=True, text=True
+    )
+    assert said.stdout.strip() == OLDEST
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 500

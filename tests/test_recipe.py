@@ -164,7 +164,12 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_un
             )  # fmt: skip
             assert refused.returncode != 0
             assert f"was begun with {changed[0].strip('-')}" in refused.stderr, refused.stderr[-2000:]
-    train(tmp_path, *options, *resume)
+    # a newer checkpoint that a full disk has cut short is passed over
+    shutil.copytree(tmp_path / "killed/checkpoint-8", tmp_path / "killed/checkpoint-99")
+    damaged = tmp_path / "killed/checkpoint-99" / ("optimizer.pt" if packed else "model.safetensors")
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    assert f"{damaged.relative_to(tmp_path)} is damaged" in train(tmp_path, *options, *resume)
+    shutil.rmtree(tmp_path / "killed/checkpoint-99", ignore_errors=True)  # old checkpoints are deleted
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "killed") == whole
     assert {entry[-1] for entry in whole} == {0.0, 0.5, 1.0}
@@ -270,10 +275,11 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     report = json.loads((base / "out/evaluation.json").read_text())
     assert 1 < report["training_problems_left_out"] <= 96
     assert report["results"]["single"]["problems"] == 2
-    assert call(monkeypatch, EMBED, "--run", "out", "--name", "tiny", ASSETS=tmp_path) == 0
+    assert call(monkeypatch, EMBED, "--run", "out", "--name", "multiverse-tiny", ASSETS=tmp_path) == 0
     names = {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json", "run.json", "README.md"}
-    assert {file.name for file in (tmp_path / "tiny").iterdir()} > names
-    assert (tmp_path / "tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
+    assert {file.name for file in (tmp_path / "multiverse-tiny").iterdir()} > names
+    assert "| chains, single | 2 |" in (tmp_path / "multiverse-tiny/README.md").read_text()
+    assert (tmp_path / "multiverse-tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
 
 
 RECIPES = sorted(ROOT.glob("recipes/*/sft*.yaml"))

@@ -271,3 +271,11 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch, name, words
     with pytest.raises(ValueError, match="cannot read the dataset") as caught:
         list(load_rows(name))
     assert all(word in str(caught.value) for word in words)
+
+
+def test_line_ends_of_another_system_are_read_as_the_model_writes_them():
+    outlines = "<Outline>1: a</Outline>\n<Outline>2: b</Outline>"
+    paths = "<Path>\n1: x\n</Path>\n<Path>\n2: y\n</Path>"
+    document = f"<Parallel>\n<Goal>\n{outlines}\n</Goal>\n{paths}\n<Conclusion>\nz\n</Conclusion>\n</Parallel>"
+    rows = [{"prompt": "x", "document": text} for text in (document, document.replace("\n", "\r\n"))]
+    assert read_record(rows[1]).document.render() == read_record(rows[0]).document.render() == document

@@ -2,14 +2,20 @@
 
 import functools
 import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
-from transformers import AutoModel, AutoModelForCausalLM, Qwen3ForCausalLM, pipeline
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
-from multiverse_hf import MultiverseForCausalLM, embedded_model
+from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
 from multiverse_hf.modeling import sharing
 
 PROMPT = [50, 51, 52]
@@ -40,11 +46,35 @@ def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(
     assert config["auto_map"] == sharing.AUTO_MAP
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_lora_adapter_loads_in_three_ways_beside_its_base_and_merged_into_it(name, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    tiny_model(name, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    base = MultiverseForCausalLM.from_pretrained(tmp_path / "base")
+    # not the usual beginning, at which an adapter changes nothing
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = get_peft_model(base, lora).eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    text, plans = torch.tensor([[50, 51, 60, 61, 62]]), {tuple(PROMPT): NESTED}
+    with torch.no_grad():
+        expected, before = adapted(text).logits, load(tmp_path / "base")(text).logits
+        assert (expected - before).abs().max() > 1e-3
+        written = documents(answer(adapted, [PROMPT], plans), [PROMPT])
+        document = adapted(torch.tensor(written)).logits
+        adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+        for folder in (tmp_path / "adapter", tmp_path / "merged"):
+            with_package, remote, plain = MultiverseForCausalLM.from_pretrained(folder), trusted(folder), load(folder)
+            for loaded in (with_package.eval(), remote.eval(), plain.eval()):
+                torch.testing.assert_close(loaded(text).logits, expected, rtol=1e-4, atol=1e-5)
+            for loaded in (with_package, remote):
+                assert documents(answer(loaded, [PROMPT], plans), [PROMPT]) == written
+                torch.testing.assert_close(loaded(torch.tensor(written)).logits, document, rtol=1e-4, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """multiverse-tiny as a user saves it."""
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("saved")
     MultiverseForCausalLM.from_pretrained(embedded_model()).save_pretrained(folder)
     AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(folder)
@@ -55,8 +85,6 @@ CHAT = [{"role": "user", "content": "A=5+6; B=7+8; total? Think step by step and
 
 
 def ask(model) -> str:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     ids = model.generate(**inputs, max_new_tokens=600, do_sample=False)
@@ -77,6 +105,35 @@ def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, 
     }
 
 
+def test_structure_options_that_a_checkpoint_states_are_followed_by_whoever_loads_it(saved, tmp_path, capfd, unquiet):
+    from multiverse_hf.cli import run
+
+    model = MultiverseForCausalLM.from_pretrained(saved)
+    model.generation_config.structure, model.generation_config.max_paths = "off", 3
+    model.save_pretrained(tmp_path / "off")
+    AutoTokenizer.from_pretrained(saved).save_pretrained(tmp_path / "off")
+    assert run(["export", "--model", str(tmp_path / "off"), "--output", str(tmp_path / "exported")]) == 0
+    prompt = torch.tensor(
+        [AutoTokenizer.from_pretrained(saved).apply_chat_template(CHAT, add_generation_prompt=True).input_ids]
+    )
+    for loaded in (MultiverseForCausalLM.from_pretrained(tmp_path / "off"), trusted(tmp_path / "exported")):
+        assert (loaded.generation_config.structure, loaded.generation_config.max_paths) == ("off", 3)
+        output = loaded.generate(prompt, max_new_tokens=200, return_dict_in_generate=True)
+        assert output.stats[0].num_forks == 0
+    model.generation_config.structure = "of"
+    with pytest.raises(ValueError, match="structure must be 'guided', 'lenient' or 'off', got 'of'"):
+        model.save_pretrained(tmp_path / "bogus")
+
+
+def test_from_config_gives_a_model_that_branches(saved):
+    config = AutoConfig.from_pretrained(saved)
+    for auto, kind in ((AutoModelForCausalLM, "MultiverseForCausalLM"), (AutoModel, "Qwen3Model")):
+        made = auto.from_config(config, trust_remote_code=True, dtype=torch.float32)
+        assert kind in {each.__name__ for each in type(made).__mro__}
+    branching = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+    assert branching.generate(torch.tensor([[30, 31]]), max_new_tokens=20).shape[1] <= 22
+
+
 def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_generate(saved):
     expected = ask(MultiverseForCausalLM.from_pretrained(saved))
     model = Qwen3ForCausalLM.from_pretrained(saved, trust_remote_code=True)
@@ -86,6 +143,17 @@ def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_gen
     assert torch.equal(model.generate(ids, max_new_tokens=3), trusted(saved).generate(ids, max_new_tokens=3))
     untrusting = Qwen3ForCausalLM.from_pretrained(saved)
     assert type(untrusting) is Qwen3ForCausalLM
+
+
+@pytest.mark.parametrize("decoding", ["packed", "static"])
+def test_the_code_of_a_checkpoint_and_the_package_work_side_by_side_in_one_process(decoding, saved):
+    package, remote = MultiverseForCausalLM.from_pretrained(saved), trusted(saved)  # the later copy takes no place
+    ids = torch.tensor([[30, 31, package.tags.open("think")]])
+    expected = remote.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist()
+    with MultiverseEngine(package, max_cache_tokens=500, decoding=decoding) as engine:
+        (result,) = engine.generate([ids[0]], max_new_tokens=60, do_sample=False)
+    assert ids[0].tolist() + list(result.ids) == expected
+    assert remote.generate(ids, max_new_tokens=60, do_sample=False)[0].tolist() == expected
 
 
 def test_auto_model_gives_the_backbone_which_follows_layouts(saved):
@@ -104,10 +172,49 @@ def test_a_text_generation_pipeline_branches(saved):
     assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
 
 
+@pytest.fixture(scope="module")
+def served(saved):
+    """Its address: multiverse-tiny behind ``transformers serve``, which is told to trust the checkpoint's code."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(saved), "--trust-remote-code"]
+    with tempfile.TemporaryFile() as log:
+        server = subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            for _ in range(600):
+                if server.poll() is not None:
+                    log.seek(0)
+                    pytest.fail(f"transformers serve ended: {log.read().decode()[-3000:]}")
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.kill()
+            server.wait()
+
+
+def test_transformers_serve_branches_whole_and_streamed(saved, served):
+    from openai import OpenAI
+
+    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
+    client = OpenAI(base_url=served, api_key="none")
+    asked = {"model": str(saved), "messages": CHAT, "max_tokens": 600, "temperature": 0}
+    whole = client.chat.completions.create(**asked)
+    assert whole.choices[0].message.content == expected
+    chunks = list(client.chat.completions.create(**asked, stream=True))
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == expected
+    assert len([piece for piece in pieces if piece]) > 20
+
+
 def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):
     """As published: the tags are special tokens, config and folder know nothing of Multiverse."""
-    from transformers import AutoTokenizer
-
     from multiverse_hf.cli import run
 
     plain = Qwen3ForCausalLM.from_pretrained(saved)

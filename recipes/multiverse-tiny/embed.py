@@ -8,6 +8,8 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from transformers import GenerationConfig
@@ -15,35 +17,8 @@ from transformers import GenerationConfig
 from multiverse_hf.checkpoints import CommandError, check_output, one_line, output_folder
 
 ASSETS = Path(__file__).parents[2] / "src/multiverse_hf/assets"
+MODEL_CARDS = Path(__file__).parents[2] / "model_cards"
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-CARD = """---
-library_name: transformers
-license: apache-2.0
-pipeline_tag: text-generation
----
-
-# {name}
-
-{what} Trained from nothing by `recipes/multiverse-tiny`, on sums of chains only. Beside this file: `run.json`
-(resolved config, seed, versions, data fingerprint), `train.csv` (one line per logging step) and
-`evaluation*.json` (500 unseen problems of each kind, with the command's settings).
-
-```python
-from transformers import AutoTokenizer
-from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
-
-tokenizer = AutoTokenizer.from_pretrained(embedded_model("{name}"))
-model = MultiverseForCausalLM.from_pretrained(embedded_model("{name}"))
-ids = encode_prompt(tokenizer, "A=19-7+12; B=8+15-3; total? {suffix}", return_tensors="pt")
-print(tokenizer.decode(model.generate(ids)[0]))
-```
-"""
-PARALLEL = (
-    "The embedded Multiverse model: it splits its answer into paths, writes them at the same time and merges them."
-)
-TWIN = "The autoregressive twin of multiverse-tiny: it writes the same lines one after the other."
-
-
 COLUMNS = ("step", "epoch", "num_tokens", "learning_rate", "loss", "grad_norm", "mean_token_accuracy")
 
 
@@ -71,6 +46,9 @@ def main() -> None:
     evaluations = sorted(args.run.glob("evaluation*.json"))
     if not evaluations:
         parser.error(f"{args.run} holds no evaluation*.json; run evaluate.py --output {args.run}/evaluation.json")
+    facts = MODEL_CARDS / f"{args.name}.yaml"
+    if not facts.is_file():
+        parser.error(f"no file {facts} with what the card of {args.name} should say; write one like its neighbours")
     missing = [name for name in FILES if not (args.run / name).is_file()]
     if missing:
         parser.error(f"{args.run} lacks {', '.join(missing)}; train it again")
@@ -78,19 +56,13 @@ def main() -> None:
     try:
         check_output(target, is_folder=True)
         history = json.loads(checkpoints[-1].read_bytes())["log_history"]
-        sequential = json.loads((args.run / "run.json").read_bytes())["data"]["sequential"]
         generation = GenerationConfig.from_pretrained(args.run)
     except CommandError as err:
         parser.error(str(err))
     except (OSError, ValueError, KeyError, TypeError) as err:
         parser.error(f"{args.run} has damaged records ({one_line(err)}); train it again")
     generation.max_new_tokens = 2560
-    suffix = (
-        "Think step by step before answering."
-        if sequential
-        else "Think step by step and in parallel before answering."
-    )
-    card = CARD.format(name=args.name, what=TWIN if sequential else PARALLEL, suffix=suffix)
+    generation._from_model_config = False
     with output_folder(target) as folder:
         for file in [*(args.run / name for name in FILES), args.run / "run.json", *evaluations]:
             shutil.copyfile(file, folder / file.name)
@@ -98,8 +70,9 @@ def main() -> None:
         config.pop("auto_map", None)  # the package has the code already
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_log(folder / "train.csv", history)
-        (folder / "README.md").write_text(card)
         generation.save_pretrained(folder)
+        make = [sys.executable, MODEL_CARDS / "make_card.py", folder, "--facts", facts]
+        subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
     size = sum(file.stat().st_size for file in target.iterdir())
     print(f"{target}: {size / 1e6:.2f} MB")
 

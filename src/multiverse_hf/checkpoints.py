@@ -6,6 +6,7 @@ inside functions, so that ``--help`` answers at once.
 
 import contextlib
 import copy
+import glob
 import hashlib
 import json
 import logging
@@ -446,9 +447,9 @@ def write_output(path: Path, text: str) -> None:
 def output_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder to write files to; once all are written they move to ``folder``, in place of older ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as part:
-        yield Path(part)
-        for file in sorted(Path(part).rglob("*")):
+    with _staging(folder, ".writing-") as part:
+        yield part
+        for file in sorted(part.rglob("*")):
             if file.is_file():
                 target = folder / file.relative_to(part)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -459,16 +460,19 @@ def check_new_folder(folder: Path) -> None:
     """Try now whether a folder that is not there yet, or is empty, can be written.
 
     Raises:
-        CommandError: if it holds something, or cannot be written.
+        CommandError: if it holds something, or cannot be written or replaced.
     """
     try:
-        is_taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+        is_there = folder.exists()
+        is_taken = is_there and (not folder.is_dir() or any(folder.iterdir()))
     except OSError as err:
         raise CommandError(f"cannot read {folder}: {err.strerror or err}; name another place") from err
     if is_taken:
         what = "is not empty" if folder.is_dir() else "is a file"
         raise CommandError(f"{folder} {what}; name a new folder, or move it away")
-    check_output(folder)
+    if is_there and (folder.resolve() == Path.cwd() or folder.is_mount()):
+        raise CommandError(f"{folder} cannot be replaced as a whole; name a new folder in it")
+    check_output(folder.resolve().parent, is_folder=True)
 
 
 @contextlib.contextmanager
@@ -482,23 +486,33 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     check_new_folder(folder)
     folder = folder.resolve()
-    prefix = f".{folder.name}.writing-"
-    for left in folder.parent.glob(f"{prefix}*/lock"):
-        with left.open("rb+") as file:
-            if lock_file(file):
-                shutil.rmtree(left.parent, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as part,
-        (Path(part) / "lock").open("wb") as file,
-    ):
-        lock_file(file)
-        whole = Path(part) / "whole" / folder.name  # of its final name, which a checkpoint's card tells
-        whole.mkdir(parents=True)
+    prefix = f".{folder.name[:100]}.writing-"  # with what is added it must not get longer than a name may be
+    with _staging(folder.parent, prefix) as part:
+        whole = part / folder.name  # of its final name, which a checkpoint's card tells
+        whole.mkdir()
         yield whole
         try:
             whole.replace(folder)
         except OSError as err:  # somebody else has written there meanwhile
             raise CommandError(f"cannot write {folder}: {err.strerror or err}; name a new folder") from err
+
+
+@contextlib.contextmanager
+def _staging(parent: Path, prefix: str) -> Iterator[Path]:
+    """Give a hidden folder that goes away in the end, and remove those of killed processes."""
+    for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with left.open("rb+") as file:
+            if lock_file(file):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    try:
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+    except OSError as err:
+        raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
+    with made as part, (Path(part) / "lock").open("wb") as file:
+        lock_file(file)
+        inside = Path(part) / "files"
+        inside.mkdir()
+        yield inside
 
 
 def lock_file(file: Any) -> bool:

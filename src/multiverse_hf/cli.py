@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import difflib
 import os
+import shutil
 import sys
 import traceback as tracebacks
 from collections.abc import Iterator, Sequence
@@ -488,7 +489,7 @@ def merge(
             raise CommandError(f"{err.name} is missing; pip install 'multiverse_hf[train]'", FAILURE) from err
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
             raise CommandError(f"cannot merge {adapter}: {one_line(err)}") from err
-        save_checkpoint(model, tokenizer, output)
+        save_checkpoint(model, tokenizer, output, adapter / "run.json")
 
 
 @app.command()
@@ -519,11 +520,20 @@ def export(
         save_checkpoint(loaded, checkpoint.tokenizer, output)
 
 
-def save_checkpoint(model: Any, tokenizer: Any, output: Path) -> None:
-    """Write a checkpoint whole or not at all, and say what it is."""
+def save_checkpoint(model: Any, tokenizer: Any, output: Path, record: Path | None = None) -> None:
+    """Write a checkpoint whole or not at all, with the record of its training if there is one, and say what it is."""
+    from safetensors import SafetensorError
+
     with new_folder(output) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        try:
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            if record is not None and record.is_file():
+                shutil.copyfile(record, folder / record.name)
+        except (OSError, SafetensorError) as err:
+            raise CommandError(f"cannot write {output}: {one_line(err, 120)}", FAILURE) from err
+        except ValueError as err:  # what its own generation config says cannot be
+            raise CommandError(f"{model.name_or_path} cannot be saved: {one_line(err, 200)}") from err
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
 
 

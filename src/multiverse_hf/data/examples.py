@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from multiverse_hf.data.records import Reason, RowError, read_record
+from multiverse_hf.data.records import Reason, RowError, is_encodable, read_record
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from multiverse_hf.documents import Document, DocumentError, Think, check, parse_document
 from multiverse_hf.modeling.tags import MULTIVERSE
@@ -101,7 +101,7 @@ class ExampleReader:
     def _drop(self, source: str, number: int, row: Any, error: RowError) -> None:
         entry = {"source": source, "line": number, "reason": str(error.reason), "detail": error.detail}
         if isinstance(row, Mapping) and row.get("id") is not None:
-            entry["id"] = str(row["id"])
+            entry["id"] = str(row["id"]).encode("utf-8", "backslashreplace").decode("utf-8")
         self.dropped.append(entry)
 
     def _example(self, row: Any, source: str, number: int) -> Example:
@@ -125,7 +125,10 @@ class ExampleReader:
         provenance = row.get("provenance")
         if isinstance(provenance, str):
             provenance = _parsed(provenance)
-        name = str(row["id"]) if row.get("id") is not None else f"{source.partition('.')[0]}-{number:05d}"
+        provenance = json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str)
+        name = _id(row.get("id")) or f"{source.rpartition('.')[0] or source}-{number:05d}"
+        if any(not is_encodable(text) for text in (name, provenance)):
+            raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the id or the provenance")
         content = hashlib.sha256(json.dumps([prompt, record.document.render()]).encode()).digest()
         if name in self._ids:
             raise RowError(Reason.DUPLICATE, f"another row has the id {name}; give each its own")
@@ -142,8 +145,17 @@ class ExampleReader:
             None if answer is None or not str(answer).strip() else str(answer).strip(),
             source,
             sequential_from,
-            json.dumps(provenance, ensure_ascii=False, sort_keys=True, default=str),
+            provenance,
         )
+
+
+def _id(value: Any) -> str:
+    """Give an id column as text, empty if there is none."""
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise RowError(Reason.COLUMNS, f"id must be text or a number, got {value!r:.40}")
+    return str(value).strip()
 
 
 def _renamed(row: Any) -> Any:

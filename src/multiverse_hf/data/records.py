@@ -93,9 +93,11 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
         raise RowError(Reason.COLUMNS, "two answers in a row; join them, or put the user's message between them")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
+    # a model writes "\n", and what the engine writes around paths is found by it
+    text = text.replace("\r\n", "\n")
     answer = _answer(given.get("answer"))
     for value in (text, answer or "", *(message["content"] for message in messages)):
-        if value.encode("utf-8", "replace").decode("utf-8") != value:
+        if not is_encodable(value):
             raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text")
     try:
         for message in messages:
@@ -106,6 +108,11 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
     except DocumentError as err:
         raise RowError(Reason.MALFORMED, str(err)) from err
     return Record(tuple(messages), document)
+
+
+def is_encodable(text: str) -> bool:
+    """Say whether a text holds whole characters only; JSON can spell half of one."""
+    return text.encode("utf-8", "replace").decode("utf-8") == text
 
 
 def _messages(value: Any, column: str) -> list[Mapping[str, str]]:

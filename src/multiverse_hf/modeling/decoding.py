@@ -12,6 +12,7 @@ import functools
 import os
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,9 @@ from transformers.masking_utils import sdpa_mask
 
 from .static import StaticStep, attend_static
 
-PACKED = "multiverse_packed"
+# The name under which transformers finds packed_attention. A process may hold several copies of this code, which came
+# with checkpoints, and each must find its own.
+PACKED = f"multiverse_packed_{zlib.crc32(__name__.encode()):08x}"
 FOLD_QUERIES = 512  # folded queries; above, as in a prompt, the copies that folding avoids are cheap
 
 

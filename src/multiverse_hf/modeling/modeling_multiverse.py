@@ -20,16 +20,17 @@ from transformers import (
     StoppingCriteriaList,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import cached_file
+from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .arguments import check_streamer
 from .attention import LayoutHook, layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
-from .sharing import AUTO_MAP, state_structure, write_code
+from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
+_ADAPTER = "adapter_config.json"
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
 
 
@@ -90,6 +91,18 @@ class MultiverseForCausalLM:
             write_code(save_directory, self._base_class.__name__)
         super().save_pretrained(save_directory, *args, **kwargs)
 
+    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what ``push_to_hub`` has saved."""
+        replace_empty_card(working_dir, repo_id, self._base_class.__name__)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Take the call of ``AutoModelForCausalLM.from_config``."""
+        if cls is not MultiverseForCausalLM:
+            return super()._from_config(config, **kwargs)
+        return cls.from_config(config, **kwargs)
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str | type = "AutoModelForCausalLM") -> None:
         """Take the call that ``AutoModelForCausalLM`` makes to a class which came with a checkpoint as its code."""
@@ -125,7 +138,8 @@ class MultiverseForCausalLM:
         """Load a checkpoint from a folder or the Hub.
 
         Args:
-            path: folder or repository id, of a Multiverse checkpoint or of a base model whose tokenizer has the tags.
+            path: folder or repository id, of a Multiverse checkpoint, of a base model whose tokenizer has the tags, or
+                of a LoRA adapter for one of these (with peft installed, as in transformers).
             tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
             names: how the tokenizer spells the tags, if it is none of the presets.
             *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``. With ``output_loading_info=True`` a
@@ -140,17 +154,18 @@ class MultiverseForCausalLM:
         if cls is not MultiverseForCausalLM:  # a class that was made: its base knows how
             return super().from_pretrained(path, *args, **kwargs)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        config = kwargs.pop("config", None) or _read_config(path, hub)
+        base = _adapted(path, hub) or path
+        config = kwargs.pop("config", None) or _read_config(base, hub)
         model_class = multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
-            tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub), names)
+            tags = _spelled_tags(path, base, hub, names)
         config = _with_tags(config, tags)
         used = TagSet.from_dict(config.multiverse)
         if names is not None and used.names != PRESETS.get(names, names):
             raise ValueError(f"the checkpoint's tags are {', '.join(used.names.tokens)}, not {names}; leave names out")
         if config.multiverse == stored:
-            _check_tokenizer(used, path, hub)
+            _check_tokenizer(used, base, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
         if wants_info:
@@ -220,6 +235,11 @@ class MultiverseModel:
         """Take the call that ``AutoModel`` makes to a class which came with a checkpoint as its code."""
 
     @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> PreTrainedModel:
+        """Take the call of ``AutoModel.from_config``."""
+        return MultiverseForCausalLM.from_config(config, **kwargs).base_model
+
+    @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PreTrainedModel:
         """Load a checkpoint as :meth:`MultiverseForCausalLM.from_pretrained` does, and give its backbone."""
         return MultiverseForCausalLM.from_pretrained(path, *args, **kwargs).base_model
@@ -268,15 +288,33 @@ def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     return base
 
 
+def _adapted(path: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
+    """Give the base that an adapter names; None if ``path`` holds a model of its own.
+
+    Raises:
+        ImportError: if it is an adapter and peft, which transformers loads it with, is not installed.
+        TypeError: if ``path`` is no path.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"a checkpoint is a folder or a repository id, got {path!r}")
+    try:
+        file = find_adapter_config_file(str(path), **hub)
+    except OSError:  # there is no such repository: whoever reads its config says so
+        return None
+    if file is None or os.path.isfile(os.path.join(path, "config.json")):
+        return None
+    if not is_peft_available():
+        raise ImportError(f"{path} is a LoRA adapter; pip install peft")
+    with open(file, encoding="utf-8") as stream:
+        return json.load(stream)["base_model_name_or_path"]
+
+
 def _read_config(path: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig:
     """Read a checkpoint's config.
 
     Raises:
         OSError: if there is none; where ``path`` is no folder, it may be meant as either.
-        TypeError: if ``path`` is no path.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"a checkpoint is a folder or a repository id, got {path!r}")
     try:
         return AutoConfig.from_pretrained(path, **hub)
     except OSError as err:
@@ -284,6 +322,25 @@ def _read_config(path: str | os.PathLike[str], hub: dict[str, Any]) -> Pretraine
             raise
         reason = " ".join(str(err).split())
         raise OSError(f"no checkpoint {str(path)!r}: there is no such folder, and on the Hub: {reason}") from err
+
+
+def _spelled_tags(
+    path: str | os.PathLike[str], base: str | os.PathLike[str], hub: dict[str, Any], names: TagNames | str | None
+) -> TagSet:
+    """Read the tags from a base's tokenizer.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    try:
+        return TagSet.from_tokenizer(AutoTokenizer.from_pretrained(base, **hub), names)
+    except ValueError as err:
+        if base == path:
+            raise
+        raise ValueError(
+            f"{path} is an adapter, and its base {base} has no tags ({err}); where training added them, put the two "
+            f"together: multiverse merge --adapter {path} --output FOLDER"
+        ) from err
 
 
 def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, Any]) -> None:

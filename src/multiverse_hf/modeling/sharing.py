@@ -5,6 +5,7 @@ config, others, which take the class from ``architectures``, by ``custom_generat
 ordinary checkpoint of its base architecture.
 """
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -38,6 +39,7 @@ def generate(*args, model, **kwargs):
     return type(model).generate(model, *args, **kwargs)
 '''
 
+EMPTY_CARD = "# Model Card for Model ID"
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -53,8 +55,8 @@ itself when to split its answer into paths, which are written at the same time a
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained({quoted}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({quoted})
 messages = [{{"role": "user", "content": "... Think step by step and in parallel before answering."}}]
 inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=2048)[0]))
@@ -75,12 +77,31 @@ def write_code(folder: str | os.PathLike[str], architecture: str) -> None:
     (target / "custom_generate" / "generate.py").write_text(GENERATE, encoding="utf-8")
     card = target / "README.md"
     if not card.exists():
-        card.write_text(CARD.format(name=target.resolve().name, architecture=architecture), encoding="utf-8")
+        write_card(card, target.resolve().name, architecture)
+
+
+def write_card(path: Path, name: str, architecture: str) -> None:
+    """Write the card of a model that nothing is known of."""
+    text = CARD.format(name=name, quoted=json.dumps(name, ensure_ascii=False), architecture=architecture)
+    path.write_text(text, encoding="utf-8")
+
+
+def replace_empty_card(folder: str | os.PathLike[str], name: str, architecture: str) -> None:
+    """Put a card in place of the one that ``push_to_hub`` of transformers makes where a repository has none."""
+    path = Path(folder, "README.md")
+    if path.is_file() and EMPTY_CARD in path.read_text(encoding="utf-8", errors="replace"):
+        write_card(path, name, architecture)
 
 
 def state_structure(generation_config: Any) -> None:
-    """State the structure options in a generation config that does not: what they are by default."""
+    """State the structure options in a generation config that does not: what they are by default.
+
+    Raises:
+        ValueError: if it states one that is none.
+    """
     defaults = StructureOptions()
     for name in STRUCTURE:
         if getattr(generation_config, name, None) is None:
             setattr(generation_config, name, getattr(defaults, name))
+    StructureOptions(**{name: getattr(generation_config, name) for name in STRUCTURE})
+    generation_config._from_model_config = False  # or whoever loads it takes nothing from the file

@@ -26,7 +26,7 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
         OSError: if there is no base.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     file = adapter / "adapter_config.json"
     if not file.is_file():
@@ -38,6 +38,11 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
     stored = adapter / "adapter_model.safetensors"
     if not stored.is_file():
         raise ValueError(f"{adapter} holds no {stored.name}; save the adapter again")
+    try:
+        with safe_open(stored, "pt") as tensors:
+            found = set(tensors.keys())
+    except SafetensorError as err:
+        raise ValueError(f"{stored} is damaged ({err}); save the adapter again, or copy it again") from err
     if base is not None and not base.strip():
         raise ValueError("the base's name is empty; leave it out, or give a folder or repository")
     tokenizer = AutoTokenizer.from_pretrained(adapter)
@@ -56,8 +61,6 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
         )
     # in the dtype of the base: the adapter's own may be wider, and the sum is rounded once
     model = PeftModel.from_pretrained(loaded.model, adapter, autocast_adapter_dtype=False)
-    with safe_open(stored, "pt") as tensors:
-        found = set(tensors.keys())
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing, foreign = wanted - found, {name for name in found - wanted if "lora_" in name}
     if missing or foreign:
