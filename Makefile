@@ -79,5 +79,5 @@ $(CORE): $(TORCH) pyproject.toml
 	@touch $@
 
 $(DEV): $(TORCH) pyproject.toml
-	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev]'
 	@touch $(CORE) $@

@@ -37,8 +37,9 @@ from geometry import (
 from plots import make_axes, plot_file, save
 from report import count, environment, finish, make_parser, show, show_environment, spread
 from tqdm import tqdm
-from workload import Answer, Run, in_turns, make_goal, make_prompts, make_tags, plan_answer, write
+from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
+from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 

@@ -28,7 +28,6 @@ The share b/(a+b) is given three times:
 import argparse
 import statistics
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,58 +46,16 @@ from geometry import (
 from plots import make_axes, plot_file, save
 from report import count, environment, finish, make_parser, show, show_environment, spread
 from tqdm import tqdm
-from workload import Answer, Run, in_turns, make_goal, make_prompts, make_tags, plan_answer, write
+from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
+from multiverse_hf.evaluation.latency import fit
+from multiverse_hf.evaluation.paper import LATENCY_SHARES
+from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 
 LENGTHS = {"cpu": [512, 1024, 2048], "cuda": [8192, 16_384, 32_768]}
-# b/(a+b) in percent, by tokens of the answer (Multiverse, section on efficiency)
-PAPER_SHARES = {8192: 3.7, 32_768: 12.2}
 WARM_UP = 16  # tokens a path
-
-
-@dataclass(frozen=True)
-class Fit:
-    """y = a/x + b.
-
-    Attributes:
-        a_ms, b_ms: milliseconds per token.
-        r_squared: share of the variance of y that the curve explains.
-        residual_percent: the greatest distance of a point from the curve, in percent of the point.
-    """
-
-    a_ms: float
-    b_ms: float
-    r_squared: float
-    residual_percent: float
-
-    @property
-    def share_percent(self) -> float:
-        """b/(a+b): what parallelism does not divide, of the latency at x = 1. Negative where b is."""
-        return 100 * self.b_ms / (self.a_ms + self.b_ms)
-
-    def to_dict(self) -> dict[str, float]:
-        """Give all of it as the result stores it."""
-        return {
-            name: round(value, 6) for name, value in (asdict(self) | {"share_percent": self.share_percent}).items()
-        }
-
-
-def fit(parallelism: list[float], latency: list[float]) -> Fit:
-    """Fit latency, in milliseconds per token, as a linear function of 1/parallelism, by least squares.
-
-    Raises:
-        ValueError: if there are not two different degrees of parallelism.
-    """
-    x, y = np.array(parallelism), np.array(latency)
-    if len(np.unique(x)) < 2:
-        raise ValueError(f"a curve needs at least two degrees of parallelism, got {parallelism}")
-    (a, b), *_ = np.linalg.lstsq(np.stack([1 / x, np.ones_like(x)], axis=1), y, rcond=None)
-    residuals = y - (a / x + b)
-    variance = float(((y - y.mean()) ** 2).sum())
-    r_squared = 1 - float((residuals**2).sum()) / variance if variance else 1.0
-    return Fit(float(a), float(b), r_squared, 100 * float(np.abs(residuals / y).max()))
 
 
 def measure(
@@ -157,7 +114,7 @@ def summarize(answers: list[Answer], runs: list[list[Run]]) -> dict[str, Any]:
         "share_percent_of_repeats": spread(shares),
         "fit_of_least": fit(parallelism, least).to_dict(),
         "fit_on_tokens_per_pass": fit(per_pass, medians).to_dict(),
-        "share_percent_of_paper": PAPER_SHARES.get(answers[0].num_tokens),
+        "share_percent_of_paper": LATENCY_SHARES.get(answers[0].num_tokens),
     }
 
 
@@ -186,7 +143,7 @@ def print_results(results: list[dict[str, Any]]) -> None:
             f"{curve['residual_percent']:7.1f} %   {share:25} {others[0]:6.2f} % {others[1]:6.2f} % "
             f"{'-' if paper is None else f'{paper} %':>8}"
         )
-    shares = " and ".join(f"{share} % at {tokens // 1024}k" for tokens, share in PAPER_SHARES.items())
+    shares = " and ".join(f"{share} % at {tokens // 1024}k" for tokens, share in LATENCY_SHARES.items())
     lengths = ", ".join(str(row["tokens"]) for row in results)
     print(
         f"The paper's engine has b/(a+b) = {shares} tokens, with another model on other hardware; here it is at "

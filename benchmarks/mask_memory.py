@@ -32,10 +32,11 @@ from memory import peak_of
 from plots import make_axes, plot_file, save
 from report import count, environment, finish, make_parser, show, show_environment, spread
 from tqdm import tqdm
-from workload import EOS, in_turns, make_document, make_tags
+from workload import EOS, make_document, make_tags
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import document_labels
+from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.attention import block_mask, dense_mask
 from multiverse_hf.modeling.layout import Layout, build_layout
 from multiverse_hf.modeling.tags import TagSet

@@ -8,6 +8,8 @@ from typing import Any
 
 from report import output_file
 
+from multiverse_hf.evaluation.figures import make_figure
+
 
 def plot_file(text: str) -> Path:
     """Read the name of a picture to write; say now if it cannot be made."""
@@ -20,16 +22,10 @@ def plot_file(text: str) -> Path:
 
 def make_axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     """Make a figure and its axes, the lower one in powers of two."""
-    from matplotlib.figure import Figure  # without pyplot, which looks for a display
-
-    figure = Figure(figsize=(6.4, 4.2), dpi=160, layout="constrained")
-    axes = figure.subplots()
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    figure, (axes,) = make_figure()
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(True, which="major", alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

@@ -2,20 +2,16 @@
 
 import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import multiverse_hf
 from multiverse_hf.checkpoints import CommandError, check_output, write_output
+from multiverse_hf.provenance import commit, hardware, versions
 
 
 def count(text: str) -> int:
@@ -59,22 +55,12 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     Args:
         device: where the model is; the CPU by default.
     """
-    where = {"device": _processor()}
-    if device is not None and device.type == "cuda":
-        where = {"device": torch.cuda.get_device_name(device), "processor": _processor()}
     return {
-        **where,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "versions": {
-            "multiverse_hf": multiverse_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-        },
+        **hardware(device),
+        "versions": versions(),
         "command": shlex.join(["python", _from_root(Path(sys.argv[0])), *map(_without_folder, sys.argv[1:])]),
-        "commit": _commit(),
+        # what an earlier benchmark stored makes no difference to what is measured
+        "commit": commit(leave_out=["benchmarks/results"]),
     }
 
 
@@ -105,14 +91,6 @@ def finish(result: dict[str, Any], output: Path | None) -> None:
     print(json.dumps(result))
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _without_folder(argument: str) -> str:
     """Leave out of an absolute path what is true of this machine only."""
     return Path(argument).name if Path(argument).is_absolute() else argument
@@ -122,21 +100,3 @@ def _from_root(script: Path) -> str:
     root = Path(__file__).resolve().parent.parent
     script = script.resolve()
     return str(script.relative_to(root)) if script.is_relative_to(root) else script.name
-
-
-def _commit() -> str | None:
-    """Give the commit measured, marked where tracked files differ from it; None outside a checkout."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", *arguments]
-        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout
-
-    try:
-        commit = git("rev-parse", "--short=12", "HEAD").strip()
-        # what an earlier benchmark stored makes no difference to what is measured
-        changed = git(
-            "status", "--porcelain", "--untracked-files=no", "--", ":(top)", ":(top,exclude)benchmarks/results"
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if changed.strip() else commit

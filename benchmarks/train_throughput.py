@@ -36,10 +36,11 @@ from report import count, environment, finish, make_parser, show, show_environme
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from workload import EOS, in_turns, make_document, make_tags, synchronize
+from workload import EOS, make_document, make_tags
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import IGNORE, document_labels
+from multiverse_hf.evaluation.timing import in_turns, synchronize
 from multiverse_hf.modeling.tags import TagSet
 
 LENGTHS = {"cpu": [2048], "cuda": [16_384, 32_768]}

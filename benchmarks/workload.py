@@ -2,21 +2,19 @@
 
 import dataclasses
 import random
-import time
-from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from multiverse_hf.evaluation.timing import time_answers
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.interpreter import Structure
-from multiverse_hf.modeling.state import BranchEvent, GenerationStats
+from multiverse_hf.modeling.state import GenerationStats
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
 EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
 FAR = 1 << 30  # tokens; a limit that is never met, nor looked out for
-
-Item = TypeVar("Item")
 
 
 def make_tags(newlines: bool = True) -> TagSet:
@@ -173,37 +171,11 @@ def write(engine: MultiverseEngine, prompts: torch.Tensor, answer: Answer) -> Ru
     Raises:
         RuntimeError: if one did not.
     """
-    first: list[float] = []
-
-    def listen(_event: BranchEvent) -> None:
-        if not first:  # a token's id has come back from the device, so the pass before it is over
-            first.append(time.perf_counter())
-
-    synchronize(engine.model.device)
-    begin = time.perf_counter()
-    results = engine.generate(list(prompts), on_event=listen, **answer.options)
-    synchronize(engine.model.device)
-    end = time.perf_counter()
+    timed = time_answers(engine, list(prompts), **answer.options)
     due = (answer.num_tokens, answer.length, answer.num_paths, int(answer.num_paths > 1), 0)
-    for result in results:
+    for result in timed.results:
         stats = result.stats
         if (stats.num_tokens, stats.length, stats.max_width, stats.num_forks, stats.malformed) != due:
             raise RuntimeError(f"an answer has to come out as {answer}, got {stats}")
-    if preempted := engine.memory()["num_preemptions"]:
-        raise RuntimeError(
-            f"{preempted} answers were preempted and read again: the cache is too small to measure with"
-        )
-    return Run(first[0] - begin, end - first[0], results[0].stats, sum(results[0].sampled))
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for what was given to a device; a CPU is done when the call returns."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def in_turns(items: Sequence[Item], repeats: int) -> Iterator[Item]:
-    """Give items in turns, all of them ``repeats`` times, each time beginning with another."""
-    for repeat in range(repeats):
-        begin = repeat % len(items)
-        yield from (*items[begin:], *items[:begin])
+    first = timed.results[0]
+    return Run(timed.prompt_seconds, timed.seconds, first.stats, sum(first.sampled))

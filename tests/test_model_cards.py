@@ -202,3 +202,30 @@ def test_what_cannot_be_read_ends_in_one_line_and_writes_nothing(case, folder):
     assert expected in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_results_of_multiverse_eval_are_in_the_card_and_registered_benchmarks_in_files_of_their_own(folder, tmp_path):
+    from multiverse_hf.cli import run
+
+    options = ["--temperature", "0", "--limit", "3", "--max-new-tokens", "600"]
+    options += ["--output", str(tmp_path / "tiny-eval")]
+    assert run(["eval", "--task", "mv:chains", *options]) == 0
+    report = json.loads((tmp_path / "tiny-eval/results.json").read_text())
+    make(folder, "--facts", FACTS["multiverse-tiny"], "--results", tmp_path / "tiny-eval")
+    assert json.loads((folder / "results-tiny-eval.json").read_text()) == report
+    text = (folder / "README.md").read_text()
+    assert "greedy, structure guided, at most 600 positions" in text
+    said = report["tasks"]["mv:chains"]["metrics"]
+    right = said["pass@1"]
+    cells = [f"{right['value']:.1%}".replace("%", " %"), f"{said['parallelism']['value']:.2f}"]
+    assert f"| chains | 3 | {cells[0]} ({right['low'] * 100:.1f} to {right['high'] * 100:.1f}) | {cells[1]} |" in text
+    assert not (folder / ".eval_results").exists()
+
+    # the same figures, as if they were of a benchmark that the Hub knows
+    report["tasks"]["mv:gpqa_diamond"] = report["tasks"].pop("mv:chains")
+    (folder / "results-tiny-eval.json").write_text(json.dumps(report))
+    make(folder)
+    (entry,) = yaml.safe_load((folder / ".eval_results/gpqa_diamond-parallel.yaml").read_text())
+    assert entry["dataset"] == {"id": "Idavidrein/gpqa", "task_id": "gpqa_diamond"}
+    assert entry["value"] == round(right["value"] * 100, 2)
+    assert f"# parallel {said['parallelism']['value']:.2f}" in entry["notes"]

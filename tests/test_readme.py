@@ -27,20 +27,41 @@ def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
     assert "Answer: 55" in served
 
 
+def run_in(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
+    """Run commands of the README in a folder, where ``multiverse`` is this one."""
+    root = Path(__file__).parents[1]
+    (folder / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
+    (folder / "multiverse").chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | {"PYTHONPATH": f"{root}/src"}
+    command = ["bash", "-ec", commands]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
 def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
     answer, submit = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--input" in text)
-    root = Path(__file__).parents[1]
-    (tmp_path / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
-    (tmp_path / "multiverse").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"} | {"PYTHONPATH": f"{root}/src"}
-    command = ["bash", "-ec", answer + submit]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = run_in(tmp_path, answer + submit)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(row["id"], row["answer"]) for row in rows] == [("a", "44"), ("b", "26")]
     assert rows[1]["level"] == 1
     assert "#SBATCH --array=0-63" in done.stdout
+
+
+def test_the_commands_of_evaluation_run_as_pasted(tmp_path: Path) -> None:
+    pytest.importorskip("math_verify", reason="needs multiverse_hf[eval]")
+    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "multiverse compare" in text)
+    install, commands = block[: block.index("multiverse eval")], block[block.index("multiverse eval") :]
+    assert [line.split()[0] for line in install.splitlines()] == [
+        "pip",
+        "pip",
+        "python",
+    ]  # test_lighteval.py does that
+    done = run_in(tmp_path, commands)
+    assert done.stdout.count("mv:chains") == 3
+    comparison = json.loads((tmp_path / "runs/comparison/comparison.json").read_text())
+    assert comparison["tasks"]["mv:chains"]["problems"] == 12
 
 
 def test_every_file_the_readme_names_is_there() -> None:

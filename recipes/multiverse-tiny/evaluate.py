@@ -4,18 +4,15 @@
     python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/sequential --suffix sequential
 
 Greedy and guided, unless told otherwise. Problems of the run's own training rows (``run.json`` beside the model) are
-left out.
+left out. ``multiverse eval --task mv:chains`` asks a fixed set of 300, with intervals and resumable; this asks many
+more, of each kind, of the sizes that a small model was trained on, and writes the records beside the embedded
+checkpoints.
 """
 
 import argparse
 import json
-import platform
-import random
-import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import fields
-from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 
 from multiverse_hf.checkpoints import (
@@ -29,41 +26,11 @@ from multiverse_hf.checkpoints import (
     open_checkpoint,
     write_output,
 )
-from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct, sample_problem
-from multiverse_hf.data.mixtures import ChainsMixture
+from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct
 from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
-
-
-def training_problems(model: str) -> set[str]:
-    """Give the problems a run was trained on, from its ``run.json``; none if there is no such file.
-
-    Raises:
-        CommandError: if the file is not what sft.py writes.
-    """
-    record = Path(model, "run.json")
-    if not record.is_file():
-        return set()
-    try:
-        data = json.loads(record.read_bytes())["data"]
-        names = {field.name for field in fields(ChainsMixture)} & data.keys()
-        mixture = ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names})
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CommandError(f"{record} names no training rows ({err!r}); move it away if it is not of sft.py") from err
-    return {str(row.problem) for row in mixture}
-
-
-def unseen(
-    kind: Kind, count: int, seed: int, seen: set[str], max_chains: int = MAX_CHAINS, max_ops: int = MAX_OPS
-) -> Iterator[Problem]:
-    """Draw problems that are not among those seen, each once."""
-    rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
-    while count:
-        problem = sample_problem(rng, kind, max_ops=max_ops)
-        if len(problem.chains) <= max_chains and str(problem) not in drawn:
-            drawn.add(str(problem))
-            count -= 1
-            yield problem
+from multiverse_hf.provenance import commit, versions
 
 
 def answer(model, tokenizer, prompts: list[str], **options) -> tuple[list[str], list]:
@@ -113,16 +80,6 @@ def measure(model, tokenizer, problems: list[Problem], suffix: str, batch_size: 
     }
 
 
-def commit() -> str | None:
-    """Give the commit measured; None outside a checkout."""
-    command = ["git", "rev-parse", "HEAD"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
@@ -158,14 +115,15 @@ def main() -> None:
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != "output"},
         "decoding": "greedy",
-        "versions": {name: version(name) for name in ("torch", "transformers")}
-        | {"python": platform.python_version()},
+        "versions": versions(),
         "commit": commit(),
         "training_problems_left_out": len(seen),
         "results": {},
     }
     for kind in args.kinds:
-        problems = list(unseen(Kind(kind), args.problems, args.seed, seen, args.max_chains, args.max_ops))
+        problems = list(
+            islice(unseen_chains(Kind(kind), args.seed, seen, args.max_chains, args.max_ops), args.problems)
+        )
         try:
             result = measure(
                 model, tokenizer, problems, args.suffix, args.batch_size,

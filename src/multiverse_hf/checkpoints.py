@@ -5,7 +5,9 @@ inside functions, so that ``--help`` answers at once.
 """
 
 import contextlib
+import copy
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -23,7 +25,7 @@ from typing import Any
 
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.modeling.tags import TagSet, encode_prompt
+from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
@@ -33,6 +35,7 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while 
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
 # One of these holds the vocabulary. Without any, transformers makes up an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+SAMPLE = 1 << 20  # bytes at either end of a weights file that tell it from others: training changes every tensor
 
 
 class Dtype(StrEnum):
@@ -71,6 +74,11 @@ class Checkpoint:
     tags: TagSet
     hidden: frozenset[int]  # ids that are not part of an answer's text: end and padding tokens
     revision: str = "main"
+
+    @property
+    def has_tags(self) -> bool:
+        """Its vocabulary has the control tags; without them it can write no branches."""
+        return bool(self.tokenizer.get_vocab().keys() & set(self.tags.names.tokens))
 
     def encode(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """Tokenize a prompt: text or chat messages.
@@ -150,12 +158,14 @@ def one_line(error: BaseException | str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
+def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool = True) -> Checkpoint:
     """Read a checkpoint's config and tokenizer, and check that they fit each other and the model can branch.
 
     Args:
         name: folder or repository; None for the embedded checkpoint.
         revision: of a repository.
+        needs_tags: refuse a model without control tags. If not, such a model is given tags beyond its vocabulary,
+            which it never writes: with ``structure="off"`` the engine then runs it as the ordinary model it is.
 
     Raises:
         CommandError: if there is none, it cannot be read, or it is of a kind that cannot branch.
@@ -207,6 +217,10 @@ def open_checkpoint(name: str | None, revision: str = "main") -> Checkpoint:
         raise _unreadable(shown, "generation config", err, is_local) from err
     try:
         stored = getattr(config, "multiverse", None)
+        has_tags = needs_tags or stored is not None or bool(set(MULTIVERSE.tokens) & tokenizer.get_vocab().keys())
+        if not has_tags:
+            beyond = TagSet.add_to(copy.deepcopy(tokenizer))
+            return Checkpoint(shown, source, config, tokenizer, beyond, frozenset(tokenizer.all_special_ids), revision)
         tags = None if stored is None else TagSet.from_dict(stored)
         spelled = TagSet.from_tokenizer(tokenizer, tags and tags.names)
     except ValueError as err:
@@ -284,6 +298,23 @@ def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> Comma
     return CommandError(f"cannot read the {part} of {name}: {reason}; copy or download the checkpoint again")
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Tell a checkpoint from others: by a repository's commit, or by a folder's files, of large ones the ends."""
+    commit = getattr(checkpoint.config, "_commit_hash", None)
+    if not os.path.isdir(checkpoint.path):
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(checkpoint.path).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt") and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(SAMPLE))
+                file.seek(max(size - SAMPLE, 0))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()
+
+
 def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, device: str, threads: int | None) -> Any:
     """Read the weights onto a device, to answer prompts.
 
@@ -304,14 +335,15 @@ def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> A
     Raises:
         CommandError: if they are damaged or incomplete.
     """
-    from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+    from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, base_class
 
+    branches = checkpoint.has_tags
     try:
-        model, info = MultiverseForCausalLM.from_pretrained(
+        model, info = (MultiverseForCausalLM if branches else base_class(checkpoint.config)).from_pretrained(
             checkpoint.path,
             revision=checkpoint.revision,
             config=checkpoint.config,
-            tags=checkpoint.tags,
+            **({"tags": checkpoint.tags} if branches else {}),
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
@@ -333,6 +365,9 @@ def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> A
             f"{checkpoint.name} has weights that its config has no place for, {unexpected[0]} among them; "
             "keep config.json and weights of one model together"
         )
+    if not branches:  # for the engine, which then runs it with structure="off"
+        model.config.multiverse = checkpoint.tags.to_dict()
+        MultiverseForCausalLM.adopt(model)
     return model
 
 
@@ -467,20 +502,20 @@ def _staging(parent: Path, prefix: str) -> Iterator[Path]:
     """Give a hidden folder that goes away in the end, and remove those of killed processes."""
     for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
         with left.open("rb+") as file:
-            if _lock(file):
+            if lock_file(file):
                 shutil.rmtree(left.parent, ignore_errors=True)
     try:
         made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
     except OSError as err:
         raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
     with made as part, (Path(part) / "lock").open("wb") as file:
-        _lock(file)
+        lock_file(file)
         inside = Path(part) / "files"
         inside.mkdir()
         yield inside
 
 
-def _lock(file: Any) -> bool:
+def lock_file(file: Any) -> bool:
     """Take a lock that ends with this process, and say whether it was free."""
     try:
         import fcntl  # Windows has none: there, what a killed process left stays

@@ -6,7 +6,6 @@ torch and transformers are imported inside the commands that run a model, so tha
 import contextlib
 import dataclasses
 import difflib
-import json
 import os
 import shutil
 import sys
@@ -43,14 +42,33 @@ from multiverse_hf.checkpoints import (
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
+from multiverse_hf.evaluation import cli as evaluation_cli
 from multiverse_hf.jobs.options import Cluster, Executor
+from multiverse_hf.options import (
+    CLUSTER,
+    TRACEBACK,
+    AttentionOption,
+    CpusOption,
+    DeviceOption,
+    DryRunOption,
+    DtypeOption,
+    JsonOption,
+    LiveOption,
+    MaxNewTokensOption,
+    MemoryOption,
+    ModelOption,
+    PartitionOption,
+    SbatchOption,
+    ThreadsOption,
+    TimeOption,
+    TracebackOption,
+    check_sampling,
+    print_json,
+)
 
-TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
-# The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
-MIN_TEMPERATURE = 1e-6
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 
-MANY, TASKS, CLUSTER = "Many prompts", "Tasks", "Slurm and Ray"  # panels of the help
+MANY, TASKS = "Many prompts", "Tasks"  # panels of the help
 
 # typer has no public name for the base of what it raises on bad usage, in some versions click's and in some its own.
 _UsageException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
@@ -65,62 +83,6 @@ class StructureMode(StrEnum):
 
 
 app = typer.Typer(name="multiverse", add_completion=False, pretty_exceptions_enable=False)
-
-
-def _show_traceback(value: bool) -> bool:
-    if value:
-        os.environ[TRACEBACK] = "1"
-    return value
-
-
-ModelOption = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        "-m",
-        metavar="PATH",
-        help="Checkpoint folder or repository; built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
-        "which solve sums of chains only.",
-    ),
-]
-MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path; the context caps it.")
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(metavar="TYPE", help="auto (the checkpoint's), float32, bfloat16, float16 or float64."),
-]
-AttentionOption = Annotated[Attention, typer.Option(metavar="KIND", help="Attention implementation: sdpa or eager.")]
-DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
-]
-ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; by default torch's choice.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-LiveOption = Annotated[
-    bool | None, typer.Option("--live/--plain", help="Branches side by side, or plain text; live in a terminal.")
-]
-PartitionOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Slurm's, for each task.", rich_help_panel=CLUSTER)
-]
-TimeOption = Annotated[
-    str | None, typer.Option(metavar="H:MM:SS", help="Slurm's limit, for each task.", rich_help_panel=CLUSTER)
-]
-CpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="By default 1.", rich_help_panel=CLUSTER)]
-MemoryOption = Annotated[int | None, typer.Option(min=1, metavar="GB", help="By default 2.", rich_help_panel=CLUSTER)]
-SbatchOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE", help="More for Slurm, such as account=me; any number.", rich_help_panel=CLUSTER
-    ),
-]
-DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print Slurm's script and start nothing.", rich_help_panel=CLUSTER)
-]
-TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=_show_traceback, help=f"Show where an error came from ({TRACEBACK}=1).")
-]
 
 
 def _show_version(value: bool) -> None:
@@ -202,11 +164,6 @@ def waiting(message: str) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """Write one JSON object to standard output."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
 
 
 # Commands
@@ -315,13 +272,7 @@ def generate(
         --executor slurm --partition gpu --time 4:00:00 --gpus-per-task 1
     """
     shows_live = wants_live(live, as_json)
-    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
-        raise CommandError(
-            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
-            "for the likeliest token use --greedy"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
+    check_sampling(temperature, top_p, "--greedy")
     if temperature is not None or top_p is not None:
         if do_sample is False:
             raise CommandError("--greedy takes no --temperature or --top-p; leave one out")
@@ -695,6 +646,11 @@ def save_checkpoint(model: Any, tokenizer: Any, output: Path, record: Path | Non
         except ValueError as err:  # what its own generation config says cannot be
             raise CommandError(f"{model.name_or_path} cannot be saved: {one_line(err, 200)}") from err
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")
+
+
+app.command("eval")(evaluation_cli.evaluate)
+app.command()(evaluation_cli.compare)
+app.add_typer(evaluation_cli.experiments, name="experiment")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

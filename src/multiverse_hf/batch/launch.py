@@ -3,8 +3,6 @@
 datatrove and torch are imported inside functions, so that ``--help`` answers at once.
 """
 
-import hashlib
-import os
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,12 +12,11 @@ from typing import Any
 from multiverse_hf.batch.executors import num_threads, num_workers
 from multiverse_hf.batch.options import Batch, Outcome
 from multiverse_hf.batch.rows import Folder, check_input, merge, summarize
-from multiverse_hf.checkpoints import Checkpoint, check_output, open_checkpoint, quiet
+from multiverse_hf.checkpoints import check_output, fingerprint, open_checkpoint, quiet
 from multiverse_hf.jobs.executors import check_packages, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.processes import stopping_at_sigterm
 from multiverse_hf.jobs.settings import explain_option, name_option, settle
 
-SAMPLE = 1 << 20  # bytes at either end of a weights file that tell it from others: training changes every tensor
 PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")
 # What a run is and not how it is run: may differ when it is gone on with.
 INFORMATION = ("input", "model", "rows", "versions")
@@ -89,23 +86,6 @@ def _flag(name: str, value: Any) -> str:
     if name == "do_sample":
         return "--do-sample" if value else "--greedy"
     return name_option(name, value)
-
-
-def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tell a checkpoint from others: by a repository's commit, or by a folder's files, of large ones the ends."""
-    commit = getattr(checkpoint.config, "_commit_hash", None)
-    if not os.path.isdir(checkpoint.path):
-        return str(commit)
-    digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint.path).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt") and path.is_file():
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(SAMPLE))
-                file.seek(max(size - SAMPLE, 0))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()
 
 
 def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings: dict[str, Any]) -> Any:

@@ -1,0 +1,1 @@
+"""Evaluation: tasks, metrics, resumable runs, comparison, and the paper's experiments."""

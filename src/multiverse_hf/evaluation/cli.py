@@ -1,0 +1,297 @@
+"""``multiverse eval``, ``multiverse compare`` and ``multiverse experiment``: their options.
+
+What they do is imported inside, so that ``--help`` answers at once.
+"""
+
+import functools
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, CommandError, Dtype
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
+from multiverse_hf.options import (
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    MaxNewTokensOption,
+    ModelOption,
+    ThreadsOption,
+    TracebackOption,
+    check_sampling,
+    print_json,
+)
+
+SUITE = "A whole table"  # panel of the help
+experiments = typer.Typer(add_completion=False, help="The paper's experiments, each with its figure.")
+
+
+class Suite(StrEnum):
+    """Evaluations that belong together."""
+
+    PAPER = "paper"
+
+
+def read_counts(option: str, text: str) -> list[int]:
+    """Read ``1,2,4``.
+
+    Raises:
+        CommandError: if that is not what it says.
+    """
+    try:
+        values = sorted({int(each) for each in text.split(",")})
+    except ValueError:
+        values = [0]
+    if values[0] < 1:
+        raise CommandError(f"{option} takes integers of at least 1 with commas between them, got {text!r}")
+    return values
+
+
+def evaluate(
+    task: Annotated[
+        list[str] | None,
+        typer.Option("--task", "-t", metavar="NAME", help=f"Any number of: {', '.join(TASKS)}."),
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Answers, results.json and report; the same command again goes on.")
+    ] = Path("runs/eval"),
+    model: ModelOption = None,
+    revision: Annotated[str, typer.Option(metavar="NAME", help="Of a repository.")] = "main",
+    mode: Annotated[
+        Mode,
+        typer.Option(
+            metavar="MODE", help="parallel; zero: asked for a sequential answer, free to branch; autoregressive."
+        ),
+    ] = Mode.PARALLEL,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Problems of each task, the first.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of the draws; 0 takes the likeliest token.")
+    ] = TEMPERATURE,
+    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = TOP_P,
+    max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
+    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
+    max_cache_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    suite: Annotated[
+        Suite | None,
+        typer.Option(
+            metavar="NAME", help="paper: table 2, base, autoregressive, zero and parallel.", rich_help_panel=SUITE
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Its base; random: the model with random weights.", rich_help_panel=SUITE),
+    ] = None,
+    autoregressive: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="Model trained on the same data in sequential form.", rich_help_panel=SUITE),
+    ] = None,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
+
+    Every answer is kept as it comes. A run that was cut off is gone on with by the same command; answers depend
+    neither on that nor on how many are written at once.
+
+    \b
+    Examples:
+      multiverse eval --task mv:chains --limit 30
+      multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
+      multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
+      multiverse eval --suite paper --limit 30 --output runs/table
+    """
+    from multiverse_hf.evaluation import commands
+    from multiverse_hf.evaluation.settings import Evaluation
+
+    check_sampling(temperature or None, top_p, "--temperature 0")
+    asked = Evaluation(
+        model, tuple(dict.fromkeys(task or ["mv:chains"])), mode, revision, data_dir, limit, n, seed, temperature,
+        top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens,
+    )  # fmt: skip
+    if suite is not None:
+        from multiverse_hf.evaluation.suite import measure_suite
+
+        if model in (None, EMBEDDED_NAMES[0]):
+            base, autoregressive = base or "random", autoregressive or EMBEDDED_NAMES[1]
+        measure = functools.partial(measure_suite, asked, base, autoregressive, output, commands.evaluate)
+        print(*commands.experiment("table", measure, output), sep="\n")
+        return
+    if base is not None or autoregressive is not None:
+        raise CommandError(
+            f"--{'base' if base is not None else 'autoregressive'} is a row of a table; add --suite paper"
+        )
+    results = commands.evaluate(asked, output)
+    if as_json:
+        print_json(results)
+    else:
+        commands.print_results(results, output)
+
+
+TaskOption = Annotated[str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}.")]
+DataDirOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
+]
+LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Problems, the first of the task.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each answer, in turns.")]
+CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")]
+ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figure and the numbers.")]
+
+
+@experiments.command()
+def budget(
+    model: ModelOption = None,
+    autoregressive: Annotated[
+        str, typer.Option(metavar="PATH", help="Model trained on the same data in sequential form.")
+    ] = EMBEDDED_NAMES[1],
+    task: TaskOption = "mv:chains",
+    budgets: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Length budgets: values of --max-new-tokens.")
+    ] = None,
+    data_dir: DataDirOption = None,
+    limit: LimitOption = 90,
+    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, metavar="X", help="0 takes the likeliest token.")] = TEMPERATURE,
+    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = TOP_P,
+    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
+    dtype: DtypeOption = Dtype.AUTO,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    output: ExperimentOutput = Path("runs/budget"),
+    traceback: TracebackOption = False,
+) -> None:
+    """Figure 7: accuracy against the length budget, the parallel model and its autoregressive twin.
+
+    Every point is an evaluation of its own, kept in the folder: the same command goes on after a stop.
+
+    \b
+    Examples:
+      multiverse experiment budget --limit 30 --budgets 128,256,512
+      multiverse experiment budget --model OWNER/NAME --autoregressive OWNER/TWIN --task mv:math_500 \\
+        --budgets 1024,2048,3072,4096 --limit 500
+    """
+    from multiverse_hf.evaluation import commands
+    from multiverse_hf.evaluation.budget import BUDGETS, measure_budgets
+    from multiverse_hf.evaluation.settings import Evaluation
+
+    check_sampling(temperature or None, top_p, "--temperature 0")
+    asked = Evaluation(
+        model, (task,), data_dir=data_dir, limit=limit, num_samples=n, seed=seed, temperature=temperature,
+        top_p=top_p, max_num_seqs=max_num_seqs, dtype=dtype, device=device, threads=threads,
+    )  # fmt: skip
+    values = BUDGETS if budgets is None else read_counts("--budgets", budgets)
+    measure = functools.partial(measure_budgets, asked, autoregressive, values, output, commands.evaluate)
+    print(*commands.experiment("budget", measure, output), sep="\n")
+
+
+@experiments.command()
+def latency(
+    model: ModelOption = None,
+    task: TaskOption = "mv:chains",
+    data_dir: DataDirOption = None,
+    limit: LimitOption = 30,
+    repeats: RepeatsOption = 3,
+    max_new_tokens: MaxNewTokensOption = 2048,
+    max_cache_tokens: CacheOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    output: ExperimentOutput = Path("runs/latency"),
+    traceback: TracebackOption = False,
+) -> None:
+    """Figure 8a: latency per token against # parallel, with the fit y = a / x + b and the share b / (a + b).
+
+    \b
+    Examples:
+      multiverse experiment latency --threads 1
+      multiverse experiment latency --model OWNER/NAME --task mv:math_500 --device cuda --max-new-tokens 8192
+    """
+    from multiverse_hf.evaluation import commands
+    from multiverse_hf.evaluation.experiment import Subject
+    from multiverse_hf.evaluation.latency import measure_latency
+    from multiverse_hf.evaluation.settings import Evaluation
+
+    asked = Evaluation(
+        model, (task,), data_dir=data_dir, limit=limit, temperature=0, max_new_tokens=max_new_tokens,
+        max_cache_tokens=max_cache_tokens, dtype=dtype, attention=attn, device=device, threads=threads,
+    )  # fmt: skip
+    with commands.counting("answers") as advance:
+        lines = commands.experiment("latency", lambda: measure_latency(Subject.load(asked), repeats, advance), output)
+    print(*lines, sep="\n")
+
+
+@experiments.command()
+def batch(
+    model: ModelOption = None,
+    task: TaskOption = "mv:chains",
+    data_dir: DataDirOption = None,
+    limit: LimitOption = 30,
+    sizes: Annotated[str | None, typer.Option(metavar="N,N,...", help="Batch sizes.")] = None,
+    repeats: RepeatsOption = 3,
+    max_new_tokens: MaxNewTokensOption = 2048,
+    max_cache_tokens: CacheOption = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    output: ExperimentOutput = Path("runs/batch"),
+    traceback: TracebackOption = False,
+) -> None:
+    """Figure 8b: speedup of parallel writing against the batch size.
+
+    \b
+    Examples:
+      multiverse experiment batch --sizes 1,2,4 --threads 1
+      multiverse experiment batch --model OWNER/NAME --task mv:math_500 --device cuda --sizes 1,8,32,128
+    """
+    from multiverse_hf.evaluation import commands
+    from multiverse_hf.evaluation.batches import SIZES, measure_batches
+    from multiverse_hf.evaluation.experiment import Subject
+    from multiverse_hf.evaluation.settings import Evaluation
+
+    asked = Evaluation(
+        model, (task,), data_dir=data_dir, limit=limit, temperature=0, max_new_tokens=max_new_tokens,
+        max_cache_tokens=max_cache_tokens, dtype=dtype, attention=attn, device=device, threads=threads,
+    )  # fmt: skip
+    values = SIZES if sizes is None else read_counts("--sizes", sizes)
+    with commands.counting("batches") as advance:
+        measure = functools.partial(measure_batches, sizes=values, repeats=repeats, on_progress=advance)
+        lines = commands.experiment("batch", lambda: measure(Subject.load(asked)), output)
+    print(*lines, sep="\n")
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the report goes.")] = Path("runs/comparison"),
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Compare two evaluations problem by problem: the paired difference, and which problems changed sides.
+
+    \b
+    Examples:
+      multiverse compare runs/autoregressive runs/parallel
+      multiverse compare runs/zero runs/parallel --output runs/zero-and-parallel
+    """
+    from multiverse_hf.evaluation import commands
+
+    comparison = commands.compare(first, second, output)
+    if as_json:
+        print_json(comparison)
+    else:
+        commands.print_comparison(comparison, output)

@@ -1,0 +1,182 @@
+"""What ``multiverse eval`` and ``multiverse compare`` do once their options are read."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from multiverse_hf.checkpoints import (
+    FAILURE,
+    CommandError,
+    check_output,
+    one_line,
+    output_folder,
+    quiet,
+    write_output,
+)
+from multiverse_hf.evaluation import compare as comparing
+from multiverse_hf.evaluation import run
+from multiverse_hf.evaluation.report import describe_sampling, show, write_report
+from multiverse_hf.evaluation.results import make_results, read_results
+from multiverse_hf.evaluation.settings import Evaluation
+
+
+def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
+    """Run an evaluation, or what is left of one, and write ``results.json`` and the report.
+
+    Raises:
+        CommandError: as :func:`~multiverse_hf.evaluation.run.run_evaluation`.
+        KeyboardInterrupt: on Ctrl-C; what is finished is kept.
+    """
+    check_packages()
+    quiet()
+    title = f"{evaluation.model or 'multiverse-tiny'}, {evaluation.mode}"
+    with progress_bar(title) as (advance, state):
+        try:
+            finished = run.run_evaluation(evaluation, output, advance)
+        except KeyboardInterrupt:
+            if state:
+                last = state[-1]
+                print(
+                    f"interrupted: {last.done} of {last.total} answers are done; the same command does the rest",
+                    file=sys.stderr,
+                )
+            raise
+    results = make_results(finished, command_line())
+    if finished.num_before == len(finished.samples) and (old := read_results(output)) is not None:
+        # nothing was written now: where and how long it ran is what the command says that ran it
+        results |= {name: old[name] for name in ("hardware", "seconds", "samples_before", "versions", "commit")}
+    write_output(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_report(output, results, finished.samples)
+    return results
+
+
+def check_packages() -> None:
+    """Say now if a package is missing that the end of a run needs."""
+    import importlib.util
+
+    for module in ("pyarrow", "matplotlib", "math_verify"):
+        if importlib.util.find_spec(module) is None:
+            raise CommandError(f"{module} is missing; pip install 'multiverse_hf[eval]'", FAILURE)
+
+
+def command_line() -> str:
+    """Give the command as it may be published: of absolute paths only the last part, which is true elsewhere too."""
+    arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
+    return shlex.join(["multiverse", *arguments])
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[tuple[Callable[[run.Progress], None], list[run.Progress]]]:
+    """Show in a terminal how far a run is; give what to call, and where the last call is kept."""
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    state: list[run.Progress] = []
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None, right="")
+
+        def advance(progress: run.Progress) -> None:
+            state[:] = [progress]
+            share = f"{100 * progress.correct / progress.done:.1f} % right" if progress.done else ""
+            bar.update(task, completed=progress.done, total=progress.total, right=share)
+
+        yield advance, state
+
+
+def print_results(results: dict[str, Any], output: Path) -> None:
+    """Print what a run came to, for people."""
+    table = Table(title=f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
+    names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
+    for column in ("task", "problems", *names.values()):
+        table.add_column(column)
+    for name, task in results["tasks"].items():
+        cells = [show(metric, task["metrics"][metric]) for metric in names]
+        table.add_row(name, str(task["problems"]), *cells)
+        for group, of in task["groups"].items():
+            cells = [show(metric, of["metrics"][metric]) for metric in names]
+            table.add_row(f"  {group}", str(of["problems"]), *cells, style="dim")
+    _console().print(table)
+    print(f"{output / 'report.html'}\n{output / 'results.json'}")
+
+
+def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
+    """Compare two runs, and write the report.
+
+    Raises:
+        CommandError: as :func:`~multiverse_hf.evaluation.compare.compare_runs`.
+    """
+    check_packages()
+    check_output(output, is_folder=True)
+    comparison = comparing.compare_runs(first, second)
+    comparing.write_comparison(output, comparison)
+    return comparison
+
+
+def experiment(name: str, measure: Callable[[], dict[str, Any]], output: Path) -> list[str]:
+    """Measure one of the paper's experiments, and write ``NAME.json``, ``.png`` and ``.svg``; for a table ``.md`` too.
+
+    Args:
+        name: ``table``, ``budget``, ``latency`` or ``batch``.
+        measure: does the work.
+        output: folder to write to.
+
+    Returns:
+        What came out, line by line.
+    """
+    from multiverse_hf.evaluation import batches, budget, latency, suite
+
+    module = {"table": suite, "budget": budget, "latency": latency, "batch": batches}[name]
+    check_packages()
+    check_output(output, is_folder=True)
+    quiet()
+    try:
+        result = measure() | {"command": command_line()}
+    except ValueError as err:  # of a fit: too little to fit a curve to
+        raise CommandError(one_line(err)) from err
+    with output_folder(output) as part:
+        (part / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        if module is suite:
+            (part / "table.md").write_text(suite.write_page(result), encoding="utf-8")
+        module.draw(part / name, result)
+    return [*module.summarize(result), str(output / f"{name}.png")]
+
+
+@contextmanager
+def counting(title: str) -> Iterator[Callable[[int, int], None]]:
+    """Show in a terminal how many timed answers are done; give what to call with that and with how many there are."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_comparison(comparison: dict[str, Any], output: Path) -> None:
+    """Print what a comparison came to, for people."""
+    for side in ("a", "b"):
+        run_of = comparison[side]
+        print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
+    table = Table(title="B - A, paired by problem")
+    for column in ("task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"):
+        table.add_column(column)
+    for name, task in comparison["tasks"].items():
+        if task["problems"]:
+            metrics = ("pass@1", "parallelism", "length")
+            cells = [comparing.show_difference(metric, task["differences"][metric]) for metric in metrics]
+            table.add_row(name, str(task["problems"]), *cells, str(len(task["helped"])), str(len(task["hurt"])))
+    _console().print(table)
+    print(output / "comparison.html")
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -1,0 +1,209 @@
+"""Two runs, problem by problem: the paired difference with its interval, who gained and who lost."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.checkpoints import CommandError, output_folder
+from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
+from multiverse_hf.evaluation.report import describe_sampling, to_html
+from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
+from multiverse_hf.evaluation.samples import Sample, read_samples
+
+COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
+MOST_SHOWN = 20  # flips of a task in the report; comparison.json has all
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A problem that one run answers better than the other.
+
+    Attributes:
+        id, group: of the problem.
+        before, after: share of right answers, in A and in B.
+        parallelism_before, parallelism_after: mean # parallel of its answers.
+        forked: B forks in an answer to it where A does not, or the other way round.
+    """
+
+    id: str
+    group: str | None
+    before: float
+    after: float
+    parallelism_before: float
+    parallelism_after: float
+    forked: bool
+
+
+def compare_runs(first: Path, second: Path) -> dict[str, Any]:
+    """Compare two runs on the problems that both have answered.
+
+    Returns:
+        ``{"schema": 1, "a": results of A, "b": ..., "tasks": {name: {...}}}``; of each task ``problems`` (those in
+        both), ``only_a``, ``only_b``, ``differences`` (B - A by metric: value, low, high), ``helped`` and ``hurt``
+        (lists of :class:`Flip`), and ``by_forking``: pass@1 of both on the problems B forks at and on the others.
+
+    Raises:
+        CommandError: if a folder holds no finished run, or they have no problem in common.
+    """
+    runs = []
+    for folder in (first, second):
+        results = read_results(folder)
+        if results is None:
+            raise CommandError(f"{folder} holds no results.json; finish it with multiverse eval, then compare")
+        runs.append((results, read_samples(folder / "samples")))
+    (a, samples_a), (b, samples_b) = runs
+    names = [name for name in a["tasks"] if name in b["tasks"]]
+    tasks = {name: _compare_task(name, samples_a, samples_b, a["seed"]) for name in names}
+    if not any(task["problems"] for task in tasks.values()):
+        raise CommandError(
+            f"{first} and {second} have no problem in common: tasks {', '.join(a['tasks'])} and "
+            f"{', '.join(b['tasks'])}; evaluate both on the same tasks and rows"
+        )
+    heads = {"a": a, "b": b}
+    return {"schema": 1, **{name: _head(results) for name, results in heads.items()}, "tasks": tasks}
+
+
+def _head(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep of a run's results what says which run it is."""
+    return {name: value for name, value in results.items() if name != "tasks"} | {
+        "gated": any(task["gated"] for task in results["tasks"].values())
+    }
+
+
+def _compare_task(name: str, samples_a: Sequence[Sample], samples_b: Sequence[Sample], seed: int) -> dict[str, Any]:
+    of_a, of_b = (by_problem([s for s in samples if s.task == name]) for samples in (samples_a, samples_b))
+    shared = [id for id in of_a if id in of_b and of_a[id][0].gold == of_b[id][0].gold]
+    task: dict[str, Any] = {
+        "problems": len(shared),
+        "only_a": len(of_a) - len(shared),
+        "only_b": len(of_b) - len(shared),
+    }
+    if not shared:
+        return task
+    metrics = metrics_of(1)  # of a mean: the number of samples does not matter
+    task["differences"] = {
+        metric: asdict(bootstrap([metrics[metric](of_b[id]) - metrics[metric](of_a[id]) for id in shared], seed))
+        for metric in COMPARED
+    }
+    flips = [flip for id in shared if (flip := _flip(of_a[id], of_b[id])).before != flip.after]
+    task["helped"] = [asdict(flip) for flip in flips if flip.after > flip.before]
+    task["hurt"] = [asdict(flip) for flip in flips if flip.after < flip.before]
+    task["by_forking"] = {}
+    for kind, forks in (("forks", True), ("does not fork", False)):
+        ids = [id for id in shared if any(sample.num_forks for sample in of_b[id]) is forks]
+        if ids:
+            scores = [[avg_at_n([s.correct for s in of[id]]) for id in ids] for of in (of_a, of_b)]
+            difference = bootstrap([after - before for before, after in zip(*scores, strict=True)], seed)
+            task["by_forking"][kind] = {
+                "problems": len(ids),
+                "a": sum(scores[0]) / len(ids),
+                "b": sum(scores[1]) / len(ids),
+                "difference": asdict(difference),
+            }
+    return task
+
+
+def _flip(of_a: Sequence[Sample], of_b: Sequence[Sample]) -> Flip:
+    shares = [avg_at_n([sample.correct for sample in of]) for of in (of_a, of_b)]
+    widths = [sum(sample.parallelism for sample in of) / len(of) for of in (of_a, of_b)]
+    forks = [any(sample.num_forks for sample in of) for of in (of_a, of_b)]
+    return Flip(of_a[0].id, of_a[0].group, *shares, *widths, forks[0] != forks[1])
+
+
+# What is shown of it
+
+
+def show_difference(metric: str, of: Mapping[str, float]) -> str:
+    """Write a difference with its sign and interval; shares in points of percent."""
+    scale, digits = (100, 1) if metric in ("pass@1", "well_formed") else (1, 2 if metric == "parallelism" else 0)
+    return f"{scale * of['value']:+.{digits}f} [{scale * of['low']:+.{digits}f}, {scale * of['high']:+.{digits}f}]"
+
+
+def write_page(comparison: Mapping[str, Any]) -> str:
+    """Give the comparison in Markdown. Problems are named by their ids alone."""
+    lines = ["# Comparison", ""]
+    for side in ("a", "b"):
+        run = comparison[side]
+        lines.append(
+            f"- {side.upper()}: `{run['model']['name']}`, {run['mode']}; prompt `{run['prompts']['template']}`; "
+            f"{describe_sampling(run)}; commit {run['commit']}"
+        )
+    lines += ["", "Differences are B - A, paired by problem; in brackets 95 % intervals, bootstrap over problems.", ""]
+    lines += ["![Shares of right answers, and where parallel writing helped or hurt](comparison.svg)", ""]
+    header = ["pass@1, points", "# parallel", "length", "tokens", "well formed, points"]
+    lines += ["| task | problems | " + " | ".join(header) + " | helped | hurt |", "|---|---|" + "---|" * 7]
+    for name, task in comparison["tasks"].items():
+        if task["problems"]:
+            cells = [show_difference(metric, task["differences"][metric]) for metric in COMPARED]
+            counts = f"{len(task['helped'])} | {len(task['hurt'])}"
+            lines.append(f"| {name} | {task['problems']} | {' | '.join(cells)} | {counts} |")
+    for name, task in comparison["tasks"].items():
+        if not task["problems"]:
+            lines += ["", f"{name}: no problem in common."]
+            continue
+        lines += ["", f"## {name}", ""]
+        if task["only_a"] or task["only_b"]:
+            lines += [f"Left out: {task['only_a']} problems that only A has, {task['only_b']} that only B has.", ""]
+        for kind, of in task["by_forking"].items():
+            lines.append(
+                f"- Where B {kind} ({of['problems']} problems): A {100 * of['a']:.1f} %, B {100 * of['b']:.1f} %, "
+                f"{show_difference('pass@1', of['difference'])} points"
+            )
+        for title, key in (("Parallel writing helped", "helped"), ("Parallel writing hurt", "hurt")):
+            lines += ["", f"### {title if _is_about_parallel(comparison) else key.title()}", "", *_flips(task[key])]
+    return "\n".join(lines) + "\n"
+
+
+def _is_about_parallel(comparison: Mapping[str, Any]) -> bool:
+    return comparison["b"]["mode"] == "parallel" and comparison["a"]["mode"] != "parallel"
+
+
+def _flips(flips: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not flips:
+        return ["No problem."]
+    lines = [
+        "| problem | group | right in A | right in B | # parallel A | # parallel B |",
+        "|---|---|---|---|---|---|",
+    ]
+    for flip in flips[:MOST_SHOWN]:
+        lines.append(
+            f"| {flip['id']} | {flip['group'] or ''} | {100 * flip['before']:.0f} % | {100 * flip['after']:.0f} % | "
+            f"{flip['parallelism_before']:.2f} | {flip['parallelism_after']:.2f} |"
+        )
+    if len(flips) > MOST_SHOWN:
+        lines += ["", f"And {len(flips) - MOST_SHOWN} more, in comparison.json."]
+    return lines
+
+
+def draw(path: Path, comparison: Mapping[str, Any]) -> None:
+    """Draw the differences with their intervals, by task and by whether B forks."""
+    rows: dict[str, Mapping[str, float]] = {}
+    for name, task in comparison["tasks"].items():
+        if task["problems"]:
+            rows[f"{name}, all {task['problems']}"] = task["differences"]["pass@1"]
+            rows |= {
+                f"{name}, B {kind}: {of['problems']}": of["difference"] for kind, of in task["by_forking"].items()
+            }
+    figure, (axes,) = make_figure(height=1.2 + 0.45 * len(rows))
+    for label, of in reversed(rows.items()):
+        ends = [[100 * (of["value"] - of["low"])], [100 * (of["high"] - of["value"])]]
+        axes.errorbar([100 * of["value"]], [label], xerr=ends, fmt="o", color="#2b6cb0", capsize=4)
+    axes.axvline(0, color="gray", linestyle=":")
+    axes.margins(y=0.2)
+    axes.set(xlabel="pass@1 of B - A, points of percent")
+    save_figure(figure, path)
+
+
+def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
+    """Write ``comparison.json``, ``.md``, ``.html``, ``.png`` and ``.svg``."""
+    text = write_page(comparison)
+    with output_folder(folder) as part:
+        draw(part / "comparison", comparison)
+        (part / "comparison.md").write_text(text, encoding="utf-8")
+        (part / "comparison.html").write_text(to_html(text, "Comparison"), encoding="utf-8")
+        (part / "comparison.json").write_text(
+            json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

@@ -1,0 +1,80 @@
+"""What the timed experiments share: a model with problems to answer, turns, and what a result says of itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from multiverse_hf.checkpoints import Checkpoint, CommandError, fingerprint, load_model, one_line, open_checkpoint
+from multiverse_hf.evaluation.run import describe_model
+from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.tasks import TASKS, ProblemSet, load_problems
+from multiverse_hf.evaluation.timing import Timed
+from multiverse_hf.provenance import commit, hardware, versions
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model, the problems it is to answer, and how: greedily, so that every repeat writes the same."""
+
+    evaluation: Evaluation
+    checkpoint: Checkpoint
+    model: Any
+    problems: ProblemSet
+
+    @classmethod
+    def load(cls, evaluation: Evaluation) -> "Subject":
+        """Read model and problems, of the first task that is named.
+
+        Raises:
+            CommandError: if one of them cannot be read, or the model cannot branch.
+        """
+        problems = load_problems(TASKS[evaluation.tasks[0]], evaluation.data_dir, evaluation.limit)
+        checkpoint = open_checkpoint(evaluation.model, evaluation.revision)
+        model = load_model(checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads)
+        return cls(evaluation, checkpoint, model, problems)
+
+    def prompts(self) -> list[list[int]]:
+        """Give the prompts' token ids.
+
+        Raises:
+            CommandError: if one does not fit the context.
+        """
+        return [self.checkpoint.encode(self.evaluation.messages(problem)) for problem in self.problems.problems]
+
+    @contextmanager
+    def engine(self, max_num_seqs: int) -> Iterator[Callable[..., Timed]]:
+        """Make an engine; give what answers prompts on it, greedily, and takes the time.
+
+        Raises:
+            CommandError: if the cache cannot be made, or is too small.
+        """
+        from multiverse_hf.evaluation.timing import time_answers
+        from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+
+        evaluation = self.evaluation
+        sampling = evaluation.sampling
+        try:
+            with MultiverseEngine(
+                self.model, max_num_seqs=max_num_seqs, max_cache_tokens=evaluation.max_cache_tokens
+            ) as engine:
+                yield lambda prompts, **options: time_answers(engine, prompts, **sampling | options)
+        except (ValueError, RuntimeError) as err:
+            raise CommandError(f"{self.checkpoint.name}: {one_line(err)}; set --max-cache-tokens") from err
+
+
+def describe(subject: Subject, experiment: str) -> dict[str, Any]:
+    """Say of a result where it comes from."""
+    checkpoint = subject.checkpoint
+    return {
+        "schema": 1,
+        "experiment": experiment,
+        "model": describe_model(checkpoint, fingerprint(checkpoint)),
+        "task": subject.problems.task.name,
+        "problems": len(subject.problems.problems),
+        "fingerprint": subject.problems.fingerprint,
+        "sampling": subject.evaluation.sampling,
+        "versions": versions(),
+        "hardware": hardware(subject.model.device),
+        "commit": commit(leave_out=["docs"]),
+    }

@@ -1,0 +1,105 @@
+"""``lighteval accelerate`` keeps nothing of an answer but its text and padded ids: what it cost is measured here.
+
+LightEval's ``TransformersModel`` has no hook for that, so it is wrapped. Where it has answered, while its tokenizer is
+at hand, tokens and length are counted from the ids and put where metrics look, in ``doc.specific``. Its calls of
+``generate`` are mended on the way: see :func:`measure_transformers`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from multiverse_hf.evaluation.metrics import measure_ids
+from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
+
+MEASURES = "measures"  # key of ``doc.specific``: of each answer its num_tokens, length, parallelism and num_forks
+
+
+def measure_transformers() -> None:
+    """Wrap LightEval's ``TransformersModel``; once a process.
+
+    Three things it does to ``generate`` are undone: it asks for scores, which it never reads and branches cannot give;
+    it takes a padding token of id 0 for none, and pads with the end token; and its criteria for stop sequences expect
+    one row for each prompt of a batch, where an engine that branches asks with one row for each branch.
+    """
+    from lighteval.models.transformers import transformers_model
+
+    model = transformers_model.TransformersModel
+    if getattr(model.greedy_until, "measures", False):
+        return
+    answer = model.greedy_until
+
+    @functools.wraps(answer)
+    def greedy_until(self: Any, docs: list[Any]) -> list[Any]:
+        generate = self.model.generate
+        self.model.generate = _mended(generate, self.tokenizer.pad_token_id)
+        try:
+            responses = answer(self, docs)
+        finally:
+            self.model.generate = generate
+        tags = find_tags(self.tokenizer)
+        for doc, response in zip(docs, responses, strict=True):
+            budget = self.max_length - len(response.input_tokens)
+            budget = min(budget, doc.generation_size or budget)
+            answers = [strip(ids, self.tokenizer, tags, budget) for ids in response.output_tokens]
+            doc.specific[MEASURES] = [measure(ids, tags) for ids in answers]
+        return responses
+
+    greedy_until.measures = True
+    model.greedy_until = greedy_until
+    transformers_model.stop_sequences_criteria = stop_sequences_criteria
+
+
+def _mended(generate: Any, pad: int | None) -> Any:
+    def mended(**options: Any) -> Any:
+        options["output_scores"] = False
+        if pad is not None:
+            options["pad_token_id"] = pad
+        return generate(**options)
+
+    return mended
+
+
+def stop_sequences_criteria(tokenizer: Any, stop_sequences: Sequence[str], batch: Any) -> Any:
+    """Give transformers' criteria for stop sequences. The end token needs none: ``generate`` knows it."""
+    from transformers import StoppingCriteriaList
+    from transformers.generation.stopping_criteria import StopStringCriteria
+
+    texts = [text for text in stop_sequences if text and text != tokenizer.eos_token]
+    return StoppingCriteriaList([StopStringCriteria(tokenizer, texts)] if texts else [])
+
+
+def find_tags(tokenizer: Any) -> TagSet | None:
+    """Give the tags of a tokenizer, None if it has none."""
+    if not set(MULTIVERSE.tokens) & set(tokenizer.get_vocab()):
+        return None
+    return TagSet.from_tokenizer(tokenizer)
+
+
+def strip(ids: Sequence[int], tokenizer: Any, tags: TagSet | None, budget: int) -> list[int]:
+    """Take the padding off: LightEval's answers are as long as the longest of their batch.
+
+    Where padding is done with the end token, the first of them is the answer's own end, unless it would stand past
+    the budget: then the answer was cut off.
+    """
+    ids = [int(token) for token in ids]
+    end = tokenizer.eos_token_id
+    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    length = len(ids)
+    while length and ids[length - 1] == pad:
+        length -= 1
+    if pad == end and length < len(ids) and measure(ids[: length + 1], tags)["length"] <= budget:
+        length += 1
+    return ids[:length]
+
+
+def measure(ids: Sequence[int], tags: TagSet | None) -> dict[str, Any]:
+    """Count what an answer cost."""
+    if tags is None:
+        return {"num_tokens": len(ids), "length": len(ids), "parallelism": 1.0, "num_forks": 0}
+    from multiverse_hf.modeling.layout import Event, Scanner
+
+    measures, scanner = measure_ids(ids, tags), Scanner(tags)
+    forks = sum(scanner.feed(token) is Event.FORK for token in ids)
+    counted = {"num_tokens": measures.num_tokens, "length": measures.length, "num_forks": forks}
+    return counted | {"parallelism": measures.parallelism}

@@ -1,0 +1,148 @@
+"""What an evaluation measures, as plain functions: numbers in, numbers out.
+
+Tokens and length are those of the answer alone, prompt excluded, as the engine counts them
+(:class:`~multiverse_hf.modeling.state.GenerationStats`); :func:`measure_ids` counts them again from token ids.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, TagSet
+
+CONFIDENCE = 0.95
+RESAMPLES = 2000  # a 95 % interval's ends then vary by about a twentieth of its width from seed to seed
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean over problems with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerMeasures:
+    """Measures of one answer from its token ids, prompt excluded."""
+
+    num_tokens: int
+    length: int
+
+    @property
+    def parallelism(self) -> float:
+        """The paper's # parallel."""
+        return parallelism(self.num_tokens, self.length)
+
+
+# Of one answer
+
+
+def parallelism(num_tokens: int, length: int) -> float:
+    """# parallel: tokens of an answer over its length, the critical path (paper, experiments, "# parallel").
+
+    1 for an answer that never forks, and for an empty one.
+
+    Raises:
+        ValueError: if there are fewer tokens than positions.
+    """
+    if not 0 <= length <= num_tokens:
+        raise ValueError(f"an answer has at least as many tokens as positions, got {num_tokens} and {length}")
+    return num_tokens / length if length else 1.0
+
+
+def measure_ids(ids: Sequence[int], tags: TagSet) -> AnswerMeasures:
+    """Count tokens and length of an answer: by the layout, how far its positions run (paper, Multiverse Attention).
+
+    Args:
+        ids: token ids of the answer, paths one after the other, without padding; the engine's end token included.
+        tags: the control tags.
+    """
+    from multiverse_hf.modeling.layout import build_layout
+
+    return AnswerMeasures(len(ids), build_layout(list(ids), tags).length if len(ids) else 0)
+
+
+def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
+    """Say whether an answer parses: every tag stands where the grammar allows it and is closed (paper, MapReduce
+    structure). Text without tags is well formed.
+    """
+    try:
+        parse_document(document, names)
+    except DocumentError:
+        return False
+    return True
+
+
+def speedup(sequential_seconds: float, parallel_seconds: float) -> float:
+    """How many times as fast parallel writing is (paper, section on efficiency).
+
+    Raises:
+        ValueError: if a time is not positive.
+    """
+    if min(sequential_seconds, parallel_seconds) <= 0:
+        raise ValueError(f"times must be positive, got {sequential_seconds} and {parallel_seconds} s")
+    return sequential_seconds / parallel_seconds
+
+
+# Of a problem's samples
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """The unbiased estimate of pass@k: the chance that k of n samples hold a right one (Chen et al., 2021,
+    arXiv 2107.03374, equation 1): ``1 - C(n - c, k) / C(n, k)``. With k = 1 the share of right samples; the paper
+    reports pass@1.
+
+    Raises:
+        ValueError: unless ``0 <= num_correct <= num_samples`` and ``1 <= k <= num_samples``.
+    """
+    if not 0 <= num_correct <= num_samples or not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} cannot be estimated from {num_correct} right of {num_samples} samples")
+    return 1.0 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
+
+
+def avg_at_n(verdicts: Sequence[bool]) -> float:
+    """avg@n: the share of right answers among a problem's n samples.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not verdicts:
+        raise ValueError("avg@n needs at least one sample")
+    return sum(verdicts) / len(verdicts)
+
+
+def parallel_rate(num_forks: Sequence[int]) -> float:
+    """The share of answers that fork at least once (paper, where the "zero" model is said to fork seldom).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if not num_forks:
+        raise ValueError("the parallel rate needs at least one answer")
+    return sum(forks > 0 for forks in num_forks) / len(num_forks)
+
+
+# Over problems
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
+    """Give the mean of one value per problem, and its percentile bootstrap interval (95 %) over problems.
+
+    Problems are drawn again, not samples: two samples of one problem are no independent evidence. The same values and
+    seed give the same interval.
+
+    Raises:
+        ValueError: if there are no values.
+    """
+    if not len(values):
+        raise ValueError("a mean needs at least one problem")
+    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    draws = np.random.default_rng(seed).integers(0, len(array), (RESAMPLES, len(array)))
+    low, high = np.quantile(array[draws].mean(axis=1), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Estimate(mean, float(low), float(high))

@@ -1,0 +1,255 @@
+"""A run: every problem of some tasks answered and judged, resumable at any moment.
+
+One folder holds one run: ``run.json`` (what it was begun with), ``samples/`` (answers), and at the end
+``results.json`` and the report.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.checkpoints import (
+    Checkpoint,
+    CommandError,
+    check_output,
+    fingerprint,
+    load_model,
+    one_line,
+    open_checkpoint,
+)
+from multiverse_hf.evaluation.answers import judge
+from multiverse_hf.evaluation.chains import training_problems
+from multiverse_hf.evaluation.metrics import is_well_formed
+from multiverse_hf.evaluation.samples import Sample, SampleStore
+from multiverse_hf.evaluation.settings import Evaluation, settle
+from multiverse_hf.evaluation.tasks import TASKS, Mode, Problem, ProblemSet, Task, load_problems
+from multiverse_hf.evaluation.verifier import Verifier
+
+POLL_S = 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One answer to be written."""
+
+    task: Task
+    problem: Problem
+    sample: int
+    seed: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """As :attr:`Sample.key`."""
+        return self.task.name, self.problem.id, self.sample
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    done: int
+    total: int
+    correct: int
+
+
+def sample_seed(seed: int, sample: int) -> int:
+    """Give the seed of a problem's k-th answer; runs of different seeds share none."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=7).digest(), "little")
+
+
+# The run
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A run that is complete.
+
+    Attributes:
+        problem_sets: as they were asked.
+        num_seen: by task, problems left out because the model's ``run.json`` says it was trained on them.
+        samples: all of them, in the order of tasks and problems.
+        model: what is known of the model.
+        num_before: samples that an earlier command had finished.
+        seconds: this command took to answer and judge.
+        device: the model was on, a ``torch.device``; None if nothing was left to answer.
+    """
+
+    evaluation: Evaluation
+    problem_sets: tuple[ProblemSet, ...]
+    num_seen: dict[str, int]
+    samples: tuple[Sample, ...]
+    model: dict[str, Any]
+    num_before: int
+    seconds: float
+    device: Any
+
+
+def run_evaluation(
+    evaluation: Evaluation, output: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> Finished:
+    """Answer and judge what is not finished in a folder.
+
+    Raises:
+        CommandError: if the model, a task's rows or the folder are not as they should be. What is finished is kept.
+    """
+    check_output(output, is_folder=True)
+    problem_sets = [load_problems(TASKS[name], evaluation.data_dir, evaluation.limit) for name in evaluation.tasks]
+    checkpoint = open_checkpoint(evaluation.model, evaluation.revision, needs_tags=False)
+    if evaluation.mode is not Mode.AUTOREGRESSIVE and not checkpoint.has_tags:
+        raise CommandError(
+            f"{checkpoint.name} has no control tags and cannot branch; evaluate it with --mode autoregressive"
+        )
+    problem_sets, num_seen = leave_out_seen(problem_sets, checkpoint.path)
+    weights = fingerprint(checkpoint)
+    settle(output / "run.json", evaluation, checkpoint, weights, problem_sets)
+    jobs = [
+        Job(problems.task, problem, number, sample_seed(evaluation.seed, number))
+        for problems in problem_sets
+        for problem in problems.problems
+        for number in range(evaluation.num_samples)
+    ]
+    begin = time.perf_counter()
+    model = None
+    with SampleStore(output / "samples") as store, Verifier() as verifier:
+        left = [job for job in jobs if job.key not in store.samples]
+        if left:
+            model = load_model(
+                checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
+            )
+        correct = sum(sample.correct for sample in store.samples.values())
+        on_progress(Progress(len(jobs) - len(left), len(jobs), correct))
+        for done, answered in enumerate(answer_jobs(evaluation, checkpoint, model, left) if left else (), start=1):
+            sample = make_sample(evaluation, answered, verifier)
+            store.add(sample)
+            correct += sample.correct
+            on_progress(Progress(len(jobs) - len(left) + done, len(jobs), correct))
+        samples = tuple(store.samples[job.key] for job in jobs)
+    return Finished(
+        evaluation,
+        tuple(problem_sets),
+        num_seen,
+        samples,
+        describe_model(checkpoint, weights),
+        len(jobs) - len(left),
+        time.perf_counter() - begin,
+        None if model is None else model.device,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What came of a job.
+
+    Attributes:
+        document: the answer, tags included.
+        ids: token ids of it, end token included.
+        stats: ``GenerationStats`` of it.
+        seconds: from its submission to its end.
+        error: why it could not be answered; None if it could.
+    """
+
+    job: Job
+    document: str
+    ids: list[int]
+    stats: Any
+    seconds: float
+    error: str | None = None
+
+
+def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs: Sequence[Job]) -> Iterator[Answered]:
+    """Have jobs answered by one engine, and give the answers as they come. Each depends on its own job alone.
+
+    Raises:
+        CommandError: if the engine cannot be made.
+    """
+    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+    from multiverse_hf.modeling.state import GenerationStats
+
+    limits = {"max_num_seqs": evaluation.max_num_seqs, "max_cache_tokens": evaluation.max_cache_tokens}
+    try:
+        engine = MultiverseEngine(model, **limits)
+    except ValueError as err:
+        raise CommandError(f"{checkpoint.name}: {one_line(err)}") from err
+    waiting, running = list(reversed(jobs)), []
+    with engine:
+        while waiting or running:
+            while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a place
+                job = waiting.pop()
+                try:
+                    ids = checkpoint.encode(evaluation.messages(job.problem))
+                    handle = engine.submit(ids, seed=job.seed, **evaluation.sampling)
+                except (CommandError, ValueError) as err:  # of this one, as a rule: too long for the context
+                    yield Answered(job, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
+                    continue
+                running.append((job, handle, time.perf_counter()))
+            still = []
+            for job, handle, begin in running:
+                if not handle.done:
+                    still.append((job, handle, begin))
+                    continue
+                result, seconds = handle.result(), time.perf_counter() - begin
+                yield Answered(job, checkpoint.decode(result.ids), result.ids, result.stats, seconds)
+            if running and len(still) == len(running):
+                time.sleep(POLL_S)
+            running = still
+
+
+def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
+    """Judge an answer."""
+    job, stats = answered.job, answered.stats
+    verdict = judge(job.task.kind, job.problem.gold, answered.document, verifier)
+    counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
+    return Sample(
+        task=job.task.name,
+        id=job.problem.id,
+        group=job.problem.group,
+        sample=job.sample,
+        seed=job.seed,
+        prompt=job.problem.prompt(evaluation.mode),
+        document=answered.document,
+        gold=job.problem.gold,
+        answer=verdict.answer,
+        correct=verdict.correct,
+        rule=verdict.rule.value,
+        well_formed=is_well_formed(answered.document),
+        **{name: getattr(stats, name) for name in counted},
+        malformed=stats.malformed,
+        finish_reason=str(stats.finish_reason) if answered.error is None else "refused",
+        seconds=round(answered.seconds, 4),
+        error=answered.error,
+    )
+
+
+# What a run is
+
+
+def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list[ProblemSet], dict[str, int]]:
+    """Leave out chains problems that the model was trained on, and count them by task.
+
+    Raises:
+        CommandError: if none is left.
+    """
+    kept, counts = [], {}
+    for each in problem_sets:
+        seen = training_problems(model) if each.task.dataset is None else set()
+        problems = tuple(problem for problem in each.problems if problem.question not in seen)
+        counts[each.task.name] = len(each.problems) - len(problems)
+        if not problems:
+            raise CommandError(f"{each.task.name}: the model was trained on all {len(each.problems)} of the problems")
+        kept.append(ProblemSet(each.task, problems, each.source))
+    return kept, counts
+
+
+def describe_model(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
+    """Say which model it is, for the results."""
+    return {
+        "name": checkpoint.name,
+        "revision": checkpoint.revision,
+        "commit": getattr(checkpoint.config, "_commit_hash", None),
+        "fingerprint": weights,
+        "architecture": (checkpoint.config.architectures or [checkpoint.config.model_type])[0],
+        "dtype": str(getattr(checkpoint.config, "dtype", None)).removeprefix("torch."),
+    }

@@ -1,0 +1,145 @@
+"""Table 2: base, autoregressive, zero and parallel, on the same problems."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.checkpoints import Checkpoint, CommandError, new_folder, open_checkpoint
+from multiverse_hf.evaluation import paper
+from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.report import describe_sampling, show
+from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.tasks import Mode
+
+RANDOM = "random"  # as a base: the model's own architecture with random weights, what multiverse-tiny began with
+ROWS = {
+    "base": Mode.AUTOREGRESSIVE,
+    "autoregressive": Mode.AUTOREGRESSIVE,
+    "zero": Mode.ZERO,
+    "parallel": Mode.PARALLEL,
+}
+Evaluate = Callable[[Evaluation, Path], dict[str, Any]]
+
+
+def measure_suite(
+    evaluation: Evaluation, base: str | None, autoregressive: str | None, output: Path, evaluate: Evaluate
+) -> dict[str, Any]:
+    """Run every row of the table, each in its folder, or go on where it was.
+
+    Args:
+        evaluation: of the parallel model.
+        base: the model it was trained from; ``random`` for random weights; None leaves the row out.
+        autoregressive: the model trained on the same data in sequential form; None leaves the row out.
+        output: folder of the runs.
+        evaluate: runs an evaluation in a folder and gives its results.
+
+    Raises:
+        CommandError: as a run does.
+    """
+    if base == RANDOM:
+        base = str(make_random_base(open_checkpoint(evaluation.model, evaluation.revision), output / "base-model"))
+    models = {"base": base, "autoregressive": autoregressive, "zero": evaluation.model, "parallel": evaluation.model}
+    rows = {}
+    for row, mode in ROWS.items():
+        if models[row] is None and row in ("base", "autoregressive"):
+            continue
+        rows[row] = evaluate(replace(evaluation, model=models[row], mode=mode), output / row)
+    head = rows["parallel"]
+    return {
+        "schema": 1,
+        "experiment": "table",
+        "rows": {
+            row: {name: results[name] for name in ("model", "mode", "prompts", "sampling", "n", "seed", "tasks")}
+            for row, results in rows.items()
+        },
+        "paper": {
+            row: {task: [score.accuracy, score.parallelism] for task, score in scores.items() if task in head["tasks"]}
+            for row, scores in paper.TABLE.items()
+        },
+        **{name: head[name] for name in ("versions", "hardware", "commit")},
+    }
+
+
+def make_random_base(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Save a model of a checkpoint's architecture with random weights (seed 0); one that is there is kept.
+
+    Raises:
+        CommandError: if the model is too large to be of use as a random one.
+    """
+    if (folder / "config.json").is_file():
+        return folder
+    import torch
+
+    from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+
+    with torch.device("meta"):
+        count = MultiverseForCausalLM.from_config(checkpoint.config, checkpoint.tags).num_parameters()
+    if count > 1e9:
+        raise CommandError(f"a random base of {count / 1e9:.1f} B parameters measures nothing; name one with --base")
+    torch.manual_seed(0)
+    model = MultiverseForCausalLM.from_config(checkpoint.config, checkpoint.tags)
+    with new_folder(folder) as part:
+        model.save_pretrained(part)
+        checkpoint.tokenizer.save_pretrained(part)
+    return folder
+
+
+def _cells(row: str, task: str, results: Mapping[str, Any]) -> list[str]:
+    metrics = results["tasks"][task]["metrics"]
+    theirs = paper.TABLE.get(row, {}).get(task)
+    shown = [show(name, metrics[name]) for name in ("pass@1", "parallelism", "length")]
+    if theirs is None:
+        return [*shown, "", ""]
+    return [*shown, f"{theirs.accuracy} %", "" if theirs.parallelism is None else f"{theirs.parallelism}"]
+
+
+def write_page(result: Mapping[str, Any]) -> str:
+    """Give the table in Markdown, with the paper's numbers where its tasks are among ours."""
+    head = result["rows"]["parallel"]
+    asked = [f"{row}: `{of['model']['name']}`, `{of['prompts']['template']}`." for row, of in result["rows"].items()]
+    lines = [f"Sampling: {describe_sampling(head).rpartition(', structure')[0]}. {' '.join(asked)}", ""]
+    for task, of in head["tasks"].items():
+        lines += [f"{task}, {of['problems']} problems of {of['source']} (`{of['fingerprint']}`):", ""]
+        columns = ["pass@1", "# parallel", "length", "paper, 32B: pass@1", "# parallel"]
+        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {row} | {' | '.join(_cells(row, task, of))} |" for row, of in result["rows"].items()]
+        lines.append("")
+    machine = result["hardware"]
+    lines.append(f"{machine['device']}, {machine['cores']} cores; commit {result['commit']}." if machine else "")
+    return "\n".join(lines)
+
+
+def summarize(result: Mapping[str, Any]) -> list[str]:
+    """Say what came out, for people."""
+    return [
+        f"{task} {row:15} {' '.join(f'{cell:26}' for cell in _cells(row, task, of)[:3])}"
+        for task in result["rows"]["parallel"]["tasks"]
+        for row, of in result["rows"].items()
+    ]
+
+
+def draw(path: Path, result: Mapping[str, Any]) -> None:
+    """Draw accuracy against # parallel: our rows with their intervals, and the paper's on its own tasks."""
+    figure, (ours, theirs) = make_figure(2, width=10.5)
+    colors = dict(zip(ROWS, ("#718096", "#c05621", "#6b46c1", "#2b6cb0"), strict=True))
+    markers = "osD^v"
+    for row, of in result["rows"].items():
+        for (task, results), marker in zip(of["tasks"].items(), markers, strict=False):
+            x, y = (results["metrics"][name] for name in ("parallelism", "pass@1"))
+            ours.errorbar(
+                [x["value"]], [100 * y["value"]],
+                xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
+                yerr=[[100 * (y["value"] - y["low"])], [100 * (y["high"] - y["value"])]],
+                fmt=marker, capsize=3, color=colors[row], label=f"{row}, {task}",
+            )  # fmt: skip
+    for row, scores in paper.TABLE.items():
+        for score, marker in zip(scores.values(), markers, strict=False):
+            theirs.plot([score.parallelism or 1.0], [score.accuracy], marker, color=colors[row])
+    for task, marker in zip(paper.TABLE["parallel"], markers, strict=False):
+        theirs.plot([], [], marker, color="gray", label=task.removeprefix("mv:"))  # colors are those beside it
+    ours.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="here")
+    theirs.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="paper, Multiverse-32B")
+    for axes in (ours, theirs):
+        axes.legend(frameon=False, fontsize="small", loc="lower right")
+    save_figure(figure, path)

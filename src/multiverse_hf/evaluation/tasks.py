@@ -1,0 +1,254 @@
+"""The tasks: where their rows come from, what is asked, and what is the right answer.
+
+``multiverse eval`` and the LightEval tasks are both made of this table, so they ask and judge alike. The prompt of
+record is the problem and, after a space, one of the two sentences Multiverse is trained on (``data/suffixes.py``).
+"""
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.checkpoints import CommandError
+from multiverse_hf.data import chains
+from multiverse_hf.data.records import RowError, load_rows
+from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
+from multiverse_hf.evaluation.chains import chains_rows
+
+# Sampling of record (the published example), and the paper's context, which the model's own bounds
+TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
+MAX_NUM_SEQS = 64  # the engine's own default
+LETTERS = "ABCD"
+
+
+class Mode(StrEnum):
+    """How a model is asked (paper, table 2)."""
+
+    PARALLEL = "parallel"  # asked to think in parallel, free to branch
+    ZERO = "zero"  # asked to think step by step, free to branch all the same
+    AUTOREGRESSIVE = "autoregressive"  # asked to think step by step, one token after the other
+
+    @property
+    def suffix(self) -> Suffix:
+        """Sentence that ends the prompt."""
+        return Suffix.PARALLEL if self is Mode.PARALLEL else Suffix.SEQUENTIAL
+
+    @property
+    def structure(self) -> str:
+        """What the engine makes of control tags."""
+        return "off" if self is Mode.AUTOREGRESSIVE else "guided"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One problem.
+
+    Attributes:
+        id: of the row; the same wherever the row is read from.
+        question: what is asked, without the sentence that ends the prompt.
+        gold: the right answer.
+        group: what results are also given by: the kind of a chains problem, the level of a MATH one; None where there
+            is nothing of the sort.
+    """
+
+    id: str
+    question: str
+    gold: str
+    group: str | None = None
+
+    def prompt(self, mode: Mode) -> str:
+        """Give the prompt of record."""
+        return mode.suffix.end(self.question)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A set of problems.
+
+    Attributes:
+        name: as users type it.
+        dataset, config, split: on the Hub; ``dataset`` is None for problems that are made here.
+        kind: of answer, which says how it is judged.
+        read: makes a problem of a row.
+        version: raised when prompts, problems or judging change.
+        is_gated: the rows must not be published, and are to be had only by those who accepted their terms.
+    """
+
+    name: str
+    dataset: str | None
+    config: str | None
+    split: str
+    kind: AnswerKind
+    read: Callable[[Mapping[str, Any]], Problem]
+    version: int = 1
+    is_gated: bool = False
+
+    @property
+    def stem(self) -> str:
+        """What a local file of rows is called: ``mv:math_500`` is read from ``math_500*`` or ``math500*``."""
+        return _plain(self.name.removeprefix("mv:"))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def row_id(text: str) -> str:
+    """Give a problem an id of its text: rows are called alike whatever file they stand in, and in which order."""
+    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=6).hexdigest()
+
+
+# Rows
+
+
+def _field(row: Mapping[str, Any], *names: str) -> str:
+    """Give the first of some columns that a row has, as text.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    for name in names:
+        if row.get(name) not in (None, ""):
+            return str(row[name]).strip()
+    raise ValueError(f"a row has no {' or '.join(names)}; it has {', '.join(map(str, row)) or 'no columns'}")
+
+
+def _read_math(row: Mapping[str, Any]) -> Problem:
+    """Read ``problem`` and ``answer``, or the last box of ``solution``."""
+    question = _field(row, "problem", "question")
+    gold = row.get("answer")
+    if gold in (None, ""):
+        gold = last_boxed(_field(row, "answer", "solution"))
+    if gold in (None, ""):
+        raise ValueError(f"a row has no answer, and no box in its solution: {question[:60]!r}")
+    level = row.get("level")
+    return Problem(row_id(question), question, str(gold).strip(), None if level is None else f"level {level}")
+
+
+def _read_chains(row: Mapping[str, Any]) -> Problem:
+    problem = chains.parse_problem(_field(row, "problem"))
+    return Problem(row_id(str(problem)), str(problem), str(problem.answer), problem.kind.value)
+
+
+def _read_gpqa(row: Mapping[str, Any]) -> Problem:
+    """Letter the choices, in an order that follows from the question alone."""
+    question, right = _field(row, "Question"), _field(row, "Correct Answer")
+    choices = [right, *(_field(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
+    order = list(range(len(choices)))
+    random.Random(row_id(question)).shuffle(order)
+    listed = "\n".join(f"{letter}) {choices[at]}" for letter, at in zip(LETTERS, order, strict=True))
+    return Problem(row_id(question), f"{question}\n\n{listed}\n\n", LETTERS[order.index(0)])
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("mv:aime24", "HuggingFaceH4/aime_2024", None, "train", AnswerKind.MATH, _read_math),
+        Task("mv:aime25", "yentinglin/aime_2025", None, "train", AnswerKind.MATH, _read_math),
+        Task("mv:math_500", "HuggingFaceH4/MATH-500", None, "test", AnswerKind.MATH, _read_math),
+        Task(
+            "mv:gpqa_diamond", "Idavidrein/gpqa", "gpqa_diamond", "train", AnswerKind.LETTER, _read_gpqa,
+            is_gated=True,
+        ),
+        Task("mv:chains", None, None, "test", AnswerKind.CHAINS, _read_chains),
+    )
+}  # fmt: skip
+HOW_TO_GET_GPQA = (
+    "GPQA is gated: accept its terms at https://huggingface.co/datasets/Idavidrein/gpqa, then log in (hf auth login)"
+)
+
+
+# Where rows come from
+
+
+@dataclass(frozen=True, slots=True)
+class ProblemSet:
+    """The problems of a task as a run asks them.
+
+    Attributes:
+        source: a dataset of the Hub, the name of a local file, or the module that makes them.
+        fingerprint: of questions and right answers, in order.
+    """
+
+    task: Task
+    problems: tuple[Problem, ...]
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Tell this set from others."""
+        text = json.dumps([[p.question, p.gold] for p in self.problems], ensure_ascii=False)
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def find_file(task: Task, folder: Path) -> Path:
+    """Find a task's rows in a folder: the file whose name begins with the task's, e.g. ``aime25.jsonl``.
+
+    Raises:
+        CommandError: if there is none, or more than one.
+    """
+    if not folder.is_dir():
+        raise CommandError(f"no folder {folder}; give --data-dir one with files such as {task.stem}.jsonl")
+    suffixes = (".jsonl", ".json", ".csv", ".parquet")
+    found = sorted(p for p in folder.iterdir() if p.suffix in suffixes and _plain(p.stem).startswith(task.stem))
+    if not found:
+        raise CommandError(f"{folder} holds no rows of {task.name}; put them there as {task.stem}.jsonl")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise CommandError(f"{folder} holds several files for {task.name} ({names}); keep one of them there")
+    return found[0]
+
+
+def read_rows(task: Task, data_dir: Path | None) -> tuple[list[dict[str, Any]], str]:
+    """Read a task's rows, and say where from.
+
+    Args:
+        task: whose.
+        data_dir: folder with local files; None for the Hub. Chains need neither.
+
+    Raises:
+        CommandError: if they cannot be had.
+    """
+    if task.dataset is None:
+        return list(chains_rows()), "multiverse_hf.evaluation.chains"
+    source = task.dataset if data_dir is None else str(find_file(task, data_dir))
+    try:
+        rows = list(load_rows(source, task.config, task.split))
+    except ValueError as err:
+        hint = f"; {HOW_TO_GET_GPQA}" if task.is_gated else ""
+        raise CommandError(f"{task.name}: {err}; without the Hub give --data-dir{hint}") from err
+    if broken := next((row for row in rows if isinstance(row, RowError)), None):
+        raise CommandError(f"{task.name}: {source}: {broken}")
+    return rows, source if data_dir is None else Path(source).name
+
+
+def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = None) -> ProblemSet:
+    """Read a task's problems.
+
+    Args:
+        task: whose.
+        data_dir: folder with local files; None for the Hub.
+        limit: how many, from the first on.
+
+    Raises:
+        CommandError: if they cannot be had, a row is not as it should be, or two are the same.
+    """
+    rows, source = read_rows(task, data_dir)
+    problems: dict[str, Problem] = {}
+    for number, row in enumerate(rows[:limit], start=1):
+        try:
+            problem = task.read(row)
+        except (ValueError, AttributeError) as err:
+            raise CommandError(f"{task.name}: row {number} of {source}: {err}") from err
+        if problem.id in problems:
+            raise CommandError(f"{task.name}: row {number} of {source} asks what an earlier one does; drop one")
+        problems[problem.id] = problem
+    if not problems:
+        raise CommandError(f"{task.name}: {source} holds no rows")
+    return ProblemSet(task, tuple(problems.values()), source)

@@ -1,0 +1,94 @@
+"""Options that several commands have, and what is checked of them. Light: ``--help`` answers at once."""
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from multiverse_hf.checkpoints import Attention, CommandError, Dtype
+
+CLUSTER = "Slurm and Ray"  # a panel of the help
+TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
+# The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
+MIN_TEMPERATURE = 1e-6
+
+
+def _show_traceback(value: bool) -> bool:
+    if value:
+        os.environ[TRACEBACK] = "1"
+    return value
+
+
+ModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="PATH",
+        help="Checkpoint folder or repository; built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
+        "which solve sums of chains only.",
+    ),
+]
+MaxNewTokensOption = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path; the context caps it.")
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(metavar="TYPE", help="auto (the checkpoint's), float32, bfloat16, float16 or float64."),
+]
+AttentionOption = Annotated[Attention, typer.Option(metavar="KIND", help="Attention implementation: sdpa or eager.")]
+DeviceOption = Annotated[
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; by default torch's choice.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+LiveOption = Annotated[
+    bool | None, typer.Option("--live/--plain", help="Branches side by side, or plain text; live in a terminal.")
+]
+PartitionOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Slurm's, for each task.", rich_help_panel=CLUSTER)
+]
+TimeOption = Annotated[
+    str | None, typer.Option(metavar="H:MM:SS", help="Slurm's limit, for each task.", rich_help_panel=CLUSTER)
+]
+CpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="By default 1.", rich_help_panel=CLUSTER)]
+MemoryOption = Annotated[int | None, typer.Option(min=1, metavar="GB", help="By default 2.", rich_help_panel=CLUSTER)]
+SbatchOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=VALUE", help="More for Slurm, such as account=me; any number.", rich_help_panel=CLUSTER
+    ),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print Slurm's script and start nothing.", rich_help_panel=CLUSTER)
+]
+TracebackOption = Annotated[
+    bool, typer.Option("--traceback", callback=_show_traceback, help=f"Show where an error came from ({TRACEBACK}=1).")
+]
+
+
+def check_sampling(temperature: float | None, top_p: float | None, greedy: str) -> None:
+    """Check the options of draws.
+
+    Args:
+        temperature, top_p: as given.
+        greedy: option to name to those who want none.
+
+    Raises:
+        CommandError: if one is out of range.
+    """
+    if temperature is not None and not MIN_TEMPERATURE <= temperature < float("inf"):
+        raise CommandError(
+            f"--temperature must be at least {MIN_TEMPERATURE:g}, got {temperature}; "
+            f"for the likeliest token use {greedy}"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Write one JSON object to standard output."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
