@@ -29,7 +29,9 @@ def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
 
 def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
-    answer, submit = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--input" in text)
+    answer, submit = (
+        text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "generate --input" in text
+    )
     root = Path(__file__).parents[1]
     (tmp_path / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
     (tmp_path / "multiverse").chmod(0o755)
