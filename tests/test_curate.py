@@ -220,6 +220,36 @@ def shape(found: Any) -> list[tuple[str, bool]]:
     ]
 
 
+def test_the_readmes_commands_run_as_pasted(tmp_path: Path, serve):
+    (pasted,) = (
+        text
+        for text in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        if "curate.yaml" in text
+    )
+    traces = write_traces(tmp_path / "all.jsonl", 20)
+    rows = [{"prompt": row["prompt"], "trace": row["reasoning"], "answer": row["answer"]} for row in traces]
+    (tmp_path / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, command in (("multiverse", "-m multiverse_hf.cli"), ("python", "")):
+        (tmp_path / name).write_text(f'#!/bin/sh\nexec {sys.executable} {command} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "datasets_scripts").symlink_to(ROOT / "datasets_scripts")
+    pasted = pasted.replace("http://localhost:8000", serve().url)
+    environment = ENVIRONMENT | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", pasted],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "20 accepted, 0 rejected" in done.stdout
+    assert re.search(r"answered, \$0\.\d\d", done.stdout)
+    assert "19 train, 1 test rows, 0 dropped" in done.stdout
+
+
 # Badness
 
 

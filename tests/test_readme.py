@@ -41,7 +41,9 @@ def run_in(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
-    answer, submit = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--input" in text)
+    answer, submit = (
+        text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "generate --input" in text
+    )
     done = run_in(tmp_path, answer + submit)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(row["id"], row["answer"]) for row in rows] == [("a", "44"), ("b", "26")]

@@ -1,5 +1,6 @@
 """One trace through the five stages: asked again with the reason where a reply is refused, and rejected in the end."""
 
+import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -142,6 +143,7 @@ class Curator:
         if (reply := self.log.get(key)) is None:
             reply = await self.ask(body, stage.name, stage.form)
             self.log.put(key, reply)
+            await asyncio.sleep(0)  # a call that waits for a free slot goes before what comes now: reading and checks
         attempt.prompt_tokens, attempt.completion_tokens = reply.prompt_tokens, reply.completion_tokens
         attempt.reply = reply.text
         return reply

@@ -1,6 +1,7 @@
 """One task of a curation, as datatrove runs it: a share of the rows, many of them at once. Imported by workers too."""
 
 import asyncio
+import gc
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -118,6 +119,7 @@ class _TaskRun:
             ExceptionGroup: of EndpointError or EndpointDown.
         """
         settings = self.work.settings
+        gc.freeze()  # what is imported stays: else every full collection looks it over, and all calls wait meanwhile
         log, answers = CallLog(self.work.folder.calls(self.rank)), AnswerChecker()
         try:
             async with Endpoint(
