@@ -4,11 +4,11 @@
     python model_cards/make_card.py runs/my-model --facts model_cards/multiverse-7b.yaml --results runs/eval-aime
     python model_cards/make_card.py runs/my-model                 # again, once something beside it has changed
 
-Reads ``config.json``, ``run.json`` (of recipes/sft.py), ``results*.json`` (of ``multiverse eval``) and
-``evaluation*.json`` (of recipes/multiverse-tiny/evaluate.py); what is not there is "not measured". What no run can
-know (a summary, licences, limits) stands in a YAML file, which is kept beside the card as ``card.yaml``: everything
-the card says is found in the files beside it. Writes ``README.md`` with a model-index, and ``.eval_results/*.yaml``
-for benchmarks that the Hub has registered.
+Reads ``config.json``, ``run.json`` (of recipes/sft.py), ``results*.json`` (of ``multiverse eval``), ``budget.json``
+(of ``multiverse experiment budget``) and ``evaluation*.json`` (of recipes/multiverse-tiny/evaluate.py); what is not
+there is "not measured". What no run can know (a summary, licences, limits) stands in a YAML file, which is kept beside
+the card as ``card.yaml``: everything the card says is found in the files beside it. Writes ``README.md`` with a
+model-index, and ``.eval_results/*.yaml`` for benchmarks that the Hub has registered.
 """
 
 import argparse
@@ -288,6 +288,34 @@ def read_results(path: Path, name: str) -> Evaluation:
         raise CommandError(f"{path} is no evaluation that is known here ({err!r}); move it away") from err
 
 
+def read_budget(path: Path) -> str:
+    """Give the table of ``multiverse experiment budget``.
+
+    Raises:
+        CommandError: if the file holds something else.
+    """
+    report = read_json(path)
+
+    def share(value: dict[str, float]) -> str:
+        return "{:.1f} % ({:.1f} to {:.1f})".format(*(100 * value[name] for name in ("value", "low", "high")))
+
+    try:
+        twin = report["models"]["autoregressive"]["name"]
+        task = TITLES.get(report["task"], report["task"])
+        rows = [
+            f"| {row['budget']:,} | {share(row['parallel']['pass@1'])} | {share(row['autoregressive']['pass@1'])} | "
+            f"{row['parallel']['parallelism']['value']:.2f} |"
+            for row in report["rows"]
+        ]
+        drawn = report["sampling"]["do_sample"]
+        how = f"temperature {report['sampling']['temperature']:g}" if drawn else "greedy"
+        heading = f"Right at the same length budget, {report['problems']} problems of {task}, {how} (`{path.name}`):"
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise CommandError(f"{path} is no budget experiment that is known here ({err!r}); move it away") from err
+    head = [f"| positions at most | this model | {Path(twin).name} | # parallel |", "|---|---|---|---|"]
+    return "\n".join([heading, "", *head, *rows])
+
+
 def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
     """Say how a model was trained, from the run's own record; settings as a table.
 
@@ -390,7 +418,7 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
     Args:
         folder: the model's.
         facts: what no file says.
-        more: results that are not in the folder yet, by the names they will have there.
+        more: files of results that are not in the folder yet, by the names they will have there.
 
     Raises:
         CommandError: if a file in the folder cannot be read.
@@ -398,8 +426,8 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
     from huggingface_hub import ModelCardData
     from jinja2 import Environment, StrictUndefined
 
-    results = {path.name: path for path in folder.glob("results*.json")} | more
-    evaluations = [read_results(results[name], name) for name in sorted(results)]
+    files = {path.name: path for path in folder.glob("*.json")} | more
+    evaluations = [read_results(files[name], name) for name in sorted(files) if name.startswith("results")]
     evaluations += map(read_evaluation, sorted(folder.glob("evaluation*.json"), key=lambda path: path.stem))
     config = read_json(folder / "config.json") or {}
     run = read_json(folder / "run.json")
@@ -422,6 +450,7 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
         model_name=facts.name if index else None,
         eval_results=index or None,
     )
+    budget = read_budget(files["budget.json"]) if "budget.json" in files else None
     found = {result.task for evaluation in evaluations for result in evaluation.results}
     lacking = [name for name in facts.benchmarks if name not in found]
     try:
@@ -443,10 +472,26 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
         if facts.mode == "parallel"
         else {"every prompt": SEQUENTIAL_SUFFIX},
         tables=evaluations,
-        not_measured=[*lacking, "accuracy against the length budget"],
+        budget=budget,
+        not_measured=lacking if budget else [*lacking, "accuracy against the length budget"],
         training=training,
     )
     return re.sub(r"\n{3,}", "\n\n", text) + "\n", registered_results(evaluations)
+
+
+def find_results(folder: Path) -> tuple[str, Path]:
+    """Find the results in a folder, and give the name they will have beside the card.
+
+    Raises:
+        CommandError: if there are none.
+    """
+    names = {"results.json": f"results-{folder.name}.json", "budget.json": "budget.json"}
+    for name, kept_as in names.items():
+        if (folder / name).is_file():
+            return kept_as, folder / name
+    raise CommandError(
+        f"{folder} holds neither {' nor '.join(names)}; let multiverse eval --output {folder} end first"
+    )
 
 
 def check_card(path: Path) -> None:
@@ -467,7 +512,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the model's, with run.json and evaluation*.json in it")
     parser.add_argument("--facts", type=Path, help=f"what no run knows; by default the folder's {FACTS}")
     parser.add_argument(
-        "--results", type=Path, nargs="+", default=[], help="folders of multiverse eval; kept beside the card"
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[],
+        help="folders of multiverse eval or experiment budget; kept beside the card",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the card and write nothing")
     args = parser.parse_args()
@@ -484,9 +533,7 @@ def main() -> None:
             examples = ", ".join(sorted(path.name for path in TEMPLATE.parent.glob("*.yaml")))
             raise CommandError(f"no file {source}; give --facts, one like those in model_cards: {examples}")
         facts = read_facts(source)
-        results = {f"results-{folder.name}.json": folder / "results.json" for folder in args.results}
-        if missing := [file for file in results.values() if not file.is_file()]:
-            raise CommandError(f"no file {missing[0]}; let multiverse eval --output {missing[0].parent} end first")
+        results = dict(map(find_results, args.results))
         text, leaderboards = make_card(args.folder, facts, results)
         if args.dry_run:
             print(text, end="")

@@ -63,6 +63,11 @@ def test_every_figure_of_an_embedded_models_card_is_in_the_files_beside_it(name)
     }
     assert {(each.dataset_config, each.metric_type): each.metric_value for each in index} == expected
 
+    if (folder / "budget.json").exists():
+        for row in json.loads((folder / "budget.json").read_text())["rows"]:
+            ours, theirs = (row[name]["pass@1"]["value"] * 100 for name in ("parallel", "autoregressive"))
+            assert re.search(rf"(?m)^\| {row['budget']:,} \| {ours:.1f} % .* \| {theirs:.1f} % ", text)
+
     run = json.loads((folder / "run.json").read_text())
     training = dict(re.findall(r"^\| ([a-z ,-]+) \| (.+) \|$", text[text.index("## Training\n") :], re.MULTILINE))
     assert training["fingerprint of the rows"] == run["data"]["fingerprint"]
