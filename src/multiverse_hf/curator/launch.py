@@ -27,6 +27,7 @@ NEEDED = {
     "rapidfuzz": "curate",
     "math_verify": "curate",
 }
+FAILED = ("rate limited", "server error", "timeout", "connection")  # calls that are made again
 PRELOAD = ("multiverse_hf.curator.task",)
 # How a run is run, and not what it is: may differ when it is gone on with.
 INFORMATION = (
@@ -149,11 +150,10 @@ class Progress:
         self.folder, self.settings = folder, settings
 
     def describe(self) -> str:
-        """Give accepted and rejected rows, tokens, cost, and whether something is amiss."""
+        """Give rejected rows, tokens, cost, and whether something is amiss."""
         total, down = self.read()
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
-        parts = [f"{total.get('accepted', 0)} accepted, {total.get('rejected', 0)} rejected"]
-        parts.append(f"{(prompt + completion) / 1e6:.2f} M tokens")
+        parts = [f"{total.get('rejected', 0)} rejected", f"{(prompt + completion) / 1e6:.2f} M tokens"]
         if (cost := self.settings.cost(self.settings.model, prompt, completion)) is not None:
             parts.append(f"${cost:.2f}")
         if again := sum(total.get(f"calls {kind}", 0) for kind in FAILED):
@@ -175,6 +175,3 @@ class Progress:
             for name, count in status.items():
                 total[name] = total.get(name, 0) + count
         return total, down
-
-
-FAILED = ("rate limited", "server error", "timeout", "connection")

@@ -17,14 +17,6 @@ ROUTER = "https://router.huggingface.co/v1"
 
 
 @dataclass(frozen=True, slots=True)
-class Price:
-    """What a model costs, in US dollars for a million tokens."""
-
-    prompt: float = 0.0
-    completion: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
 class Settings:
     """What the config file may say; an option of the same name goes before it.
 
@@ -44,7 +36,7 @@ class Settings:
         timeout_s: of a call.
         max_retries: how often a call is made again that failed, while others do not.
         max_outage_s: how long no call may be answered before the run stops.
-        prices: by model.
+        prices: by model, of its prompts and completions, in US dollars for a million tokens.
     """
 
     model: str
@@ -121,8 +113,8 @@ class Settings:
         """Give what tokens of a model cost in US dollars; None if there is no price for it."""
         if model not in self.prices:
             return None
-        price = Price(**self.prices[model])
-        return (prompt_tokens * price.prompt + completion_tokens * price.completion) / 1e6
+        price = self.prices[model]
+        return (prompt_tokens * price.get("prompt", 0) + completion_tokens * price.get("completion", 0)) / 1e6
 
 
 def _check_type(each: dataclasses.Field, value: Any) -> None:

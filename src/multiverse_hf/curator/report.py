@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.checkpoints import FAILURE, CommandError, one_line, write_output
+from multiverse_hf.curator.launch import FAILED, Progress
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.results import CurationFolder, read_outcomes
 from multiverse_hf.curator.tally import DISTANCE_STEP, PARALLELISM_STEP, Tally
@@ -59,10 +60,11 @@ def write_report(output: Path) -> Path:
     tally = _count(folder)
     if not tally.rows:
         raise CommandError(f"{output} holds no finished row yet; try again later")
+    figures = [*_figures(tally, settings), ("calls made again", _failures(folder, settings))]
     page = _PAGE.format(
         title=f"Curation {html.escape(path.name)}",
         about=_about(stored, tally),
-        figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in _figures(tally, settings)),
+        figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures),
         picture=base64.b64encode(draw(tally)).decode(),
         rejected=_table(tally.rejected, tally.rows, "of all rows"),
         refused=_table(tally.checks, tally.asked.total(), "of all replies"),
@@ -100,6 +102,14 @@ def _figures(tally: Tally, settings: Settings) -> list[tuple[str, str]]:
     ]
 
 
+def _failures(folder: CurationFolder, settings: Settings) -> str:
+    """Say how many calls failed and were made again, by kind; runs that were killed may have lost a second of them."""
+    counts, _ = Progress(folder, settings).read()
+    kinds = {kind: counts.get(f"calls {kind}", 0) for kind in FAILED}
+    said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
+    return f"{sum(kinds.values()):,}" + (f" <small>({said})</small>" if said else "")
+
+
 def _table(counts: Counter[str], total: int, of_what: str) -> str:
     if not counts:
         return "<p>None.</p>"
@@ -125,6 +135,8 @@ def draw(tally: Tally) -> bytes:
     _draw_histogram(distances, tally.distances, DISTANCE_STEP, "documents", BLUE)
     # all but a few are 0 or close to it; the few are what one looks for
     distances.set(title="Edit distance to the original", xlabel="distance over length", yscale="log", ylabel="count")
+    distances.set_xlim(0, max(0.2, DISTANCE_STEP * max([*tally.distances, *tally.path_distances, 0])))
+    distances.set_ylim(bottom=0.7)
     _draw_histogram(parallelism, tally.parallelism, PARALLELISM_STEP, "documents", GREEN)
     parallelism.set(title="# parallel of accepted documents, in characters", xlabel="# parallel", ylabel="count")
     for axes in (distances, parallelism):

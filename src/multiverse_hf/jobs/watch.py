@@ -5,14 +5,17 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import multiprocess
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from multiverse_hf.jobs.folders import JobFolder, count_lines
 
 WATCH_S = 0.5
+FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures; and of all but the bar
 
 
 class Watch:
@@ -31,6 +34,7 @@ class Watch:
         """
         self.folder, self.rows, self.describe = folder, rows, describe or str
         self.has_lost_worker = False
+        self._before: int | None = None  # rows that were there when it was first shown
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self._console = Console(file=sys.stderr)  # what that is now: it is turned away while a single worker runs
@@ -44,19 +48,20 @@ class Watch:
         self._thread.join()
 
     def _look(self) -> None:
-        columns = [TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()]
-        columns.append(TextColumn("{task.fields[note]}"))
+        bar = BarColumn(max(4, min(40, self._console.width - NARROW)))
+        columns = [bar, MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn(), TimeRemainingColumn()]
+        columns.append(TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)))
         shown = self._console.is_terminal
         with Progress(
             *columns, console=self._console, disable=not shown, redirect_stdout=False, redirect_stderr=False
         ) as progress:
-            bar = progress.add_task("rows", total=self.rows, note="")
+            task = progress.add_task("rows", total=self.rows, note="")
             counts: dict[int, tuple[int, int]] = {}
             alive: set[int] = set()
             missing: set[int] = set()
             while not self._stop.wait(WATCH_S):
                 if shown:
-                    progress.update(bar, completed=self._count(counts), note=self.describe())
+                    self._show(progress, task, counts)
                 lost = {pid for pid in alive if not _is_alive(pid)}
                 # missing twice: at the end of a run they go away by themselves
                 if lost & missing and not self.has_lost_worker:
@@ -65,7 +70,15 @@ class Watch:
                 missing = lost
                 alive |= _children()
             if shown:
-                progress.update(bar, completed=self._count(counts), note=self.describe())
+                self._show(progress, task, counts)
+
+    def _show(self, progress: Progress, task: Any, counts: dict[int, tuple[int, int]]) -> None:
+        done = self._count(counts)
+        if self._before is None:
+            self._before = done
+        rate = (done - self._before) / max(progress.tasks[0].elapsed or 0.0, WATCH_S)
+        note = f"{rate:.2g} rows/s {self.describe()}"
+        progress.update(task, completed=done, note=note[: max(0, self._console.width - FIGURES)])
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
         """Count the rows that are finished, reading on where the last count ended."""
