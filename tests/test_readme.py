@@ -1,4 +1,4 @@
-"""What the README shows is run as it stands."""
+"""What the README and the pages beside it show is run as it stands."""
 
 import json
 import os
@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
@@ -29,10 +31,9 @@ def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
 
 def run_in(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
     """Run commands of the README in a folder, where ``multiverse`` is this one."""
-    root = Path(__file__).parents[1]
     (folder / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
     (folder / "multiverse").chmod(0o755)
-    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | {"PYTHONPATH": f"{root}/src"}
+    environment = os.environ | {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"} | {"PYTHONPATH": f"{ROOT}/src"}
     command = ["bash", "-ec", commands]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
@@ -42,7 +43,10 @@ def run_in(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
 def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
     answer, submit = (
-        text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "generate --input" in text
+        text
+        for page in ("README.md", "docs/batch.md")
+        for text in re.findall(r"```bash\n(.*?)```", PAGES[ROOT / page], re.DOTALL)
+        if "generate --input" in text
     )
     done = run_in(tmp_path, answer + submit)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
@@ -66,13 +70,13 @@ def test_the_commands_of_evaluation_run_as_pasted(tmp_path: Path) -> None:
     assert comparison["tasks"]["mv:chains"]["problems"] == 12
 
 
-def test_every_file_the_readme_names_is_there() -> None:
-    root = Path(__file__).parents[1]
-    named = re.findall(r"\]\(([^)#]+)\)|`(?:python|accelerate launch) ([\w/.-]+)", README)
-    paths = [one or other for one, other in named if not (one or other).startswith("http")]
-    assert paths
-    for path in paths:
-        assert (root / path).exists(), path
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_file_a_page_names_is_there(page: Path) -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if not link.startswith("http")]
+    programs = re.findall(r"`(?:python|accelerate launch) ([\w/.-]+\.py)", PAGES[page])
+    assert links or page.name != "README.md"
+    for path in (*(page.parent / link for link in links), *(ROOT / program for program in programs)):
+        assert path.exists(), path
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
@@ -86,9 +90,7 @@ def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path: Path,
     environment.pop("PYTHON", None)
     # -n: says what it would run. Without it only where it fails before it installs.
     command = ["make", *(["-n"] if newest else []), "venv", f"VENV={tmp_path / 'venv'}"]
-    done = subprocess.run(
-        command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
     if newest:
         assert f"{newest} -m venv" in done.stdout, done.stderr
     else:
