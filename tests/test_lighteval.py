@@ -46,6 +46,12 @@ def tasks(tmp_path_factory: pytest.TempPathFactory):
         yield lighteval_tasks
 
 
+def test_the_tasks_leave_gradients_on_which_lighteval_turns_off(tasks) -> None:
+    import torch
+
+    assert torch.is_grad_enabled()
+
+
 def test_every_task_is_there_in_every_mode(tasks) -> None:
     names = {config.name for config in tasks.TASKS_TABLE}
     assert names == {name + end for name in TASKS for end in ("", ":zero", ":autoregressive")}

@@ -22,8 +22,12 @@ def measure_transformers() -> None:
     it takes a padding token of id 0 for none, and pads with the end token; and its criteria for stop sequences expect
     one row for each prompt of a batch, where an engine that branches asks with one row for each branch.
     """
+    import torch
+
+    with_gradients = torch.is_grad_enabled()
     from lighteval.models.transformers import transformers_model
 
+    torch.set_grad_enabled(with_gradients)  # importing it turns gradients off, for all else in the process as well
     model = transformers_model.TransformersModel
     if getattr(model.greedy_until, "measures", False):
         return
