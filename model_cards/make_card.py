@@ -101,6 +101,7 @@ class Result:
 
     Attributes:
         interval: of the accuracy, low and high.
+        is_whole: all problems were asked, and they are the benchmark's own.
     """
 
     task: str
@@ -112,6 +113,7 @@ class Result:
     tokens: float | None
     well_formed: float | None
     forks: float | None
+    is_whole: bool = False
 
     def __post_init__(self) -> None:
         """Check the values, which come from a file.
@@ -272,7 +274,14 @@ def read_results(path: Path, name: str) -> Evaluation:
                 right = said["metrics"]["pass@1"]
                 interval = (right["low"], right["high"])
                 results.append(
-                    Result(part, said["problems"], right["value"], interval, *(values[each] for each in names))
+                    Result(
+                        part,
+                        said["problems"],
+                        right["value"],
+                        interval,
+                        *(values[each] for each in names),
+                        is_whole=task["limit"] is None and task["source"] == task["dataset"],
+                    )
                 )
         how = "greedy"
         if sampling["do_sample"]:
@@ -387,6 +396,7 @@ def model_index(facts: Facts, evaluations: list[Evaluation]) -> list[Any]:
                             dataset_type=result.task.partition(",")[0].lower().replace(" ", "-"),
                             dataset_name=result.task,
                             dataset_config=f"{result.task}, {evaluation.mode}",  # one entry for each
+                            dataset_args={"problems": result.problems},
                             metric_type=name,
                             metric_name={"accuracy": "right, %", "parallelism": "# parallel"}[name],
                             metric_value=value,
@@ -403,9 +413,9 @@ def registered_results(evaluations: list[Evaluation]) -> dict[str, str]:
     files = {}
     for evaluation in evaluations:
         for result in evaluation.results:
-            if result.task in REGISTERED:
+            if result.task in REGISTERED and result.is_whole:
                 dataset, task = REGISTERED[result.task]
-                notes = f"# parallel {number(result.parallelism, 2)}; {evaluation.heading}"
+                notes = f"{result.problems} problems; # parallel {number(result.parallelism, 2)}; {evaluation.heading}"
                 entry = EvalResultEntry(dataset, task, round(100 * result.accuracy, 2), notes=notes)
                 text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
                 files[f".eval_results/{task}-{evaluation.mode}.yaml"] = text

@@ -280,7 +280,7 @@ def test_when_a_fifth_of_all_calls_fail_or_lie_no_bad_row_comes_out_and_each_rej
         assert (row["check"], row["detail"]) == (last[-1]["check"], last[-1]["detail"])
     attempts = [each for row in rows for each in row["provenance"]["attempts"]]
     everything = attempts + [each for row in refused for each in row["attempts"]]
-    assert {"form", "content", "quotes", "grammar", "answer"} <= {each["check"] for each in everything}
+    assert {"form", "content", "quotes", "blocks", "answer"} <= {each["check"] for each in everything}
     tokens = {kind: sum(each[f"{kind}_tokens"] for each in everything) for kind in ("prompt", "completion")}
     assert report["tokens"] == tokens
     assert report["cost"] == pytest.approx((tokens["prompt"] + 2 * tokens["completion"]) / 1e6)
@@ -319,7 +319,8 @@ def test_an_endpoint_that_stays_down_ends_the_run_in_a_line_and_the_same_command
     command = options(source, folder, server, "--config", settings)
     done = call(capfd, command)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(r"error: the endpoint is down: no call was answered for \d+ s; .*goes on later\n", done.stderr)
+    reason = r"(no call was answered for \d+ s|the endpoint asks to wait \d+ s); .*goes on later"
+    assert re.fullmatch(rf"error: the endpoint is down: {reason}\n", done.stderr)
     server.behave(down=False)
     assert "20 accepted, 0 rejected" in call(capfd, command).stdout
 

@@ -211,9 +211,13 @@ def change(truth: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("mapreduce", "blocks", lambda blocks: blocks[:-1], "blocks", "each once"),
         ("mapreduce", "blocks.0.block", "B9", "blocks", "got B9"),
         ("mapreduce", "blocks.0.outlines", lambda outlines: outlines[:-1], "blocks", "outlines"),
-        ("mapreduce", "blocks.0.outlines.0", " ", "grammar", "an empty <Outline>"),
-        ("mapreduce", "blocks.0.conclusion", "", "grammar", "an empty <Conclusion>"),
-        ("mapreduce", "blocks.0.conclusion", "x</Conclusion></Parallel>", "blocks", "spells the tag"),
+        ("mapreduce", "blocks.0.outlines.0", " ", "blocks", "says nothing"),
+        ("mapreduce", "blocks.0.conclusion", "", "blocks", "says nothing"),
+        ("mapreduce", "blocks.0.conclusion", "x</Conclusion></Parallel>", "blocks", "holds '</Conclusion>'"),
+        ("mapreduce", "blocks.0.conclusion", "x </ parallel>", "blocks", "holds '</ parallel>'"),
+        ("mapreduce", "blocks.0.conclusion", "x<|im_end|>", "blocks", "holds '<|im_end|>'"),
+        ("mapreduce", "blocks.0.conclusion", "x" * 3000, "blocks", "2000 at most"),
+        ("mapreduce", "blocks.0.outlines.1", "As in path one, find it", "independence", "outline 2 refers to a path"),
         ("mapreduce", "rewrites", [{"sentence": 10**6, "text": "x"}], "rewrites", "in no path"),
     ],
 )
@@ -428,6 +432,9 @@ GOOD = '{"groups": [{"steps": ["1", "2"], "argument": "a {brace} and\\nline"}]}'
         f"```json\n{{}}\n```\nNo, better:\n```json\n{GOOD}\n```",
         GOOD.replace("\\n", "\n"),  # a line end in a string, which strict JSON forbids and models write
         f"```json\n{GOOD}",
+        f"I think {{maybe}} so.</think>{GOOD}",  # the beginning of the thought is left out
+        f"In {{braces}}: {GOOD} {{}}",
+        f"```\n{GOOD}```",
     ],
 )
 def test_a_result_is_read_from_bare_and_fenced_replies(text: str):
@@ -439,12 +446,13 @@ def test_a_result_is_read_from_bare_and_fenced_replies(text: str):
     ("given_reply", "words"),
     [
         (reply(GOOD, "length"), "cut off after 5 tokens"),
+        (reply(GOOD.replace("line", "\\ud83d")), "half a character"),
         (reply(""), "no JSON object"),
         (reply("I would rather not."), "no JSON object"),
-        (reply(GOOD[:-3]), "is no JSON"),
+        (reply(GOOD[:-3]), "holds no JSON object"),
         (reply('{"groups": [{"steps": "1"}]}'), "groups.0.steps"),
-        (reply("{" * 100_000 + "}"), "is no JSON"),
-        (reply('{"groups": ' + "[" * 100_000 + "}"), "is no JSON"),
+        (reply("{" * 100_000 + "}"), "holds no JSON object"),
+        (reply('{"groups": ' + "[" * 100_000 + "}"), "holds no JSON object"),
     ],
 )
 def test_what_is_no_result_is_refused_with_the_place(given_reply: Reply, words: str):
@@ -487,7 +495,7 @@ def test_the_log_gives_back_what_was_put_and_a_damaged_one_is_told_of(tmp_path: 
         ("model: m\nconcurrency: many", "concurrency must be int, got 'many'"),
         ("model: m\nconcurrency: 0", "concurrency must be at least 1, got 0"),
         ("model: m\nmax_distance: 2", "max_distance must be from 0"),
-        ("model: m\ntimeout_s: -1", "timeout_s must be above 0"),
+        ("model: m\ntimeout_s: -1", "timeout_s must be a number above 0"),
         ("model: m\ncolumns: {promt: q}", "unknown name 'promt' in columns; did you mean prompt"),
         ("model: m\nprices: {m: {input: 1}}", "unknown name 'input' in the price of m; there are prompt, completion"),
         ("model: m\nprices: {m: cheap}", "the price of m must be"),

@@ -81,6 +81,9 @@ def test_chains_are_right_to_the_letter_only(verifier: Verifier) -> None:
         ("Answer: 26.", False),
         ("\\boxed{26}", False),
         ("Answer: 26\nOr not.", False),
+        ("Answer: 026", False),
+        ("Answer: ٢٦", False),
+        ("Answer: " + "2" * 5000, False),
     ):
         assert judge(AnswerKind.CHAINS, "26", text, verifier).correct is correct, text
 
@@ -106,6 +109,22 @@ ADVERSARIAL = [
     ("1000", "Answer: 1,000", True, Rule.INTEGER),
     ("70", "Answer: 070", True, Rule.INTEGER),
     ("70", "Answer: 71", False, Rule.DIFFERENT),
+    # words that are no unit, other units, and digits that something parts
+    ("2", r"\boxed{2 pi}", False, Rule.DIFFERENT),
+    ("5", r"\boxed{5 million}", False, Rule.DIFFERENT),
+    ("2", r"\boxed{2\text{ or more}}", False, Rule.SEVERAL),
+    (r"5\text{ m}", r"\boxed{5\text{ cm}}", False, Rule.DIFFERENT),
+    ("34", r"\boxed{3 4}", False, Rule.DIFFERENT),
+    ("34", r"\boxed{3\quad 4}", False, Rule.DIFFERENT),
+    ("10000", r"\boxed{10\,000}", True, Rule.TEXT),
+    # what math-verify passes over
+    ("3", r"\boxed{\neq 3}", False, Rule.DIFFERENT),
+    ("3", r"\boxed{\ge 3}", False, Rule.DIFFERENT),
+    ("3", r"\boxed{4=3}", False, Rule.DIFFERENT),
+    ("3", r"\boxed{2+1=3}", True, Rule.MATH_VERIFY),
+    ("2516_8", r"\boxed{2516_{8}}", True, Rule.TEXT),
+    ("2516_8", r"\boxed{2516_9}", False, Rule.DIFFERENT),
+    ("2516_8", r"\boxed{2516}", False, Rule.DIFFERENT),
     # the same in other words
     (r"\frac{1}{2}", r"\boxed{\dfrac12}", True, Rule.TEXT),
     ("p - q", r"\boxed{-q+p}", True, Rule.MATH_VERIFY),
@@ -135,6 +154,11 @@ def test_hostile_answers_are_judged_as_documented_and_none_hangs(
 ) -> None:
     verdict = judge(AnswerKind.MATH, gold, text, verifier)
     assert (verdict.correct, verdict.rule) == (correct, rule)
+
+
+def test_many_boxes_that_are_not_closed_are_read_at_once() -> None:
+    assert last_boxed("\\boxed{" * 100_000) is None  # in time that grows with the square this would take hours
+    assert last_boxed("\\boxed{1}" + "\\boxed{" * 100_000) == "1"
 
 
 def test_a_verifier_goes_on_after_its_process_is_killed_from_outside(verifier: Verifier) -> None:

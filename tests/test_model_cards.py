@@ -230,6 +230,10 @@ def test_results_of_multiverse_eval_are_in_the_card_and_registered_benchmarks_in
     report["tasks"]["mv:gpqa_diamond"] = report["tasks"].pop("mv:chains")
     (folder / "results-tiny-eval.json").write_text(json.dumps(report))
     make(folder)
+    assert not (folder / ".eval_results").exists()  # three problems of a file are not that benchmark
+    report["tasks"]["mv:gpqa_diamond"] |= {"limit": None, "source": "Idavidrein/gpqa", "dataset": "Idavidrein/gpqa"}
+    (folder / "results-tiny-eval.json").write_text(json.dumps(report))
+    make(folder)
     (entry,) = yaml.safe_load((folder / ".eval_results/gpqa_diamond-parallel.yaml").read_text())
     assert entry["dataset"] == {"id": "Idavidrein/gpqa", "task_id": "gpqa_diamond"}
     assert entry["value"] == round(right["value"] * 100, 2)

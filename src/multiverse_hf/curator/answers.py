@@ -11,6 +11,11 @@ from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
 
+# "the answer is 42", "Answer: 42"; up to the end of the sentence or line
+_STATED = re.compile(
+    r"\banswer(?:\s+is|\s*[:=])\s*(?!\$?\\boxed)(\S[^\n]*?)(?=[.;,]?(?:\s*$|\s*\n|[.;,]\s))",
+    re.IGNORECASE | re.MULTILINE,
+)
 _BOXED = re.compile(r"\\boxed\s*\{")
 
 
@@ -27,6 +32,11 @@ def stated_answers(text: str) -> list[str]:
 def final_answers(text: str) -> list[str]:
     """Give the answer that a text states, else its last line."""
     return stated_answers(text) or [text.rstrip().rpartition("\n")[2].strip()]
+
+
+def concluded_answers(text: str) -> list[str]:
+    """Give every answer that a conclusion states: in a box, after ``Answer:``, or as "the answer is ..."."""
+    return boxed(text) + [match[1].rstrip(".,;:!$ ").lstrip("$ ") for match in _STATED.finditer(text)]
 
 
 def boxed(text: str) -> list[str]:
@@ -64,17 +74,28 @@ class AnswerChecker:
         self._pool: ProcessPoolExecutor | None = None
         self._turn = asyncio.Lock()
 
-    async def check(self, original: str, sequential: str, document: Document) -> None:
+    async def check(self, original: str, sequential: str, document: Document, answer: str | None = None) -> None:
         """Check that a document's sequential text has the original's answer, and that no conclusion states another.
+
+        Args:
+            original: the reasoning.
+            sequential: that of the document.
+            document: with the conclusions.
+            answer: what follows the reasoning, if anything does.
 
         Raises:
             Refusal: if not, with both answers.
         """
         await self._compare(final_answers(original), final_answers(sequential))
-        if gold := stated_answers(original):
-            texts = (piece.text for piece in document.walk() if isinstance(piece.node, Text))
-            if found := stated_answers("".join(texts)):
-                await self._compare(gold, found)
+        gold = stated_answers(original) or (answer and (stated_answers(answer) or [answer.strip()]))
+        if not gold:
+            return
+        texts = (piece.text for piece in document.walk() if isinstance(piece.node, Text))
+        if found := stated_answers("".join(texts)):
+            await self._compare(gold, found)
+        for block, _ in document.blocks():  # conclusions are a model's own words
+            for said in concluded_answers(block.conclusion.text):
+                await self._compare(gold, [said])
 
     async def _compare(self, gold: list[str], found: list[str]) -> None:
         if gold == found:

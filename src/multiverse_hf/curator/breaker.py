@@ -66,7 +66,13 @@ class Breaker:
         self._failures, self._wait_s, self._last_success = 0, FIRST_WAIT_S, time.monotonic()
 
     def hold_back(self, seconds: float) -> None:
-        """Make no call for some time: the endpoint asked for it."""
+        """Make no call for some time: the endpoint asked for it.
+
+        Raises:
+            EndpointDown: if that is longer than ``max_outage_s``.
+        """
+        if seconds > self.max_outage_s:
+            raise EndpointDown(f"the endpoint asks to wait {seconds:.0f} s; max_outage_s is {self.max_outage_s:g}")
         self._not_before = max(self._not_before, time.monotonic() + seconds)
 
     def fail(self, reason: str) -> None:

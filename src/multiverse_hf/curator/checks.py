@@ -5,7 +5,7 @@ import re
 from rapidfuzz.distance import Levenshtein
 
 from multiverse_hf.curator.drafts import Refusal
-from multiverse_hf.documents import Document, DocumentError, Path, check, parse_document
+from multiverse_hf.documents import Document, DocumentError, Outline, Path, check, parse_document
 
 # Quoting leaves texts all but equal, and a distance of this many edits is found in a tenth of the time.
 _EXPECTED_EDITS = 256
@@ -109,8 +109,10 @@ _LEANING = re.compile(
     re.IGNORECASE,
 )
 _SIBLING = re.compile(
-    r"\b(?P<noun>path|branch|outline|subtask)s?\s*#?(?P<label>\d+(?:\.\d+)*)\b"
-    r"|\b(?:previous|preceding|next|other|first|second|third|last|sibling)\s+(?P<kind>path|branch|outline|subtask)",
+    r"\b(?P<noun>path|branch|outline|subtask)(?:e?s)?\s*[#(]?\s*(?P<label>\d+(?:\.\d+)*|one|two|three|four|five|six)\b"
+    r"|\b(?:previous|preceding|next|other|first|second|third|fourth|fifth|last|\d+(?:st|nd|rd|th))\s+"
+    r"(?P<kind>path|branch|outline|subtask)"
+    r"|\bsiblings?(?P<sibling>)\b",
     re.IGNORECASE,
 )
 _FIRST_SENTENCE = re.compile(r".*?(?:[.?!](?=\s)|\n|\Z)", re.DOTALL)
@@ -127,6 +129,9 @@ def check_independence(document: Document, problem: str = "") -> None:
         Refusal: naming the path and the words.
     """
     for block, _ in document.blocks():
+        for outline in block.outlines:
+            if found := _mention(outline, True, problem.lower()):
+                raise Refusal("independence", f"outline {outline.label} refers to a path: {found!r}; say what to find")
         for place, path in enumerate(block.paths):
             if found := _mention(path, place == 0, problem.lower()):
                 raise Refusal(
@@ -134,15 +139,15 @@ def check_independence(document: Document, problem: str = "") -> None:
                 )
 
 
-def _mention(path: Path, is_first: bool, problem: str) -> str | None:
+def _mention(path: Path | Outline, is_first: bool, problem: str) -> str | None:
     """Give the words with which a path refers to a sibling, with some around them; None if there are none."""
     own = path.label or ""
     text = path.text.partition(":")[2].strip()
     for match in _SIBLING.finditer(text):
-        label, noun = match["label"], match["noun"] or match["kind"]
+        label, noun = match["label"], match["noun"] or match["kind"] or "sibling"
         # its own label, that of the path it is in, and those of paths in it are no siblings'
         is_family = label is not None and (f"{own}.".startswith(f"{label}.") or label.startswith(f"{own}."))
-        if not is_family and noun.lower() not in problem:
+        if not is_family and not re.search(rf"\b{noun.lower()}(?:e?s)?\b", problem):
             return _around(text, match)
     if not is_first and (match := _LEANING.search(text, 0, _FIRST_SENTENCE.match(text).end())):
         return _around(text, match)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import itertools
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -105,9 +106,9 @@ class Curator:
         Raises:
             Refusal: the last one, if none does.
         """
-        refused: list[str] = []
-        while True:
-            attempt = Attempt(stage.name, self._call_seed(draft.trace, stage, len(refused)))
+        refused: list[str] = []  # why replies were; a call that was never answered says nothing about one
+        for number in itertools.count():
+            attempt = Attempt(stage.name, self._call_seed(draft.trace, stage, number))
             outcome.attempts.append(attempt)
             try:
                 result = read_result(await self._reply(stage, draft, attempt, refused), stage.form)
@@ -115,15 +116,18 @@ class Curator:
                 return result
             except Refusal as err:
                 attempt.check, attempt.detail = err.check, err.detail
-                refused.append(err.detail)
-                if err.is_final or len(refused) == self.max_attempts:
+                if err.check != "no answer":
+                    refused.append(err.detail)
+                if err.is_final or number + 1 == self.max_attempts:
                     raise
+        raise AssertionError("unreachable: the loop has no end")
 
     async def _check(self, stage: Stage, draft: Draft, result: BaseModel, outcome: Outcome) -> None:
         """Make all checks of a stage; once there is a document, its answer is one of them."""
         stage.check(draft, result)
         if draft.plain is not None and stage is not JUDGE:
-            await self.answers.check(draft.trace.reasoning, draft.sequential, draft.document or draft.plain)
+            trace = draft.trace
+            await self.answers.check(trace.reasoning, draft.sequential, draft.document or draft.plain, trace.answer)
         if stage is STAGES[-1] and self.judge_model is not None:
             try:
                 await self._pass(JUDGE, draft, outcome)

@@ -24,8 +24,9 @@ from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.curator.replies import Reply, schema_of
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries of one call, doubled each time
-_NO_SCHEMA = ("response_format", "json_schema", "structured", "guided", "grammar")
-_OF_THIS_CALL = ("context", "too long", "length", "too large", "filter", "policy")
+_NO_SCHEMA = ("response_format", "schema", "structured", "guided", "grammar")
+_OF_THIS_CALL = ("context", "too long", "length", "too large", "filter", "policy", "moderation", "flagged", "safety")
+_NOT_OFFERED = (400, 404, 415, 422, 501)
 _SHOWN = 300  # characters of an endpoint's message
 
 
@@ -51,10 +52,11 @@ class Endpoint:
         timeout_s: float = 600.0,
         max_retries: int = 6,
         max_outage_s: float = 900.0,
+        takes_schema: bool = True,
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.breaker = Breaker(max_outage_s)
-        self.takes_schema = True
+        self.takes_schema = takes_schema
         self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
         self._url, self._key = f"{base_url.rstrip('/')}/chat/completions", api_key
         self._slots = asyncio.Semaphore(concurrency)
@@ -132,14 +134,14 @@ class Endpoint:
             async with self._session.post(self._url, data=request.data) as response:
                 content = await response.read()
                 if response.ok:
-                    return _read(content)
+                    return self._read(content)
                 status, retry_after_s = response.status, _retry_after(response.headers)
         except TimeoutError as err:  # aiohttp's own are such as well
             raise _Failed("timeout", f"no answer in {self.timeout_s:g} s") from err
         except (aiohttp.ClientError, OSError) as err:
             raise _Failed("connection", self._hide(f"{type(err).__name__}: {err}")) from err
         said = self._hide(_message(content))
-        if request.has_schema and status in (400, 415, 422, 501) and any(word in said for word in _NO_SCHEMA):
+        if request.has_schema and status in _NOT_OFFERED and any(word in said.lower() for word in _NO_SCHEMA):
             raise _NoSchema
         raise self._failure(status, said, retry_after_s)
 
@@ -161,10 +163,28 @@ class Endpoint:
             return _Failed("rate limited", message, retry_after_s)
         if status >= 500 or status in (408, 409, 425):
             return _Failed("server error", message, retry_after_s)
-        if status in (400, 413, 422) and (self.counts["answered"] or any(word in said for word in _OF_THIS_CALL)):
+        is_named = any(word in said.lower() for word in _OF_THIS_CALL)
+        # without such a word a 403 may be a key that was revoked, which is no fault of the row
+        if (status in (400, 413, 422) and self.counts["answered"]) or (status in (400, 403, 413, 422) and is_named):
             self.counts["refused"] += 1
             return Refusal("no answer", message, is_final=True)
         return EndpointError(message)
+
+    def _read(self, content: bytes) -> Reply:
+        """Read an answer; what is none is a fault of the server.
+
+        Raises:
+            _Failed: then.
+        """
+        try:
+            data = json.loads(content)
+            choice, usage = data["choices"][0], data.get("usage")
+            usage = usage if isinstance(usage, dict) else {}
+            counted = (_count(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
+            return Reply(_text(choice["message"].get("content")), choice.get("finish_reason"), *counted)
+        except (ValueError, LookupError, TypeError, AttributeError) as err:
+            said = self._hide(_message(content))
+            raise _Failed("server error", f"an answer that is none: {said[:_SHOWN]}") from err
 
     def _hide(self, text: str) -> str:
         """Take the key out of a message, should an endpoint say it."""
@@ -196,20 +216,16 @@ class _Failed(Exception):
         self.kind, self.retry_after_s = kind, retry_after_s
 
 
-def _read(content: bytes) -> Reply:
-    """Read an answer; what is none is a fault of the server.
+def _text(content: Any) -> str:
+    """Give the text of a message: as it stands, or the text of its parts. Half a character becomes a question mark."""
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return str(content or "").encode("utf-8", "replace").decode("utf-8")
 
-    Raises:
-        _Failed: then.
-    """
-    try:
-        data = json.loads(content)
-        choice, usage = data["choices"][0], data.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        counted = (int(usage.get(f"{kind}_tokens") or 0) for kind in ("prompt", "completion"))
-        return Reply(str(text), choice.get("finish_reason"), *counted)
-    except (ValueError, LookupError, TypeError, AttributeError) as err:
-        raise _Failed("server error", f"an answer that is none: {content[:80]!r}") from err
+
+def _count(value: Any) -> int:
+    """Give a number of tokens, 0 for what is none."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0
 
 
 def _message(content: bytes) -> str:

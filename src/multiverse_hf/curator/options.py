@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,14 @@ from multiverse_hf.checkpoints import CommandError, one_line
 from multiverse_hf.curator.traces import COLUMNS
 from multiverse_hf.jobs.options import Job
 
+OURS = {  # fields of a request that are said elsewhere, or whose answer nothing here could read
+    "model": "it is a setting of its own",
+    "messages": "they are the stages' prompts",
+    "seed": "each call's follows from the setting seed",
+    "response_format": "json_schema: false turns schemas off",
+    "n": "one reply is read",
+    "stream": "replies are read whole",
+}
 ROUTER = "https://router.huggingface.co/v1"
 
 
@@ -31,6 +40,7 @@ class Settings:
         max_attempts: how often a stage is asked before its row is rejected.
         max_distance: edit distance to the original over its length, of a document and of each path (the paper: 0.2).
         request: further fields of each request; None leaves one out.
+        json_schema: ask for replies by JSON schema where the endpoint takes one; else for JSON between fences.
         judge, judge_model: whether a model judges independence as well, and which; by default the same.
         concurrency: calls of a task at once.
         timeout_s: of a call.
@@ -49,6 +59,7 @@ class Settings:
     max_attempts: int = 4
     max_distance: float = 0.2
     request: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.6, "max_tokens": 16384})
+    json_schema: bool = True
     judge: bool = False
     judge_model: str | None = None
     concurrency: int = 64
@@ -71,8 +82,13 @@ class Settings:
             if getattr(self, name) < least:
                 raise CommandError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("timeout_s", "max_outage_s"):
-            if getattr(self, name) <= 0:
-                raise CommandError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise CommandError(f"{name} must be a number above 0, got {getattr(self, name)}")
+        for name in self.request:
+            if name in OURS:
+                raise CommandError(f"request cannot have {name}: {OURS[name]}")
+            if any(word in str(name).lower() for word in ("api", "authorization", "secret", "password")):
+                raise CommandError(f"request holds {name}, and is written down; put keys into an environment variable")
         if not 0 <= self.max_distance < 1:
             raise CommandError(f"max_distance must be from 0 to below 1, got {self.max_distance}")
         for name in self.columns:
@@ -80,12 +96,20 @@ class Settings:
         for model, price in self.prices.items():
             if not isinstance(price, Mapping) or not all(isinstance(each, int | float) for each in price.values()):
                 raise CommandError(f"the price of {model} must be {{prompt: X, completion: Y}}, got {price!r:.60}")
-            for name in price:
+            for name, dollars in price.items():
                 _check_name(name, ("prompt", "completion"), f"the price of {model}")
+                if not 0 <= dollars < math.inf:
+                    raise CommandError(f"the price of {model} must be at least 0, got {dollars}")
         address = urlsplit(self.base_url)
         if address.scheme not in ("http", "https") or not address.hostname:
             raise CommandError(f"base_url must be an address such as {ROUTER}, got {self.base_url!r}")
-        if address.username or address.password or address.query:  # it is written down; keys are not
+        try:
+            address.port  # noqa: B018 - reading it checks it
+        except ValueError as err:
+            raise CommandError(f"base_url has no port that there can be: {self.base_url!r}") from err
+        if (
+            address.username or address.password or address.query or address.fragment
+        ):  # it is written down; keys are not
             raise CommandError(
                 "base_url holds a key or a query; put the key into an environment variable, api_key_env"
             )

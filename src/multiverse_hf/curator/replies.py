@@ -2,15 +2,15 @@
 
 import functools
 import json
-import re
 from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
 from multiverse_hf.curator.drafts import Refusal
+from multiverse_hf.data.records import is_encodable
 
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"```(?:json)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_END_OF_THOUGHT = "</think>"  # whose beginning some servers leave out
+_MOST_BRACES = 1000  # of a text that are tried as the beginning of an object
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +30,40 @@ class Reply:
 
 
 def read_result(reply: Reply, form: type[BaseModel]) -> BaseModel:
-    """Read a result: the whole text as JSON, or the last fenced block in it, or from the first brace to the last.
+    """Read a result: the last JSON object of the form in the text, whatever stands around it, fences for one.
 
     Raises:
-        Refusal: if the reply was cut off, holds no JSON, or JSON of another form.
+        Refusal: if the reply was cut off, holds no JSON object, or none of the form.
     """
     if reply.finish_reason == "length":
         raise Refusal("form", f"the reply was cut off after {reply.completion_tokens} tokens; be brief")
-    text = _THOUGHT.sub("", reply.text)
-    fenced = _FENCE.findall(text)
-    body = fenced[-1] if fenced else text[text.find("{") : text.rfind("}") + 1]
-    if not body.strip():
-        raise Refusal("form", "the reply holds no JSON object")
-    try:
-        return form.model_validate(json.loads(body, strict=False))
-    except ValidationError as err:
-        first = err.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the object"
-        raise Refusal("form", f"{place}: {first['msg']}") from err
-    except (ValueError, RecursionError) as err:
-        raise Refusal("form", f"the reply is no JSON: {err}") from err
+    refusal = Refusal("form", "the reply holds no JSON object")
+    for value in reversed(_objects(reply.text.rpartition(_END_OF_THOUGHT)[2])):
+        if not is_encodable(json.dumps(value, ensure_ascii=False)):
+            refusal = Refusal("form", "half a character (a lone surrogate) in the reply")
+            continue
+        try:
+            return form.model_validate(value)
+        except ValidationError as err:
+            first = err.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "the object"
+            refusal = Refusal("form", f"{place}: {first['msg']}")
+    raise refusal
+
+
+def _objects(text: str) -> list[dict]:
+    """Give the JSON objects in a text, without those in others."""
+    decoder, found, begin = json.JSONDecoder(strict=False), [], 0
+    for _ in range(_MOST_BRACES):
+        begin = text.find("{", begin)
+        if begin < 0:
+            break
+        try:
+            value, begin = decoder.raw_decode(text, begin)
+            found.append(value)
+        except (ValueError, RecursionError):
+            begin += 1
+    return found
 
 
 @functools.cache

@@ -129,6 +129,7 @@ class _TaskRun:
                 settings.timeout_s,
                 settings.max_retries,
                 settings.max_outage_s,
+                settings.json_schema,
             ) as self.endpoint:
                 curator = Curator(
                     model=settings.model,
@@ -205,5 +206,5 @@ def _read_status(folder: CurationFolder, rank: int) -> dict[str, int]:
         status = json.loads(folder.status(rank).read_bytes())
     except (OSError, ValueError):
         return {}
-    status.pop("is_down", None)
-    return status
+    counts = status.items() if isinstance(status, dict) else ()
+    return {name: count for name, count in counts if isinstance(count, int) and not isinstance(count, bool)}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.data.records import Reason, RowError, number_rows, open_table
+from multiverse_hf.data.records import Reason, RowError, is_encodable, number_rows, open_table
 from multiverse_hf.modeling.tags import MULTIVERSE, read_messages
 
 # The usual names of the columns, in the order in which they are looked for; those of s1K-1.1 are among them.
@@ -114,13 +114,13 @@ def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
             raise RowError(Reason.COLUMNS, f"no text for the {name} (columns: {there}); name its column in `columns`")
     thought = _THOUGHT.fullmatch(reasoning)
     reasoning = (thought[1] if thought else reasoning).strip()
-    for value in (prompt, reasoning, answer or ""):
-        if value.encode("utf-8", "replace").decode("utf-8") != value:
-            raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text")
-    if tag := next((tag for tag in MULTIVERSE.tokens if tag in reasoning), None):
-        raise RowError(Reason.MALFORMED, f"the reasoning spells the control tag {tag}")
+    for name, value in (("reasoning", reasoning), ("answer", answer or "")):
+        if tag := next((tag for tag in MULTIVERSE.tokens if tag in value), None):
+            raise RowError(Reason.MALFORMED, f"the {name} spells the control tag {tag}")
     row_id = row.get(columns.get("id") or next((name for name in COLUMNS["id"] if row.get(name) is not None), "id"))
     name = str(row_id) if isinstance(row_id, str | int) and str(row_id).strip() else str(number)
+    if not all(map(is_encodable, (name, prompt, reasoning, answer or ""))):
+        raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text or the id")
     return Trace(number, name, prompt.strip(), reasoning, answer.strip() or None if answer else None)
 
 

@@ -254,7 +254,7 @@ def document(problem: Problem) -> str:
     return f"<Think>\n{work}\n</Think>\n\nAnswer: {problem.answer}"
 
 
-_ANSWER = re.compile(r"^Answer: (\d+)\s*\Z", re.MULTILINE)
+_ANSWER = re.compile(r"^Answer: (0|[1-9][0-9]{0,17})\s*\Z", re.MULTILINE)
 
 
 def read_answer(text: str) -> int | None:

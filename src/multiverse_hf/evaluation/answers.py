@@ -100,6 +100,7 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
 # What an answer says
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _ANSWER_LINE = re.compile(
     r"^[ \t]*\**(?:the )?(?:final )?answer(?: is)?\**[ \t]*:[ \t]*\**[ \t]*", re.I | re.MULTILINE
 )
@@ -121,8 +122,9 @@ def final_answer(document: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """Give what the last box holds, with the boxes that are joined to it; None if there is no box that closes."""
-    boxes = [(match.start(), *_braced(text, match.end())) for match in _BOX.finditer(text)]
-    boxes = [(begin, end, inside) for begin, end, inside in boxes if end is not None]
+    closes = _closing_braces(text)
+    boxes = [(match.start(), match.end(), closes.get(match.end() - 1)) for match in _BOX.finditer(text)]
+    boxes = [(begin, close + 1, text[inside:close].strip()) for begin, inside, close in boxes if close is not None]
     if not boxes:
         return None
     begin, _, answer = boxes.pop()
@@ -132,26 +134,43 @@ def last_boxed(text: str) -> str | None:
     return answer
 
 
-def _braced(text: str, begin: int) -> tuple[int | None, str]:
-    """Read up to the brace that closes the one before ``begin``: where it ends, and what is inside."""
-    depth, at = 1, begin
-    while at < len(text) and depth:
-        if text[at] == "\\":
-            at += 1  # \{ and \} are characters
-        else:
-            depth += {"{": 1, "}": -1}.get(text[at], 0)
-        at += 1
-    return (None, "") if depth else (at, text[begin : at - 1].strip())
+def _closing_braces(text: str) -> dict[int, int]:
+    """Give, for the place of every brace that is closed, where it is; in one pass, as a model may write many."""
+    closes: dict[int, int] = {}
+    open_braces: list[int] = []
+    for match in _BRACE.finditer(text):
+        if match[0] == "{":
+            open_braces.append(match.start())
+        elif match[0] == "}" and open_braces:
+            closes[open_braces.pop()] = match.start()
+    return closes
 
 
 # Whether it is right
 
-_UNIT = re.compile(r"(?<=[\d})])\s*(?:\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\{?\d\}?)?|\^?\{?\\circ\}?|°)$")
-_WORD_UNIT = re.compile(r"^(-?[\d.,]+)\s+[a-z]+(?:\^\{?\d\}?)?\.?$", re.I)
+_UNIT_WORDS = (
+    "mm|cm|dm|m|km|in|inch|inches|ft|foot|feet|yd|yards?|miles?|meters?|metres?|centimeters?|centimetres?|kilometers?|"
+    "millimeters?|units?|degrees?|deg|radians?|rad|percent|dollars?|cents?|euros?|pounds?|ounces?|oz|lbs?|kg|g|grams?|"
+    "s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|liters?|litres?|l|ml|gallons?|"
+    "people|students?|ways|points?|sides?|marbles?|apples?|coins?|votes?|times"
+)
+_UNIT_TEXT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:{_UNIT_WORDS})(?:\s+(?:squared|cubed))?\.?"
+# after a number: a word for a unit, in \text{} or not, with its power; or degrees
+_UNIT = re.compile(
+    rf"(?<=[\d}})])\s*(?:\\[,;!: ]\s*)?"
+    rf"(?:\\(?:text|mbox|mathrm)\{{\s*(?P<text>{_UNIT_TEXT})\s*\}}|(?P<word>(?<=[\d\s]){_UNIT_TEXT}))"
+    rf"(?:\^\{{?\d\}}?)?$|(?<=[\d}})])\s*(?:\^\{{?\\circ\}}?|°)$",
+    re.I,
+)
 _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])|\\ |~|\$|\s")
+_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\}|~| )(?=\d{3}(?!\d))")
+_SPACES = r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])|\\ |~|\s"
+_APART = re.compile(rf"(?<=\d)(?:{_SPACES})+(?=\d)")  # digits that something parts are no number
+_SPACING = re.compile(_SPACES)
+_BASE = re.compile(r"\d_\{?\d+\}?$")
+_RELATION = re.compile(r"\\(?:neq?|geq?|leq?|gt|lt|approx|sim)(?![a-zA-Z])|[<>≠≤≥≈]")
 _NAME = re.compile(r"^[a-zA-Z]\w{0,2}=(?=.)")
-_INTEGER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)")
+_INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
 _HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
 
 
@@ -161,13 +180,21 @@ def normalize(answer: str) -> str:
     """
     text = answer.strip().removesuffix(".").strip("$ \n").removesuffix(".").strip()
     text = _UNIT.sub("", text)
-    text = _WORD_UNIT.sub(r"\1", text)
     text = _TEXT.sub(r"\1", text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\%", "").replace("%", "")
-    text = _SPACING.sub("", text.replace("\\$", ""))
+    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "$").strip("$ \n")
+    text = re.sub(r"\s*\\?%$", "", text)
+    text = _SPACING.sub("", _APART.sub(";", _THOUSANDS.sub("", text)))
     text = re.sub(r"\\(frac|sqrt)(\d)(?=[\d{]|$)", r"\\\1{\2}", text)  # \frac12 is \frac{1}2
     text = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", text)
+    text = re.sub(r"_\{(\w+)\}$", r"_\1", text)
     return _NAME.sub("", text)
+
+
+def unit_of(answer: str) -> str | None:
+    """Give the unit that an answer ends in, without its number; None if it has none."""
+    match = _UNIT.search(answer.strip().strip("$ .\n"))
+    unit = match and (match["text"] or match["word"])
+    return unit.lower().rstrip("s.") if unit else None
 
 
 def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
@@ -175,6 +202,9 @@ def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
     if len(answer) > MAX_CHARACTERS:
         return False, Rule.UNREADABLE
     ours, theirs = normalize(gold), normalize(answer)
+    units = {unit_of(gold), unit_of(answer)} - {None}
+    if len(units) > 1:
+        return False, Rule.DIFFERENT
     if ours == theirs:
         return True, Rule.TEXT
     if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
@@ -182,6 +212,8 @@ def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
         return same, Rule.INTEGER if same else Rule.DIFFERENT
     if _HEDGE.search(answer) and not _HEDGE.search(gold):
         return False, Rule.SEVERAL
+    if _says_otherwise(ours, theirs):
+        return False, Rule.DIFFERENT
     try:
         same = verifier.is_same(gold, answer)
     except VerifierTimeout:
@@ -189,6 +221,18 @@ def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
     except VerifierError:
         return False, Rule.UNREADABLE
     return same, Rule.MATH_VERIFY if same else Rule.DIFFERENT
+
+
+def _says_otherwise(gold: str, answer: str) -> bool:
+    """Say whether an answer differs in what math-verify passes over: a relation, a base, one side of an equation."""
+    if _BASE.search(gold) or _BASE.search(answer):
+        return True  # and the texts differ
+    if _RELATION.search(answer) and not _RELATION.search(gold) and "(" not in gold and "[" not in gold:
+        return True
+    if "=" in gold or not _INTEGER.fullmatch(gold):
+        return False
+    sides = [side for side in answer.split("=") if _INTEGER.fullmatch(side)]
+    return any(int(side.replace(",", "")) != int(gold.replace(",", "")) for side in sides)
 
 
 _LETTER = re.compile(r"\(?([A-Z])(?:[).:,].*)?", re.DOTALL)

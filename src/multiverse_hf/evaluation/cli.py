@@ -124,6 +124,8 @@ def evaluate(
     if suite is not None:
         from multiverse_hf.evaluation.suite import measure_suite
 
+        if mode is not Mode.PARALLEL:
+            raise CommandError(f"--suite paper asks in all modes; leave out --mode {mode.value}")
         if model in (None, EMBEDDED_NAMES[0]):
             base, autoregressive = base or "random", autoregressive or EMBEDDED_NAMES[1]
         measure = functools.partial(measure_suite, asked, base, autoregressive, output, commands.evaluate)

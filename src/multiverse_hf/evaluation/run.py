@@ -214,7 +214,7 @@ def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) 
         answer=verdict.answer,
         correct=verdict.correct,
         rule=verdict.rule.value,
-        well_formed=is_well_formed(answered.document),
+        well_formed=answered.error is None and is_well_formed(answered.document),
         **{name: getattr(stats, name) for name in counted},
         malformed=stats.malformed,
         finish_reason=str(stats.finish_reason) if answered.error is None else "refused",

@@ -127,6 +127,8 @@ def settle(
         stored = json.loads(path.read_bytes())
     except (OSError, ValueError) as err:
         raise CommandError(f"cannot read {path}: {one_line(err)}; name another folder") from err
+    if not isinstance(stored, dict):
+        raise CommandError(f"cannot read {path}: it holds no object; name another folder")
     for name, value in asked.items():
         if value == (there := stored.get(name)):
             continue

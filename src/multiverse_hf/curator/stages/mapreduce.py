@@ -1,11 +1,22 @@
 """Stage 5: outlines and conclusions of every block, and paths that stand alone. What it gives is the document."""
 
+import re
+
 from pydantic import BaseModel, Field
 
 from multiverse_hf.curator.assembly import assemble, block_names, original_text, path_sentences, reasoning_of
 from multiverse_hf.curator.checks import check_content, check_grammar, check_independence, check_paths
 from multiverse_hf.curator.drafts import Draft, Refusal
 from multiverse_hf.modeling.tags import MULTIVERSE
+
+# Tags, however they are spelled, tokens of chat templates, and characters that no text has.
+_NO_TEXT = re.compile(
+    r"</?\s*(?:"
+    + "|".join({tag.strip("</>") for tag in MULTIVERSE.tokens})
+    + r")\s*>|<\|[^|>\n]*\|>|[\x00-\x08\x0b-\x1f]",
+    re.IGNORECASE,
+)
+MOST_CHARACTERS = 2000  # of an outline or a conclusion, a sentence or two; the longest of the published has 781
 
 
 class BlockText(BaseModel):
@@ -56,12 +67,20 @@ def check(draft: Draft, result: MapReduce) -> None:
             raise Refusal("blocks", f"{name} has {num_paths} paths and {len(texts[name].outlines)} outlines")
     written = [each for block in result.blocks for each in (*block.outlines, block.conclusion)]
     for text in (*written, *(each.text for each in result.rewrites)):
-        if tag := next((tag for tag in MULTIVERSE.tokens if tag in text), None):
-            raise Refusal("blocks", f"{text!r:.80} spells the tag {tag}; write text only")
+        if match := _NO_TEXT.search(text):
+            raise Refusal("blocks", f"{text!r:.80} holds {match[0]!r}; write text only")
+    for text in written:
+        if not any(map(str.isalnum, text)):
+            raise Refusal("blocks", f"{text!r:.80} says nothing")
+        if len(text) > MOST_CHARACTERS:
+            raise Refusal("blocks", f"{text!r:.80} has {len(text)} characters, {MOST_CHARACTERS} at most; be brief")
     allowed = path_sentences(draft.structure, draft.refill)
     rewritten = {each.sentence: each.text for each in result.rewrites}
     if outside := sorted(rewritten.keys() - allowed):
         raise Refusal("rewrites", f"sentence {outside[0]} is in no path; only sentences of paths are rewritten")
+    for number, text in rewritten.items():
+        if "\\boxed" in text and "\\boxed" not in draft.sentences[number - 1]:
+            raise Refusal("rewrites", f"the rewrite of sentence {number} adds a box; leave answers as they are")
     sentences = [rewritten_as(rewritten, n, sentence) for n, sentence in enumerate(draft.sentences, start=1)]
     text = assemble(draft.structure, original_text(draft.refill, sentences), texts)
     document = check_grammar(text, draft.limits.max_depth)
