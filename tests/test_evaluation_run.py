@@ -360,3 +360,16 @@ def test_what_cannot_be_compared_is_told_in_a_line(
     assert "no problem in common" in error_of(capfd, "compare", str(whole), str(nothing))
     (nothing / "results.json").write_text('{"schema": 99, "tasks": {}}')
     assert "schema 99" in error_of(capfd, "compare", str(whole), str(nothing))
+
+
+def test_refused_prompts_are_told_of_and_are_not_well_formed(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    options = ["--limit", "2", "--max-cache-tokens", "10", "--temperature", "0", "--output", str(tmp_path / "run")]
+    assert run(["eval", "--task", "mv:chains", *options]) == 0
+    assert "warning: 2 of 2 prompts were refused and count as wrong answers of no length" in capfd.readouterr().err
+    metrics = json.loads((tmp_path / "run/results.json").read_text())["tasks"]["mv:chains"]["metrics"]
+    assert (metrics["pass@1"]["value"], metrics["well_formed"]["value"]) == (0.0, 0.0)
+
+
+def test_the_paper_suite_takes_no_mode_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert run(["eval", "--suite", "paper", "--mode", "zero", "--output", str(tmp_path)]) == 2
+    assert "leave out --mode zero" in capfd.readouterr().err

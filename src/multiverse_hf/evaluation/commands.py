@@ -3,7 +3,7 @@
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
+from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 
 
@@ -49,6 +50,12 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
                     file=sys.stderr,
                 )
             raise
+        except OSError as err:  # a full disk, above all
+            raise CommandError(
+                f"cannot write to {output}: {err.strerror or one_line(err)}; make room, then the same command goes on",
+                FAILURE,
+            ) from err
+    warn_of_refusals(finished.samples)
     results = make_results(finished, command_line())
     if finished.num_before == len(finished.samples) and (old := read_results(output)) is not None:
         # nothing was written now: where and how long it ran is what the command says that ran it
@@ -56,6 +63,16 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     write_output(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     write_report(output, results, finished.samples)
     return results
+
+
+def warn_of_refusals(samples: Sequence[Sample]) -> None:
+    """Say how many prompts could not be asked: they count as wrong, and nothing is known of their answers."""
+    if refused := [sample for sample in samples if sample.error is not None]:
+        print(
+            f"warning: {len(refused)} of {len(samples)} prompts were refused and count as wrong answers of no length; "
+            f"the first, {refused[0].task} {refused[0].id}: {refused[0].error}",
+            file=sys.stderr,
+        )
 
 
 def check_packages() -> None:

@@ -185,6 +185,7 @@ def read_results(output: Path) -> dict[str, Any] | None:
             raise CommandError(
                 f"{path} has schema {results['schema']}, and this version reads {SCHEMA}; evaluate again"
             )
+        results["tasks"], results["mode"], results["sampling"]  # what every such file has
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CommandError(f"{path} is not what multiverse eval writes ({err!r}); evaluate again") from err
     return results
