@@ -20,9 +20,11 @@ from rapidfuzz.distance import Levenshtein
 from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.curator.answers import AnswerChecker, boxed, final_answers
 from multiverse_hf.curator.assembly import parallelism, reasoning_of
+from multiverse_hf.curator.breaker import EndpointDown
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.checks import check_content, check_independence, distance
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
+from multiverse_hf.curator.endpoint import Endpoint, EndpointError
 from multiverse_hf.curator.options import load_settings
 from multiverse_hf.curator.replies import Reply, read_result, schema_of
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
@@ -411,14 +413,115 @@ def test_answers_are_compared_by_value_and_a_comparison_that_hangs_is_ended():
     assert two.startswith("the answer is '1, 2'")
 
 
+@pytest.mark.parametrize(
+    ("conclusion", "trace_answer", "is_refused"),
+    [
+        ("So the answer is 41.", None, True),
+        ("So the answer is 42.", None, False),
+        ("Answer: 41", None, True),
+        ("\\boxed{41} here", None, True),
+        ("Both agree.", None, False),
+        ("Answer: 41", "42", True),
+        ("Answer: 42", "42", False),
+    ],
+)
+def test_a_conclusion_that_states_another_answer_is_refused(conclusion, trace_answer, is_refused):
+    text = f"<Goal><Outline>1: o</Outline></Goal><Path>1: p</Path><Conclusion>{conclusion}</Conclusion>"
+    document = parse_document(f"<Parallel>{text}</Parallel>")
+    original = "So it must be 42." if trace_answer else "It is \\boxed{42}"
+
+    async def check_it() -> None:
+        checker = AnswerChecker(timeout_s=20)
+        try:
+            await checker.check(original, original, document, trace_answer)
+        finally:
+            checker.close()
+
+    if not is_refused:
+        asyncio.run(check_it())
+        return
+    with pytest.raises(Refusal, match="the answer is '41', in the original '42'"):
+        asyncio.run(check_it())
+
+
+@pytest.mark.parametrize(
+    "words", ["As in path one", "As in Path (1)", "As in the 1st path", "Using the sibling's result"]
+)
+@pytest.mark.parametrize("problem", ["What is 6 * 7?", "Two sympathetic friends share 42."])
+def test_siblings_are_noticed_however_they_are_called(words, problem):
+    paths = f"<Path>1: p</Path><Path>2: {words}, it is 2.</Path>"
+    goal = "<Goal><Outline>1: o</Outline><Outline>2: q</Outline></Goal>"
+    document = parse_document(f"<Parallel>{goal}{paths}<Conclusion>c</Conclusion></Parallel>")
+    with pytest.raises(Refusal, match="path 2 refers to another path"):
+        check_independence(document, problem)
+
+
+# The endpoint
+
+GOOD = '{"groups": [{"steps": ["1", "2"], "argument": "a {brace} and\\nline"}]}'
+KEY = "sk-of-this-test-only"
+CHOICE = {"finish_reason": "stop", "message": {"content": GOOD}}
+
+
+def ask_once(*answers: tuple[int, Any, dict[str, str]], **options: Any) -> Reply:
+    """Ask a real server that gives these answers one after the other."""
+    from aiohttp import test_utils, web
+
+    left = list(answers)
+
+    async def handle(request: Any) -> Any:
+        status, body, headers = left.pop(0)
+        return web.json_response(body, status=status, headers=headers)
+
+    async def run() -> Reply:
+        app = web.Application()
+        app.router.add_post("/v1/chat/completions", handle)
+        async with test_utils.TestServer(app) as server:
+            address = f"http://{server.host}:{server.port}/v1"
+            async with Endpoint(address, KEY, max_retries=0, max_outage_s=5, **options) as endpoint:
+                body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+                return await endpoint.ask(body, "groups", STAGES[1].form)
+
+    given = asyncio.run(run())
+    assert not left
+    return given
+
+
+def test_replies_in_parts_without_counts_and_with_half_a_character_are_read():
+    parts = [{"type": "text", "text": GOOD[:9]}, {"type": "text", "text": GOOD[9:]}]
+    usage = {"prompt_tokens": "many", "completion_tokens": 7}
+    given = ask_once((200, {"choices": [{"message": {"content": parts}}], "usage": usage}, {}))
+    assert (given.text, given.prompt_tokens, given.completion_tokens) == (GOOD, 0, 7)
+    assert ask_once((200, {"choices": [{"message": {"content": "\ud83d"}}], "usage": [1]}, {})).text == "?"
+
+
+@pytest.mark.parametrize("status", [400, 404])
+@pytest.mark.parametrize("said", ["Structured outputs are not supported", "JSON Schema mode is not supported"])
+def test_an_endpoint_that_takes_no_schema_is_asked_for_text(status, said):
+    given = ask_once((status, {"error": {"message": said}}, {}), (200, {"choices": [CHOICE]}, {}))
+    assert given.text == GOOD
+
+
+def test_a_key_in_a_servers_own_words_is_hidden():
+    with pytest.raises(Refusal, match=r"Bearer \*\*\*") as caught:
+        ask_once((200, {"error": {"message": f"Invalid credentials Bearer {KEY}"}}, {}))
+    assert KEY not in str(caught.value)
+
+
+def test_a_wait_longer_than_one_may_wait_ends_the_run_and_a_refused_input_does_not():
+    with pytest.raises(EndpointDown, match="asks to wait 86400 s; max_outage_s is 5"):
+        ask_once((429, {}, {"Retry-After": "86400"}))
+    with pytest.raises(Refusal, match="flagged"):
+        ask_once((403, {"error": {"message": "the input was flagged"}}, {}))
+    with pytest.raises(EndpointError, match="403"):
+        ask_once((403, {"error": {"message": "no such key"}}, {}))
+
+
 # Replies and the log
 
 
 def reply(text: str, finish_reason: str = "stop") -> Reply:
     return Reply(text, finish_reason, 10, 5)
-
-
-GOOD = '{"groups": [{"steps": ["1", "2"], "argument": "a {brace} and\\nline"}]}'
 
 
 @pytest.mark.parametrize(
@@ -501,6 +604,13 @@ def test_the_log_gives_back_what_was_put_and_a_damaged_one_is_told_of(tmp_path: 
         ("model: m\nprices: {m: cheap}", "the price of m must be"),
         ("model: m\nbase_url: localhost", "must be an address"),
         ("model: m\nbase_url: https://me:secret@host/v1", "holds a key"),
+        ("model: m\nbase_url: https://host/v1#secret", "holds a key"),
+        ("model: m\nbase_url: http://host:port/v1", "no port that there can be"),
+        ("model: m\ntimeout_s: .inf", "timeout_s must be a number above 0, got inf"),
+        ("model: m\nprices: {m: {prompt: -1}}", "the price of m must be at least 0"),
+        ("model: m\nrequest: {model: other}", "request cannot have model: it is a setting of its own"),
+        ("model: m\nrequest: {response_format: null}", "json_schema: false turns schemas off"),
+        ("model: m\nrequest: {api_key: x}", "put keys into an environment variable"),
         ("model: [", "cannot read"),
         ("- model", "must hold settings"),
         ("model: m\njudge: 1", "judge must be bool"),

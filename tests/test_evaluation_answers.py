@@ -101,7 +101,7 @@ ADVERSARIAL = [
     # units and what else does not change a number
     ("5", r"\boxed{5 \text{ cm}}", True, Rule.TEXT),
     ("5", r"Answer: $5\text{ cm}^2$.", True, Rule.TEXT),
-    ("5", "Answer: 5 apples", True, Rule.TEXT),
+    ("5", "Answer: 5 inches", True, Rule.TEXT),
     ("90^\\circ", r"\boxed{90}", True, Rule.TEXT),
     ("36", r"\boxed{\$36}", True, Rule.TEXT),
     ("10", r"\boxed{10\%}", True, Rule.TEXT),

@@ -152,7 +152,7 @@ _UNIT_WORDS = (
     "mm|cm|dm|m|km|in|inch|inches|ft|foot|feet|yd|yards?|miles?|meters?|metres?|centimeters?|centimetres?|kilometers?|"
     "millimeters?|units?|degrees?|deg|radians?|rad|percent|dollars?|cents?|euros?|pounds?|ounces?|oz|lbs?|kg|g|grams?|"
     "s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|liters?|litres?|l|ml|gallons?|"
-    "people|students?|ways|points?|sides?|marbles?|apples?|coins?|votes?|times"
+    "people|ways|points?|sides?|times"
 )
 _UNIT_TEXT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:{_UNIT_WORDS})(?:\s+(?:squared|cubed))?\.?"
 # after a number: a word for a unit, in \text{} or not, with its power; or degrees

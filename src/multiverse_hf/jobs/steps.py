@@ -1,6 +1,7 @@
 """One task of a job, as datatrove runs it. Imported by workers too."""
 
 import contextlib
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -47,13 +48,13 @@ class PartStep(PipelineStep):
                 self.merge()
         return ()
 
+    @abstractmethod
     def do_task(self, rank: int, world_size: int) -> None:
         """Append all rows of a task that are not there yet to its unfinished part."""
-        raise NotImplementedError
 
+    @abstractmethod
     def merge(self) -> None:
         """Make the result of all parts."""
-        raise NotImplementedError
 
 
 class LocalTasks(LocalPipelineExecutor):
