@@ -78,14 +78,18 @@ def evaluate(folder: Path, seed: int, row: str, args: argparse.Namespace) -> dic
     return json.loads(output.read_bytes())
 
 
-def run_seed(seed: int, args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[str, dict]:
-    """Train and evaluate the models of a seed; give the reports by row of the table."""
-    folder = args.output / f"seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "base/config.json").is_file():
-        call(folder / "base.log", str(HERE / "make_base.py"), "--output", str(folder / "base"), "--seed", str(seed))
-    list(pool.map(lambda name: train(folder, seed, name, args), ("parallel", "sequential")))
-    return dict(zip(ROWS, pool.map(lambda row: evaluate(folder, seed, row, args), ROWS), strict=True))
+def run(args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[int, dict[str, dict]]:
+    """Train and evaluate the models of all seeds; give the reports by seed and row of the table."""
+    folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
+    for seed, folder in folders.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "base/config.json").is_file():
+            call(folder / "base.log", str(HERE / "make_base.py"), "--output", str(folder / "base"), "--seed", str(seed))
+    models = [(folders[seed], seed, name, args) for seed in args.seeds for name in ("parallel", "sequential")]
+    list(pool.map(lambda model: train(*model), models))
+    asked = [(folders[seed], seed, row, args) for seed in args.seeds for row in ROWS]
+    reports = pool.map(lambda question: evaluate(*question), asked)
+    return {seed: {row: next(reports) for row in ROWS} for seed in args.seeds}
 
 
 def spread(values: list[float], scale: float = 1) -> dict[str, float]:
@@ -169,7 +173,7 @@ def main() -> None:
         parser.error(str(err))
     try:
         with ThreadPoolExecutor(2) as pool:
-            results = {seed: run_seed(seed, args, pool) for seed in args.seeds}
+            results = run(args, pool)
     except StepError as err:
         parser.exit(FAILURE, f"error: {err}\n")
     rows = table(results)
