@@ -84,7 +84,9 @@ def run(args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[int, dict[st
     for seed, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "base/config.json").is_file():
-            call(folder / "base.log", str(HERE / "make_base.py"), "--output", str(folder / "base"), "--seed", str(seed))
+            call(
+                folder / "base.log", str(HERE / "make_base.py"), "--output", str(folder / "base"), "--seed", str(seed)
+            )
     models = [(folders[seed], seed, name, args) for seed in args.seeds for name in ("parallel", "sequential")]
     list(pool.map(lambda model: train(*model), models))
     asked = [(folders[seed], seed, row, args) for seed in args.seeds for row in ROWS]

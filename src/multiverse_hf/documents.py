@@ -156,7 +156,7 @@ class Document:
 
     def walk(self) -> Iterator[Piece]:
         """Give every piece of the document in the order of its text. Tags that the family lacks are empty pieces."""
-        offset = 0
+        offset, tags = 0, _open_close(self.tags)
         # A stack instead of recursion, so that no depth of nesting can exhaust the interpreter's own.
         stack: list[tuple[Text | Element, Element | Document, int, bool]]
         stack = [(child, self, 0, False) for child in reversed(self.children)]
@@ -164,10 +164,8 @@ class Document:
             node, parent, depth, closes = stack.pop()
             if isinstance(node, Text):
                 text = node.text
-            elif getattr(self.tags, node.role) is None:
-                text = ""
             else:
-                text = self.tags.close(node.role) if closes else self.tags.open(node.role)
+                text = tags[node.role][closes]
             if not closes and isinstance(node, Element):
                 depth += isinstance(node, Block)
                 stack.append((node, parent, depth, True))
@@ -181,9 +179,14 @@ class Document:
 
     def blocks(self) -> Iterator[tuple[Block, int]]:
         """Give every block with its depth (1 for an outermost one), in the order in which they open."""
-        for piece in self.walk():
-            if isinstance(piece.node, Block) and not piece.closes:
-                yield piece.node, piece.depth
+        stack = [(child, 0) for child in reversed(self.children)]
+        while stack:
+            node, depth = stack.pop()
+            if isinstance(node, Element):
+                if isinstance(node, Block):
+                    depth += 1
+                    yield node, depth
+                stack.extend((child, depth) for child in reversed(node.children) if isinstance(child, Element))
 
     @property
     def num_paths(self) -> int:
@@ -280,6 +283,14 @@ class _Open:
     state: str  # key into _GRAMMAR
     start: int
     children: list[Text | Element] = field(default_factory=list)
+
+
+@lru_cache(maxsize=32)
+def _open_close(tags: TagNames) -> dict[str, tuple[str, str]]:
+    """Give the open and the close tag of each role; empty ones for a role that the family lacks."""
+    return {
+        role: ("", "") if getattr(tags, role) is None else (tags.open(role), tags.close(role)) for role in _ELEMENTS
+    }
 
 
 @lru_cache(maxsize=32)

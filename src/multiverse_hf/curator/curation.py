@@ -81,6 +81,7 @@ class Curator:
     ask: Ask
     answers: AnswerChecker
     log: CallLog
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock, init=False, repr=False)
 
     async def curate(self, trace: Trace) -> Outcome:
         """Make a document of a trace.
@@ -147,10 +148,19 @@ class Curator:
         if (reply := self.log.get(key)) is None:
             reply = await self.ask(body, stage.name, stage.form)
             self.log.put(key, reply)
-            await asyncio.sleep(0)  # a call that waits for a free slot goes before what comes now: reading and checks
+            await self._give_way()
         attempt.prompt_tokens, attempt.completion_tokens = reply.prompt_tokens, reply.completion_tokens
         attempt.reply = reply.text
         return reply
+
+    async def _give_way(self) -> None:
+        """Let the network go first: calls that wait for the slot that is free now, and replies that came meanwhile.
+
+        What comes next is a millisecond's work on one row. Were all rows whose replies came together worked on one
+        after the other, as many slots would stand empty until the last is done.
+        """
+        async with self._turn:
+            await asyncio.sleep(0)
 
     def _call_seed(self, trace: Trace, stage: Stage, number: int) -> int:
         """Give an attempt's seed: of the run's, the row and the attempt alone, so that it is the same in any task."""
