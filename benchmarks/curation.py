@@ -59,8 +59,6 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         names = ("rows", "in_flight", "tasks", "delay")
         result = {"benchmark": "curation", **environment(), **{name: getattr(args, name) for name in names}}
-        # on a busy machine `chrt -f 5 python ...` has both sides and the server find the cores free
-        result["real_time"] = os.sched_getscheduler(0) == os.SCHED_FIFO
         result["throughput"] = measure_throughput(Path(folder), args)
         result["load_average_after"] = round(os.getloadavg()[0], 2)
         result["memory"] = measure_memory(Path(folder), args)
@@ -198,7 +196,6 @@ def show(result: dict[str, Any]) -> None:
     """Print what was measured."""
     throughput = result["throughput"]
     show_environment(result)
-    print("real-time priority" if result["real_time"] else "ordinary priority")
     print(f"load {result['load_average_after']} at the end of the timing, which is itself part of it")
     for name in ("bare", "curator"):
         print(f"{name:8} {throughput[f'{name}_calls_per_s']} calls/s of {throughput['possible']:.0f} possible")
