@@ -531,6 +531,20 @@ def test_a_folder_goes_on_with_the_run_it_was_begun_with_only(tmp_path: Path, se
     assert (done.returncode, "with other rows" in done.stderr) == (2, True)
 
 
+def test_a_finished_folder_whose_rows_were_cut_short_is_noticed_and_written_anew(tmp_path: Path, serve, capfd):
+    source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve()
+    write_traces(source, 3)
+    assert call(capfd, options(source, folder, server)).returncode == 0
+    whole = (folder / "curated.jsonl").read_bytes()
+    (folder / "curated.jsonl").write_bytes(whole[: len(whole) // 2])
+    done = call(capfd, options(source, folder, server))
+    assert (done.returncode, "curated.jsonl has 1 rows, and 3 were written; delete" in done.stderr) == (2, True)
+    (folder / "curated.jsonl").unlink()
+    assert call(capfd, options(source, folder, server)).returncode == 0
+    assert (folder / "curated.jsonl").read_bytes() == whole
+    assert server.log()["received"] == 15
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from multiverse_hf.checkpoints import CommandError, check_output, one_line, quiet
 from multiverse_hf.curator.options import Curation, Settings
 from multiverse_hf.jobs.executors import check_packages, cores, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.folders import count_lines
 from multiverse_hf.jobs.processes import stopping_at_sigterm
 from multiverse_hf.jobs.settings import explain_option, settle
 
@@ -94,7 +95,7 @@ def run_curation(curation: Curation) -> Outcome:
                 return Outcome(folder.result, finished_before=before, job=job)
         if not folder.result.exists():
             merge(folder, rows, curation.settings)
-        return Outcome(folder.result, json.loads(folder.summary.read_bytes()), before, time.perf_counter() - begin)
+        return Outcome(folder.result, _read_summary(folder), before, time.perf_counter() - begin)
 
 
 def _open_source(curation: Curation) -> tuple[str, int, str]:
@@ -141,6 +142,24 @@ def _settle(curation: Curation, work: "Work", digest: str) -> None:
 
     packages = ("aiohttp", "datatrove", "rapidfuzz", "math-verify")
     settle(work.folder, curation.output, asked, INFORMATION, explain, packages, is_dry_run=curation.cluster.dry_run)
+
+
+def _read_summary(folder: "CurationFolder") -> dict[str, Any]:
+    """Read what a finished run came to.
+
+    Raises:
+        CommandError: if its files are not as the run left them.
+    """
+    way_out = f"delete {folder.result}, and the same command writes it anew from the parts"
+    try:
+        summary = json.loads(folder.summary.read_bytes())
+        accepted, rejected = summary["accepted"], sum(summary["rejected"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as err:
+        raise CommandError(f"cannot read {folder.summary}: {one_line(err)}; {way_out}") from err
+    for path, rows in ((folder.result, accepted), (folder.rejected, rejected)):
+        if (found := count_lines(path)[0]) != rows:
+            raise CommandError(f"{path} has {found} rows, and {rows} were written; {way_out}")
+    return summary
 
 
 class Progress:
