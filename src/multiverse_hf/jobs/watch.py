@@ -77,8 +77,8 @@ class Watch:
         if self._before is None:
             self._before = done
         rate = (done - self._before) / max(progress.tasks[0].elapsed or 0.0, WATCH_S)
-        note = f"{rate:.2g} rows/s {self.describe()}"
-        progress.update(task, completed=done, note=note[: max(0, self._console.width - FIGURES)])
+        note = _fit(f"{rate:.2g} rows/s · {self.describe()}", self._console.width - FIGURES)
+        progress.update(task, completed=done, note=note)
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
         """Count the rows that are finished, reading on where the last count ended."""
@@ -88,6 +88,14 @@ class Watch:
             new, end = count_lines(path if path.exists() else self.folder.part(task), end)
             counts[task] = rows + new, end
         return sum(rows for rows, _ in counts.values())
+
+
+def _fit(note: str, width: int) -> str:
+    """Drop what there is no room for, whole parts from the end."""
+    note = note.removesuffix(" · ")
+    while len(note) > width and note:
+        note = note.rpartition(" · ")[0]
+    return note
 
 
 def _children() -> set[int]:
