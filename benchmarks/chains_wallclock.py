@@ -28,16 +28,9 @@ import torch
 from report import count, environment, finish, make_parser, show, show_environment, spread
 from transformers import AutoModelForCausalLM
 
-from multiverse_hf.checkpoints import (
-    EMBEDDED,
-    Attention,
-    Checkpoint,
-    CommandError,
-    Dtype,
-    load_model,
-    open_checkpoint,
-)
+from multiverse_hf.checkpoints import EMBEDDED, Attention, Checkpoint, Dtype, load_model, open_checkpoint
 from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
+from multiverse_hf.errors import CommandError
 from multiverse_hf.modeling.tags import encode_prompt
 
 

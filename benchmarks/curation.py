@@ -26,7 +26,6 @@ from typing import Any
 import aiohttp
 from report import count, environment, finish, make_parser, show_environment
 
-from multiverse_hf.checkpoints import write_output
 from multiverse_hf.curator.assembly import reasoning_of
 from multiverse_hf.curator.curation import write_messages
 from multiverse_hf.curator.drafts import Draft, Limits
@@ -37,6 +36,7 @@ from multiverse_hf.curator.traces import Trace
 from multiverse_hf.data.chains import document, parse_problem, sample_problem
 from multiverse_hf.documents import parse_document
 from multiverse_hf.jobs.folders import count_lines
+from multiverse_hf.outputs import write_output
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))

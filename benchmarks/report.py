@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from multiverse_hf.checkpoints import CommandError, check_output, write_output
+from multiverse_hf.errors import CommandError
+from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.provenance import commit, hardware, versions
 
 

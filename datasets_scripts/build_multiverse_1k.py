@@ -19,9 +19,10 @@ from pathlib import Path
 
 from building import About, build, build_parser, check_options, errors_in_a_line, open_ruler, progress
 
-from multiverse_hf.checkpoints import CommandError, quiet
+from multiverse_hf.checkpoints import quiet
 from multiverse_hf.data.examples import Example, ExampleReader
 from multiverse_hf.data.records import number_rows
+from multiverse_hf.errors import CommandError
 
 
 def name_of(source: str) -> str:

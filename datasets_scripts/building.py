@@ -13,20 +13,13 @@ try:
 except ModuleNotFoundError as err:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {err.name} is missing; pip install -e '.[train]'") from None
 
-from multiverse_hf.checkpoints import (
-    EMBEDDED,
-    EMBEDDED_NAMES,
-    INTERRUPTED,
-    USAGE,
-    CommandError,
-    check_new_folder,
-    new_folder,
-    one_line,
-)
+from multiverse_hf.checkpoints import EMBEDDED, EMBEDDED_NAMES
 from multiverse_hf.data.examples import Example, ExampleReader
 from multiverse_hf.data.folders import DROPPED, About, write_dataset
 from multiverse_hf.data.measures import Ruler
+from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, one_line
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.outputs import check_new_folder, new_folder
 
 
 def build_parser(description: str, title: str | None, licence: str | None) -> argparse.ArgumentParser:

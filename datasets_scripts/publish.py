@@ -15,8 +15,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, INTERRUPTED, CommandError, one_line, quiet
+from multiverse_hf.checkpoints import quiet
 from multiverse_hf.data.folders import CARD, CONFIGS, DROPPED, PLOTS, STATISTICS
+from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, one_line
 
 BUILT = (CARD, STATISTICS, PLOTS, DROPPED, *(f"{config}/*.parquet" for config in CONFIGS))  # what a build writes
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

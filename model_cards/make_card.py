@@ -22,8 +22,9 @@ from typing import Any
 
 import yaml
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, one_line, output_folder, write_output
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
+from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.outputs import check_output, output_folder, write_output
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
 CARD, FACTS = "README.md", "card.yaml"

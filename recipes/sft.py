@@ -34,21 +34,14 @@ except ModuleNotFoundError as err:
     raise SystemExit(f"sft.py: {err.name} is missing; pip install -c constraints.txt -e '.[train]'") from None
 
 from multiverse_hf import __version__
-from multiverse_hf.checkpoints import (
-    FAILURE,
-    INTERRUPTED,
-    USAGE,
-    CommandError,
-    check_output,
-    one_line,
-    write_output,
-)
 from multiverse_hf.data.building import TrainingRows, build_rows
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.curriculum import CurriculumSampler
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.data.records import Form, load_rows
 from multiverse_hf.data.rows import RowEncoder
+from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
+from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.training.generations import GenerationCallback
 from multiverse_hf.training.models import Base, load_base, trainable_tokens
 from multiverse_hf.training.report import draw_run, write_page

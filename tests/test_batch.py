@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multiverse_hf.batch.rows import Folder, append_rows, check_input, merge, read_rows, summarize
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.cli import run
 from multiverse_hf.data.chains import Kind, sample_problem
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, Suffix
+from multiverse_hf.errors import CommandError
 from multiverse_hf.jobs.folders import write_row
 
 pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")

@@ -17,7 +17,6 @@ for package in ("aiohttp", "rapidfuzz", "math_verify"):
 import rule_server
 from rapidfuzz.distance import Levenshtein
 
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.curator.answers import AnswerChecker, boxed, final_answers
 from multiverse_hf.curator.assembly import parallelism, reasoning_of
 from multiverse_hf.curator.breaker import EndpointDown
@@ -33,6 +32,7 @@ from multiverse_hf.curator.traces import Trace, read_trace
 from multiverse_hf.data.chains import Kind, document, sample_problem
 from multiverse_hf.data.records import RowError
 from multiverse_hf.documents import Document, check, parse_document
+from multiverse_hf.errors import CommandError
 
 TEXT = """First, look at it, e.g. as 3.5 times 2. Is that so? Yes!
 

@@ -21,12 +21,14 @@ pytest.importorskip("matplotlib", reason="the card's plots need the train extra:
 from hub import TOKEN, read_log
 from test_recipe import block, call
 
-from multiverse_hf.checkpoints import EMBEDDED, CommandError, new_folder
+from multiverse_hf.checkpoints import EMBEDDED
 from multiverse_hf.data.curriculum import PAPER_SHARES
 from multiverse_hf.data.examples import Example, split_examples
 from multiverse_hf.data.folders import CONFIGS, plan_passes
 from multiverse_hf.data.records import Form, read_record
 from multiverse_hf.documents import parse_document
+from multiverse_hf.errors import CommandError
+from multiverse_hf.outputs import new_folder
 
 pytestmark = pytest.mark.usefixtures("unquiet")
 

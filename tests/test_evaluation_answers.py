@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.data.chains import document, parse_problem
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, judge, last_boxed, normalize
 from multiverse_hf.evaluation.tasks import TASKS, Mode, load_problems, row_id
 from multiverse_hf.evaluation.verifier import Verifier

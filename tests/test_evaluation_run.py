@@ -16,8 +16,8 @@ from test_evaluation_answers import GPQA_ROW, NEEDS_EVAL
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from multiverse_hf import embedded_model
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.cli import run
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
 

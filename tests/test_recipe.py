@@ -15,8 +15,8 @@ import pytest
 
 pytest.importorskip("trl", reason="the recipe needs the train extra: pip install -e '.[train]'")
 
-from multiverse_hf.checkpoints import output_folder, write_output
 from multiverse_hf.data.curriculum import PAPER_SHARES
+from multiverse_hf.outputs import output_folder, write_output
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

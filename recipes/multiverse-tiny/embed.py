@@ -14,7 +14,8 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from multiverse_hf.checkpoints import CommandError, check_output, one_line, output_folder
+from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.outputs import check_output, output_folder
 
 ASSETS = Path(__file__).parents[2] / "src/multiverse_hf/assets"
 MODEL_CARDS = Path(__file__).parents[2] / "model_cards"

@@ -15,21 +15,13 @@ import time
 from itertools import islice
 from pathlib import Path
 
-from multiverse_hf.checkpoints import (
-    FAILURE,
-    Attention,
-    CommandError,
-    Dtype,
-    check_output,
-    load_model,
-    one_line,
-    open_checkpoint,
-    write_output,
-)
+from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct
 from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
+from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.provenance import commit, versions
 
 

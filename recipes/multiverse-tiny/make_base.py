@@ -11,10 +11,11 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
-from multiverse_hf.checkpoints import CommandError, check_output, output_folder
 from multiverse_hf.data.chains import Kind, document, sample_problem
+from multiverse_hf.errors import CommandError
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.outputs import check_output, output_folder
 
 # Numbers are cut into pairs of digits from the right, with their sign: "+15", "1|32". One token is then one term of a
 # chain, and adding two numbers never has to carry across tokens within a step.

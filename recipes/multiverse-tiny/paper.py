@@ -19,7 +19,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, check_output, write_output
+from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.outputs import check_output, write_output
 
 HERE = Path(__file__).parent
 KINDS = ("single", "flat", "nested")

@@ -12,8 +12,9 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from multiverse_hf.checkpoints import CommandError, check_output, one_line, output_folder
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.modeling_multiverse import base_class
+from multiverse_hf.outputs import check_output, output_folder
 
 SIZES = {
     "hidden_size": 64,

@@ -1,23 +1,18 @@
 """Checkpoints as commands and recipes use them: opened with every fault told in a line, loaded, asked for an answer.
 
-And files as recipes write them: whole or not at all, tried before the work begins. torch and transformers are imported
-inside functions, so that ``--help`` answers at once.
+torch and transformers are imported inside functions, so that ``--help`` answers at once.
 """
 
-import contextlib
 import copy
-import glob
 import hashlib
 import json
 import logging
 import os
 import re
-import shutil
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -25,11 +20,11 @@ from typing import Any
 
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
-USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while running, Ctrl-C
 # Files of a checkpoint that hold one JSON object if they are there. transformers takes a generation config that it
 # cannot parse for none at all, and fails deep inside on other JSON.
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
@@ -53,14 +48,6 @@ class Attention(StrEnum):
 
     SDPA = "sdpa"
     EAGER = "eager"
-
-
-class CommandError(Exception):
-    """What went wrong, for one line on standard error, and the exit code."""
-
-    def __init__(self, message: str, code: int = USAGE) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,12 +137,6 @@ def quiet() -> None:
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
-
-
-def one_line(error: BaseException | str, most: int = 400) -> str:
-    """Put a message on one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool = True) -> Checkpoint:
@@ -409,120 +390,3 @@ def answer_prompt(
         raise CommandError(f"{checkpoint.name} cannot answer: {one_line(err).rstrip('.')}") from err
     seconds = time.perf_counter() - begin  # the ids came back to the host, so the device is done
     return Answer(checkpoint.decode(output.sequences[0, len(prompt) :].tolist()), output.stats[0], seconds)
-
-
-# Files that recipes and benchmarks write
-
-
-def check_output(path: Path, is_folder: bool = False) -> None:
-    """Try now whether a file, or files in a folder, can be written: long work should not fail at its end.
-
-    Makes the folders on the way.
-
-    Raises:
-        CommandError: if it cannot.
-    """
-    if not is_folder and path.exists() and not path.is_file():
-        if path.is_dir():
-            raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
-        return  # a device or a pipe
-    folder = path if is_folder else path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as err:
-        raise CommandError(f"cannot write {path}: {err.strerror or err}; name a place that can be written to") from err
-
-
-def write_output(path: Path, text: str) -> None:
-    """Write a file whole or not at all: an interrupted write leaves the old one."""
-    if path.exists() and not path.is_file():  # a device or a pipe is not to be replaced
-        path.write_text(text, encoding="utf-8")
-        return
-    with output_folder(path.resolve().parent) as folder:  # resolved, so that a link stays one
-        (folder / path.resolve().name).write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write files to; once all are written they move to ``folder``, in place of older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _staging(folder, ".writing-") as part:
-        yield part
-        for file in sorted(part.rglob("*")):
-            if file.is_file():
-                target = folder / file.relative_to(part)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                file.replace(target)
-
-
-def check_new_folder(folder: Path) -> None:
-    """Try now whether a folder that is not there yet, or is empty, can be written.
-
-    Raises:
-        CommandError: if it holds something, or cannot be written or replaced.
-    """
-    try:
-        is_there = folder.exists()
-        is_taken = is_there and (not folder.is_dir() or any(folder.iterdir()))
-    except OSError as err:
-        raise CommandError(f"cannot read {folder}: {err.strerror or err}; name another place") from err
-    if is_taken:
-        what = "is not empty" if folder.is_dir() else "is a file"
-        raise CommandError(f"{folder} {what}; name a new folder, or move it away")
-    if is_there and (folder.resolve() == Path.cwd() or folder.is_mount()):
-        raise CommandError(f"{folder} cannot be replaced as a whole; name a new folder in it")
-    check_output(folder.resolve().parent, is_folder=True)
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write files to; once all are written it becomes ``folder``, by one rename.
-
-    Until then it is in a hidden folder beside it. What a killed process left there is removed.
-
-    Raises:
-        CommandError: if ``folder`` holds something.
-    """
-    check_new_folder(folder)
-    folder = folder.resolve()
-    prefix = f".{folder.name[:100]}.writing-"  # with what is added it must not get longer than a name may be
-    with _staging(folder.parent, prefix) as part:
-        whole = part / folder.name  # of its final name, which a checkpoint's card tells
-        whole.mkdir()
-        yield whole
-        try:
-            whole.replace(folder)
-        except OSError as err:  # somebody else has written there meanwhile
-            raise CommandError(f"cannot write {folder}: {err.strerror or err}; name a new folder") from err
-
-
-@contextlib.contextmanager
-def _staging(parent: Path, prefix: str) -> Iterator[Path]:
-    """Give a hidden folder that goes away in the end, and remove those of killed processes."""
-    for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
-        with left.open("rb+") as file:
-            if lock_file(file):
-                shutil.rmtree(left.parent, ignore_errors=True)
-    try:
-        made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
-    except OSError as err:
-        raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
-    with made as part, (Path(part) / "lock").open("wb") as file:
-        lock_file(file)
-        inside = Path(part) / "files"
-        inside.mkdir()
-        yield inside
-
-
-def lock_file(file: Any) -> bool:
-    """Take a lock that ends with this process, and say whether it was free."""
-    try:
-        import fcntl  # Windows has none: there, what a killed process left stays
-    except ImportError:
-        return False
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

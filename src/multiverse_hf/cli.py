@@ -23,25 +23,19 @@ from multiverse_hf import __version__
 from multiverse_hf.batch.launch import run_batch
 from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Outcome
 from multiverse_hf.checkpoints import (
-    FAILURE,
-    INTERRUPTED,
-    USAGE,
     Answer,
     Attention,
-    CommandError,
     Dtype,
     answer_prompt,
-    check_new_folder,
     load_model,
     load_weights,
-    new_folder,
-    one_line,
     open_checkpoint,
     quiet,
 )
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.demo import REPEATS, demo_problems, demo_report, print_report, show_problems, time_modes
 from multiverse_hf.display import LiveView, TextStream
+from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 from multiverse_hf.evaluation import cli as evaluation_cli
 from multiverse_hf.jobs.options import Cluster, Executor
 from multiverse_hf.options import (
@@ -65,6 +59,7 @@ from multiverse_hf.options import (
     check_sampling,
     print_json,
 )
+from multiverse_hf.outputs import check_new_folder, new_folder
 
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from multiverse_hf.checkpoints import Attention, CommandError, Dtype
+from multiverse_hf.checkpoints import Attention, Dtype
+from multiverse_hf.errors import CommandError
 
 CLUSTER = "Slurm and Ray"  # a panel of the help
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from

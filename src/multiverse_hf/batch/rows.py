@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, one_line
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.jobs.folders import JobFolder, appending, whole_lines, writing
 from multiverse_hf.modeling.tags import read_messages
 

@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from multiverse_hf.batch.rows import OWN_FIELDS, Folder, Row, append_rows, merge, read_unchanged
-from multiverse_hf.checkpoints import (
-    Answer,
-    Attention,
-    Checkpoint,
-    CommandError,
-    Dtype,
-    load_model,
-    one_line,
-    open_checkpoint,
-    quiet,
-)
+from multiverse_hf.checkpoints import Answer, Attention, Checkpoint, Dtype, load_model, open_checkpoint, quiet
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.folders import write_row
 from multiverse_hf.jobs.steps import PartStep
 

@@ -3,8 +3,8 @@
 import sqlite3
 from pathlib import Path
 
-from multiverse_hf.checkpoints import FAILURE, CommandError
 from multiverse_hf.curator.replies import Reply
+from multiverse_hf.errors import FAILURE, CommandError
 
 
 class CallLog:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from multiverse_hf.checkpoints import CommandError, one_line
 from multiverse_hf.curator.traces import COLUMNS
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.options import Job
 
 OURS = {  # fields of a request that are said elsewhere, or whose answer nothing here could read

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, one_line, write_output
 from multiverse_hf.curator.launch import FAILED, Progress
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.results import CurationFolder, read_outcomes
 from multiverse_hf.curator.tally import DISTANCE_STEP, PARALLELISM_STEP, Tally
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.jobs.folders import SETTINGS
+from multiverse_hf.outputs import write_output
 
 GREEN, RED, BLUE, GRAY = "#2a9d5c", "#c8553d", "#3d6fb4", "#9aa0a6"
 _PAGE = """<!doctype html>

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf import __version__
-from multiverse_hf.checkpoints import FAILURE, CommandError, write_output
 from multiverse_hf.curator.curation import Outcome
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.stages import prompt_versions
 from multiverse_hf.curator.tally import Tally
 from multiverse_hf.curator.traces import Trace
+from multiverse_hf.errors import FAILURE, CommandError
 from multiverse_hf.jobs.folders import JobFolder, whole_lines, writing
+from multiverse_hf.outputs import write_output
 
 _NUMBER = re.compile(rb'\{"number": (\d+),')
 

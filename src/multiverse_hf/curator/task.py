@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, write_output
 from multiverse_hf.curator.answers import AnswerChecker
 from multiverse_hf.curator.breaker import EndpointDown
 from multiverse_hf.curator.calls import CallLog
@@ -25,8 +24,10 @@ from multiverse_hf.curator.results import (
 )
 from multiverse_hf.curator.traces import Trace, read_traces
 from multiverse_hf.data.records import RowError
+from multiverse_hf.errors import FAILURE, CommandError
 from multiverse_hf.jobs.folders import appending, whole_lines, write_row
 from multiverse_hf.jobs.steps import PartStep
+from multiverse_hf.outputs import write_output
 
 STATUS_S = 1.0  # between two writings of what a task is at
 

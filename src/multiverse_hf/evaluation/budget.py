@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import CommandError
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.compare import compare_runs
 from multiverse_hf.evaluation.figures import make_figure, save_figure

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, sample_problem
 from multiverse_hf.data.mixtures import ChainsMixture
+from multiverse_hf.errors import CommandError
 
 SEED = 1000  # no training run draws its rows with it
 NUM_PROBLEMS = 300  # a third of each kind

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import typer
 
-from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, CommandError, Dtype
+from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, Dtype
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
 from multiverse_hf.options import (
     AttentionOption,

@@ -12,21 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from multiverse_hf.checkpoints import (
-    FAILURE,
-    CommandError,
-    check_output,
-    one_line,
-    output_folder,
-    quiet,
-    write_output,
-)
+from multiverse_hf.checkpoints import quiet
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.outputs import check_output, output_folder, write_output
 
 
 def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:

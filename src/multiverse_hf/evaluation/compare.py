@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import CommandError, output_folder
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
 from multiverse_hf.evaluation.report import describe_sampling, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
 from multiverse_hf.evaluation.samples import Sample, read_samples
+from multiverse_hf.outputs import output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
 MOST_SHOWN = 20  # flips of a task in the report; comparison.json has all

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from multiverse_hf.checkpoints import Checkpoint, CommandError, fingerprint, load_model, one_line, open_checkpoint
+from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_checkpoint
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.evaluation.run import describe_model
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import TASKS, ProblemSet, load_problems

@@ -4,7 +4,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError
 
 DPI = 120
 

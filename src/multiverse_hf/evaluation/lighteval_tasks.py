@@ -25,12 +25,13 @@ from lighteval.models.model_output import ModelResponse
 from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 
-from multiverse_hf.checkpoints import CommandError, new_folder
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind, judge
 from multiverse_hf.evaluation.lighteval_measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_rows
 from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.outputs import new_folder
 
 BUDGET = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", MAX_NEW_TOKENS))
 DATA_DIR = Path(os.environ["MULTIVERSE_DATA_DIR"]) if os.environ.get("MULTIVERSE_DATA_DIR") else None

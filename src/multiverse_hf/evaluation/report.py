@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import output_folder
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.samples import Sample
+from multiverse_hf.outputs import output_folder
 
 SHOWN = {
     "parallelism": "# parallel",

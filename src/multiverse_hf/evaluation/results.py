@@ -54,7 +54,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import CommandError, Dtype
+from multiverse_hf.checkpoints import Dtype
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.metrics import CONFIDENCE, avg_at_n, bootstrap, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.run import Finished
 from multiverse_hf.evaluation.samples import Sample

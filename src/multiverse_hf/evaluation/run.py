@@ -11,15 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import (
-    Checkpoint,
-    CommandError,
-    check_output,
-    fingerprint,
-    load_model,
-    one_line,
-    open_checkpoint,
-)
+from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_checkpoint
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.evaluation.answers import judge
 from multiverse_hf.evaluation.chains import training_problems
 from multiverse_hf.evaluation.metrics import is_well_formed
@@ -27,6 +20,7 @@ from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.settings import Evaluation, settle
 from multiverse_hf.evaluation.tasks import TASKS, Mode, Problem, ProblemSet, Task, load_problems
 from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.outputs import check_output
 
 POLL_S = 0.005
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import IO, Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, lock_file, one_line
+from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.outputs import lock_file
 
 SHARD_ROWS = 1000
 TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}

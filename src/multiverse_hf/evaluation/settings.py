@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import Attention, Checkpoint, CommandError, Dtype, one_line, write_output
+from multiverse_hf.checkpoints import Attention, Checkpoint, Dtype
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.evaluation.tasks import (
     MAX_NEW_TOKENS,
     MAX_NUM_SEQS,
@@ -18,6 +19,7 @@ from multiverse_hf.evaluation.tasks import (
     Problem,
     ProblemSet,
 )
+from multiverse_hf.outputs import write_output
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import Checkpoint, CommandError, new_folder, open_checkpoint
+from multiverse_hf.checkpoints import Checkpoint, open_checkpoint
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.report import describe_sampling, show
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import Mode
+from multiverse_hf.outputs import new_folder
 
 RANDOM = "random"  # as a base: the model's own architecture with random weights, what multiverse-tiny began with
 ROWS = {

@@ -14,10 +14,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import CommandError
 from multiverse_hf.data import chains
 from multiverse_hf.data.records import RowError, load_rows
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
 from multiverse_hf.evaluation.chains import chains_rows
 

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError
 
 TIMEOUT_S = 5.0
 START_S = 120.0  # sympy alone takes a second to import, on a busy machine many

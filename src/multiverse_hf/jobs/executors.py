@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError
 from multiverse_hf.jobs.options import Executor, Job
 from multiverse_hf.jobs.processes import end_forks_with_this_process
 

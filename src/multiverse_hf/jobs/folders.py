@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from multiverse_hf.checkpoints import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError
 
 SETTINGS = "run.json"
 

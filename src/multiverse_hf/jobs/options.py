@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from multiverse_hf.checkpoints import CommandError
+from multiverse_hf.errors import CommandError
 
 
 class Executor(StrEnum):

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from multiverse_hf.checkpoints import FAILURE
+from multiverse_hf.errors import FAILURE
 
 
 def end_with(parent: int) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf import __version__
-from multiverse_hf.checkpoints import CommandError, one_line, write_output
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.folders import JobFolder
+from multiverse_hf.outputs import write_output
 
 
 def settle(

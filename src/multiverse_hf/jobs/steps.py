@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from datatrove.executor.local import LocalPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 
-from multiverse_hf.checkpoints import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.jobs.folders import JobFolder
 from multiverse_hf.jobs.processes import end_worker_with_its_pool
 

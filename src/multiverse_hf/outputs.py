@@ -1,0 +1,125 @@
+"""Files and folders that commands and recipes write: whole or not at all, tried before the work begins."""
+
+import contextlib
+import glob
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from multiverse_hf.errors import CommandError
+
+
+def check_output(path: Path, is_folder: bool = False) -> None:
+    """Try now whether a file, or files in a folder, can be written: long work should not fail at its end.
+
+    Makes the folders on the way.
+
+    Raises:
+        CommandError: if it cannot.
+    """
+    if not is_folder and path.exists() and not path.is_file():
+        if path.is_dir():
+            raise CommandError(f"cannot write {path}: it is a folder; name a file in it")
+        return  # a device or a pipe
+    folder = path if is_folder else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as err:
+        raise CommandError(f"cannot write {path}: {err.strerror or err}; name a place that can be written to") from err
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file whole or not at all: an interrupted write leaves the old one."""
+    if path.exists() and not path.is_file():  # a device or a pipe is not to be replaced
+        path.write_text(text, encoding="utf-8")
+        return
+    with output_folder(path.resolve().parent) as folder:  # resolved, so that a link stays one
+        (folder / path.resolve().name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write files to; once all are written they move to ``folder``, in place of older ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _staging(folder, ".writing-") as part:
+        yield part
+        for file in sorted(part.rglob("*")):
+            if file.is_file():
+                target = folder / file.relative_to(part)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                file.replace(target)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Try now whether a folder that is not there yet, or is empty, can be written.
+
+    Raises:
+        CommandError: if it holds something, or cannot be written or replaced.
+    """
+    try:
+        is_there = folder.exists()
+        is_taken = is_there and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as err:
+        raise CommandError(f"cannot read {folder}: {err.strerror or err}; name another place") from err
+    if is_taken:
+        what = "is not empty" if folder.is_dir() else "is a file"
+        raise CommandError(f"{folder} {what}; name a new folder, or move it away")
+    if is_there and (folder.resolve() == Path.cwd() or folder.is_mount()):
+        raise CommandError(f"{folder} cannot be replaced as a whole; name a new folder in it")
+    check_output(folder.resolve().parent, is_folder=True)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder to write files to; once all are written it becomes ``folder``, by one rename.
+
+    Until then it is in a hidden folder beside it. What a killed process left there is removed.
+
+    Raises:
+        CommandError: if ``folder`` holds something.
+    """
+    check_new_folder(folder)
+    folder = folder.resolve()
+    prefix = f".{folder.name[:100]}.writing-"  # with what is added it must not get longer than a name may be
+    with _staging(folder.parent, prefix) as part:
+        whole = part / folder.name  # of its final name, which a checkpoint's card tells
+        whole.mkdir()
+        yield whole
+        try:
+            whole.replace(folder)
+        except OSError as err:  # somebody else has written there meanwhile
+            raise CommandError(f"cannot write {folder}: {err.strerror or err}; name a new folder") from err
+
+
+@contextlib.contextmanager
+def _staging(parent: Path, prefix: str) -> Iterator[Path]:
+    """Give a hidden folder that goes away in the end, and remove those of killed processes."""
+    for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
+        with left.open("rb+") as file:
+            if lock_file(file):
+                shutil.rmtree(left.parent, ignore_errors=True)
+    try:
+        made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
+    except OSError as err:
+        raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
+    with made as part, (Path(part) / "lock").open("wb") as file:
+        lock_file(file)
+        inside = Path(part) / "files"
+        inside.mkdir()
+        yield inside
+
+
+def lock_file(file: Any) -> bool:
+    """Take a lock that ends with this process, and say whether it was free."""
+    try:
+        import fcntl  # Windows has none: there, what a killed process left stays
+    except ImportError:
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
