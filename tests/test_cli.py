@@ -19,11 +19,12 @@ from rich.console import Console
 from transformers import AutoConfig, Qwen3Config
 
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
-from multiverse_hf.cli import read_prompt, run
+from multiverse_hf.cli import run
+from multiverse_hf.cli.demo import demo_problems, time_modes
+from multiverse_hf.cli.display import BranchTree, LiveView, Painter, TextStream, share
+from multiverse_hf.cli.generate import read_prompt
 from multiverse_hf.data.chains import Kind
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX
-from multiverse_hf.demo import demo_problems, time_modes
-from multiverse_hf.display import BranchTree, LiveView, Painter, TextStream, share
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.state import BranchEvent
 from multiverse_hf.modeling.tags import TagSet
@@ -218,7 +219,7 @@ def test_the_demo_repeats_no_longer_than_its_time_unless_told_to(
 ):
     checkpoint = open_checkpoint(str(folder))
     model = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, "cpu", None)
-    monkeypatch.setattr("multiverse_hf.demo.MOST_SECONDS", 0)
+    monkeypatch.setattr("multiverse_hf.cli.demo.MOST_SECONDS", 0)
     (runs,) = time_modes(model, checkpoint, [checkpoint.encode("x")], 4, repeats)
     assert {mode: len(answers) for mode, answers in runs.items()} == {"parallel": num_rounds, "sequential": num_rounds}
 

@@ -11,9 +11,7 @@ from typing import Annotated
 import typer
 
 from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, Dtype
-from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
-from multiverse_hf.options import (
+from multiverse_hf.cli.options import (
     AttentionOption,
     DeviceOption,
     DtypeOption,
@@ -25,6 +23,8 @@ from multiverse_hf.options import (
     check_sampling,
     print_json,
 )
+from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
 
 SUITE = "A whole table"  # panel of the help
 experiments = typer.Typer(add_completion=False, help="The paper's experiments, each with its figure.")

@@ -5,15 +5,38 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from multiverse_hf.checkpoints import Answer, Checkpoint, answer_prompt
+from multiverse_hf.checkpoints import (
+    Answer,
+    Attention,
+    Checkpoint,
+    Dtype,
+    answer_prompt,
+    load_model,
+    open_checkpoint,
+    quiet,
+)
+from multiverse_hf.cli.display import LiveView, TextStream
+from multiverse_hf.cli.options import (
+    AttentionOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    LiveOption,
+    MaxNewTokensOption,
+    ModelOption,
+    ThreadsOption,
+    TracebackOption,
+    print_json,
+)
+from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
-from multiverse_hf.display import LiveView, TextStream
 
 MODES = {"parallel": "guided", "sequential": "off"}  # mode of the demo -> structure
 REPEATS = 3  # the fewest whose median passes over a run that something else on the machine slowed down
@@ -163,3 +186,52 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
         + ("one run each." if repeats == 1 else f"median of {repeats} runs each, in turns."),
         style="dim",
     )
+
+
+def demo(
+    problems: Annotated[int, typer.Option(min=1, metavar="N", help="How many problems.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the problems.")] = 0,
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help=f"Timed runs of each problem and mode; by default {REPEATS}, fewer on a slow machine.",
+        ),
+    ] = None,
+    pace: Annotated[float, typer.Option(min=1, metavar="N", help="Steps a second the live view shows at most.")] = 60,
+    model: ModelOption = None,
+    max_new_tokens: MaxNewTokensOption = 2048,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    live: LiveOption = None,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Solve a few problems, show the branches, and time the same model in parallel and one token after the other.
+
+    \b
+    Examples:
+      multiverse demo
+      multiverse demo --problems 8 --seed 1 --repeats 5
+      multiverse demo --json
+    """
+    shows_live = wants_live(live, as_json)
+    with waiting("loading the model"):
+        quiet()
+        checkpoint = open_checkpoint(model)
+        loaded = load_model(checkpoint, dtype, attn, device, threads)
+    chosen = demo_problems(seed, problems)
+    prompts = [checkpoint.encode(problem.prompt()) for problem in chosen]
+    console = Console(force_terminal=True) if shows_live else Console(width=None if sys.stdout.isatty() else 100)
+    if not as_json:
+        show_problems(console, loaded, checkpoint, chosen, prompts, max_new_tokens, pace if shows_live else None)
+    with waiting("timing both modes without the display"):
+        runs = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats)
+    report = demo_report(checkpoint, loaded, chosen, runs, seed)
+    if as_json:
+        print_json(report)
+    else:
+        print_report(console, report)

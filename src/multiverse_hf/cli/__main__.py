@@ -1,0 +1,3 @@
+from multiverse_hf.cli import main
+
+main()

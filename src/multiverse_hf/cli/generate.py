@@ -1,0 +1,314 @@
+"""``multiverse generate``: answer a prompt, or a file of them."""
+
+import dataclasses
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from multiverse_hf.batch.launch import run_batch
+from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Outcome
+from multiverse_hf.checkpoints import Answer, Attention, Dtype, answer_prompt, load_model, open_checkpoint, quiet
+from multiverse_hf.cli.display import LiveView, TextStream
+from multiverse_hf.cli.options import (
+    CLUSTER,
+    AttentionOption,
+    CpusOption,
+    DeviceOption,
+    DryRunOption,
+    DtypeOption,
+    JsonOption,
+    LiveOption,
+    MaxNewTokensOption,
+    MemoryOption,
+    ModelOption,
+    PartitionOption,
+    SbatchOption,
+    ThreadsOption,
+    TimeOption,
+    TracebackOption,
+    check_sampling,
+    print_json,
+)
+from multiverse_hf.cli.terminal import waiting, wants_live
+from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import CommandError
+from multiverse_hf.jobs.options import Cluster, Executor
+
+LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
+MANY = "Many prompts"  # panel of the help
+
+
+class StructureMode(StrEnum):
+    """How the control tags are treated."""
+
+    GUIDED = "guided"
+    LENIENT = "lenient"
+    OFF = "off"
+
+
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", help="The problem; - or none: standard input.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from a file.")
+    ] = None,
+    model: ModelOption = None,
+    suffix: Annotated[
+        Suffix, typer.Option(metavar="KIND", help="Sentence that ends the prompt: parallel, sequential or none.")
+    ] = Suffix.PARALLEL,
+    structure: Annotated[
+        StructureMode,
+        typer.Option(metavar="MODE", help="guided: well-formed blocks only; lenient: any tags; off: no branches."),
+    ] = StructureMode.GUIDED,
+    max_new_tokens: MaxNewTokensOption = 2048,
+    max_total_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens of all paths together.")
+    ] = None,
+    max_path_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Length of one path.")] = None,
+    max_depth: Annotated[int | None, typer.Option(min=0, metavar="N", help="Blocks inside each other.")] = None,
+    max_paths: Annotated[int | None, typer.Option(min=1, metavar="N", help="Paths of one block.")] = None,
+    max_time: Annotated[
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Time; then open branches are closed.")
+    ] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens; by default what the checkpoint says.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the draws; turns them on.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="X", help="Draw among the likeliest tokens only; turns draws on.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="Of the draws, to have the same answer again.")
+    ] = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    attn: AttentionOption = Attention.SDPA,
+    device: DeviceOption = "auto",
+    threads: ThreadsOption = None,
+    live: LiveOption = None,
+    as_json: JsonOption = False,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", metavar="JSONL", help="Rows with a prompt or messages.", rich_help_panel=MANY),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Their answers; the same command again goes on.", rich_help_panel=MANY),
+    ] = None,
+    executor: Annotated[
+        Executor | None,
+        typer.Option(metavar="NAME", help="local (default), slurm or ray.", rich_help_panel=MANY),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Shares of the rows; by default 1.", rich_help_panel=MANY)
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Tasks at once, each with its own model; here by default one for each GPU, or each core.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, metavar="N", help=f"Answers a task writes at once; by default {MAX_NUM_SEQS}.", rich_help_panel=MANY
+        ),
+    ] = None,
+    max_cache_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Tokens a task's cache holds.", rich_help_panel=MANY)
+    ] = None,
+    partition: PartitionOption = None,
+    time: TimeOption = None,
+    cpus_per_task: CpusOption = None,
+    gpus_per_task: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="By default none.", rich_help_panel=CLUSTER)
+    ] = None,
+    mem_per_cpu: MemoryOption = None,
+    sbatch: SbatchOption = None,
+    dry_run: DryRunOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Answer a prompt, or a file of them.
+
+    In a terminal the branches of one answer appear side by side as they are written. With --input each row of a file
+    is answered, by tasks on this machine or on a cluster. A run that was cut off is gone on with by the same command:
+    rows that are finished are never done again.
+
+    \b
+    Examples:
+      multiverse generate "A=19-7+12; B=8+15-3; total?"
+      multiverse generate --file problem.txt --json
+      echo "A=5+6; B=7+8; total?" | multiverse generate --plain
+      multiverse generate --model ./my-checkpoint --temperature 0.6 --seed 1 "..."
+      multiverse generate --input prompts.jsonl --output out --tasks 4
+      multiverse generate --input prompts.jsonl --output out --tasks 64 \\
+        --executor slurm --partition gpu --time 4:00:00 --gpus-per-task 1
+    """
+    shows_live = wants_live(live, as_json)
+    check_sampling(temperature, top_p, "--greedy")
+    if temperature is not None or top_p is not None:
+        if do_sample is False:
+            raise CommandError("--greedy takes no --temperature or --top-p; leave one out")
+        do_sample = True
+    options = {
+        "structure": structure.value,
+        "max_new_tokens": max_new_tokens,
+        "max_total_tokens": max_total_tokens,
+        "max_path_tokens": max_path_tokens,
+        "max_depth": max_depth,
+        "max_paths": max_paths,
+        "max_time": max_time,
+        "do_sample": do_sample,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    cluster = {
+        **{"partition": partition, "time": time, "sbatch": sbatch, "dry_run": dry_run or None},
+        **{"cpus_per_task": cpus_per_task, "gpus_per_task": gpus_per_task, "mem_per_cpu": mem_per_cpu},
+    }
+    many = {
+        **{"tasks": tasks, "workers": workers, "executor": executor},
+        **{"max_num_seqs": max_num_seqs, "max_cache_tokens": max_cache_tokens},
+    }
+    if wants_many(source, output, {"PROMPT": prompt, "--file": file, "--live": live or None}, many | cluster):
+        asked = {name: value for name, value in many.items() if value is not None}
+        asked["cluster"] = Cluster(**{name: value for name, value in cluster.items() if value is not None})
+        outcome = run_batch(Batch(source, output, model, suffix, options, dtype, attn, device, threads, **asked))
+        print_outcome(outcome, output, as_json)
+        return
+    text = read_prompt(prompt, file, suffix)
+    with waiting("loading the model"):
+        quiet()
+        checkpoint = open_checkpoint(model)
+        ids = checkpoint.encode(text)
+        loaded = load_model(checkpoint, dtype, attn, device, threads)
+    if as_json:
+        answer = answer_prompt(loaded, checkpoint, ids, **options)
+        print_json({"prompt": text, **answer.to_dict(), "model": checkpoint.name})
+    elif shows_live and structure is not StructureMode.OFF:
+        console = Console(force_terminal=True)
+        with LiveView(console, checkpoint.decode, checkpoint.tags) as view:
+            answer = answer_prompt(loaded, checkpoint, ids, view, **options)
+        console.print(_summary(answer), style="dim")
+    else:
+        answer = answer_prompt(loaded, checkpoint, ids, TextStream(sys.stdout, checkpoint.decode), **options)
+        room = (getattr(checkpoint.config, "max_position_embeddings", None) or float("inf")) - len(ids)
+        if note := _cut_off(answer, room, max_new_tokens):
+            print(f"note: {note}", file=sys.stderr)
+
+
+def wants_many(source: Path | None, output: Path | None, single: dict[str, Any], many: dict[str, Any]) -> bool:
+    """Say whether a file of prompts is to be answered.
+
+    Args:
+        source, output: of it.
+        single: options that one prompt takes and a file does not, by name; None where not given.
+        many: the other way round.
+
+    Raises:
+        CommandError: if the options do not fit together.
+    """
+    if source is None:
+        given = ["--output"] * (output is not None) + [name for name, value in many.items() if value is not None]
+        if given:
+            raise CommandError(
+                f"--{given[0].strip('-').replace('_', '-')} is for many prompts; give them with --input"
+            )
+        return False
+    if output is None:
+        raise CommandError("--input needs --output, the folder for the answers")
+    if given := [name for name, value in single.items() if value is not None]:
+        raise CommandError(f"{given[0]} and --input exclude each other; leave one out")
+    return True
+
+
+def print_outcome(outcome: Outcome, output: Path, as_json: bool) -> None:
+    """Say how a run over many prompts ended."""
+    summary = outcome.summary
+    if outcome.script is not None:
+        print(outcome.script, end="")
+        return
+    if as_json:
+        report = {"output": str(outcome.answers), "job": outcome.job, "finished_before": outcome.finished_before}
+        print_json(report | (dataclasses.asdict(summary) if summary else {}) | {"seconds": round(outcome.seconds, 4)})
+        return
+    if summary is None:
+        print(f"job {outcome.job} submitted; its last task writes {outcome.answers}")
+        print(f"log: {output / 'logs'}. If tasks fail, the same command again does what is missing.")
+        return
+    if outcome.finished_before == summary.rows:
+        print(f"already complete: {summary.rows} rows")
+    else:
+        before = f", {outcome.finished_before} of them before" if outcome.finished_before else ""
+        print(f"{summary.rows} rows in {outcome.seconds:.1f} s{before}")
+    if summary.parallelism is not None:
+        print(f"{summary.tokens} tokens, # parallel {summary.parallelism:.2f} on average")
+    if summary.errors:
+        print(f"{summary.errors} could not be answered; first {summary.first_error}", file=sys.stderr)
+    print(outcome.answers)
+
+
+def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:
+    """Say what cut an answer off and how to have more of it; None if it is whole.
+
+    Args:
+        answer: the answer.
+        room: positions that the context leaves after the prompt.
+        max_new_tokens: as asked for.
+    """
+    stats = answer.stats
+    if stats.finish_reason == "stop":
+        if not stats.num_closed:
+            return None
+        return f"{stats.num_closed} of the paths were cut off; raise --max-path-tokens or --max-new-tokens"
+    if stats.finish_reason == "length" and max_new_tokens >= room:
+        return f"the answer was cut off at length {stats.length}, where the model's context ends; shorten the prompt"
+    option = LIMITS.get(stats.finish_reason, stats.finish_reason)
+    return f"the answer was cut off at length {stats.length} by {option}; raise it"
+
+
+def _summary(answer: Answer) -> Text:
+    """Say in a line what an answer cost."""
+    stats = answer.stats
+    return Text(
+        f"\n{stats.num_tokens} tokens, length {stats.length}, # parallel {stats.parallelism:.2f}, "
+        f"{stats.num_steps} steps, {answer.seconds:.1f} s, finished by {stats.finish_reason}"
+    )
+
+
+def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
+    """Take the prompt from where the user put it, and end it with the suffix of record.
+
+    Raises:
+        CommandError: if there is no prompt, or it cannot be read.
+    """
+    if prompt not in (None, "-") and file is not None:
+        raise CommandError("both a prompt and --file were given; give one of them")
+    if file is not None:
+        source = f"file {file}"
+        try:
+            data = file.read_bytes()
+        except OSError as err:
+            raise CommandError(f"cannot read {source}: {err.strerror or err}; check the path") from err
+    elif prompt is None or prompt == "-":
+        if sys.stdin is None or (prompt is None and sys.stdin.isatty()):  # None: closed by the shell
+            raise CommandError("no prompt; give it as an argument, with --file, or on standard input")
+        source, data = "standard input", sys.stdin.buffer.read()
+    else:
+        source, data = "prompt", prompt.encode("utf-8", errors="surrogateescape")
+    try:
+        text = data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as err:
+        raise CommandError(f"the {source} is not UTF-8 text ({err.reason} at byte {err.start}); convert it") from err
+    if not text:
+        raise CommandError(f"the {source} is empty; give the problem to answer")
+    return suffix.end(text)

@@ -1,0 +1,33 @@
+"""What commands ask of the terminal, and show there while they load."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+from rich.console import Console
+
+from multiverse_hf.errors import CommandError
+
+
+def wants_live(live: bool | None, as_json: bool) -> bool:
+    """Say whether to show branches side by side.
+
+    Raises:
+        CommandError: if that and JSON were both asked for.
+    """
+    if as_json and live:
+        raise CommandError("--json and --live exclude each other; leave one out")
+    is_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return not as_json and (is_terminal if live is None else live)
+
+
+@contextlib.contextmanager
+def waiting(message: str) -> Iterator[None]:
+    """Show in a terminal that something takes its time."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        with console.status(message):
+            yield
+    else:
+        yield
