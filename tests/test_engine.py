@@ -25,9 +25,10 @@ from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling.cache import SCRATCH, LogCache
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import packed_weights
-from multiverse_hf.modeling.engine import Engine, document_entries
+from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.log import document_entries
 from multiverse_hf.modeling.runner import ModelRunner
 from multiverse_hf.modeling.state import FinishReason, Sequence
 

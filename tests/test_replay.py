@@ -34,9 +34,10 @@ from transformers.integrations import flex_attention as transformers_flex
 
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling import generation
-from multiverse_hf.modeling.engine import Engine, document_entries
+from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import build_layout
+from multiverse_hf.modeling.log import document_entries
 
 PROMPT = [50, 51, 52]
 tiny_model = functools.cache(new_tiny_model)

@@ -14,11 +14,13 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
+from .agreement import Agreement
 from .cache import LogCache, bytes_per_entry
 from .decoding import can_pack, packed_weights, release_workers
-from .engine import DEFAULT_CHUNK, Agreement, Engine, document_entries
+from .engine import DEFAULT_CHUNK, Engine
 from .generation import read_requests
 from .handles import MultiverseResult, RequestHandle
+from .log import document_entries
 from .sampling import sequence_key
 from .state import BranchEvent, Sequence
 from .tags import encode_prompt

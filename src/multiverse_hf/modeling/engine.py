@@ -15,43 +15,18 @@ import numpy as np
 import torch
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .agreement import Agreement
 from .cache import LogCache
-from .interpreter import Mask, Stage, Structure
+from .interpreter import Stage, Structure
 from .layout import Event
+from .limits import ANSWER, find_limit, is_near_end, set_limits, structure_mask
+from .log import log_visibility
 from .runner import ModelRunner, Reading
 from .sampling import TokenScores, mix, score_tokens
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
 
-ANSWER = -1  # as `until`: close the whole answer
 DEFAULT_CHUNK = 512
-
-
-class Agreement:
-    """Has the processes of a tensor-parallel model decide alike what the clock or a caller decides.
-
-    They must make the same forward passes, so the first of them decides for all.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self.group: Any = None
-        self.device = model.device
-        if (getattr(model, "tp_size", None) or 1) > 1:
-            mesh = next(weight.device_mesh for weight in model.parameters() if hasattr(weight, "device_mesh"))
-            self.group = mesh.get_group("tp" if "tp" in (mesh.mesh_dim_names or ()) else None)
-
-    @property
-    def leads(self) -> bool:
-        """This process decides."""
-        return self.group is None or torch.distributed.get_rank(self.group) == 0
-
-    def __call__(self, decision: Any) -> Any:
-        """Give the first process's decision, which must pickle; all have to ask."""
-        if self.group is None:
-            return decision
-        box = [decision]
-        torch.distributed.broadcast_object_list(box, group=self.group, group_src=0, device=self.device)
-        return box[0]
 
 
 class Engine:
@@ -149,7 +124,7 @@ class Engine:
         for token in request.prompt:
             self._append(sequence, sequence.live[0], token)  # live branches are kept in document order
         sequence.prompt_length = sequence.max_position + 1
-        self._set_limits(sequence)
+        set_limits(sequence, self.context, self.cache)
         sequence.is_prompt = False
         # the prompt's own pass is not counted
         sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
@@ -157,58 +132,6 @@ class Engine:
         for branch in list(sequence.live):
             self._start(sequence, branch)
         return sequence
-
-    def _set_limits(self, sequence: Sequence) -> None:
-        """Find what an answer may take, and refuse what can never fit."""
-        request, length = sequence.request, sequence.prompt_length
-        options = request.options
-        sequence.budget = request.max_new_tokens
-        if self.context is not None:
-            sequence.budget = min(sequence.budget, self.context - length)
-            if sequence.budget < 1:
-                raise ValueError(
-                    f"prompt {request.index} takes {length} positions and the model's context has {self.context}; "
-                    "shorten the prompt"
-                )
-        sequence.total = request.max_total_tokens
-        room = self.cache.capacity - len(request.prompt) - 1
-        if not self.cache.growable and room < sequence.total:
-            if room < 1:
-                raise ValueError(
-                    f"prompt {request.index} has {len(request.prompt)} tokens and the engine's cache holds "
-                    f"{self.cache.capacity - 1}; shorten it, or raise max_cache_tokens"
-                )
-            sequence.total, sequence.total_reason = room, FinishReason.CACHE
-        if not request.structured:
-            return
-        least = Structure(self.tags).empty_path_length()
-        if options.max_path_tokens is not None and options.max_path_tokens < least:
-            raise ValueError(
-                f"max_path_tokens={options.max_path_tokens} leaves no room for a path; it takes at least "
-                f"{least} tokens to begin and end one"
-            )
-        paths = [block.structure.scanner.open_blocks[-1].num_paths for b in sequence.live for block in b.blocks]
-        paths += [len(branch.structure.outlines) for branch in sequence.live]
-        opening = (Stage.ARMED, Stage.GOAL, Stage.OUTLINE)
-        depth = max(branch.structure.depth + (branch.structure.stage in opening) for branch in sequence.live)
-        for name, found in (("max_paths", max(paths, default=0)), ("max_depth", depth)):
-            if found > getattr(options, name):
-                raise ValueError(
-                    f"prompt {request.index} ends in blocks that break {name}={getattr(options, name)} "
-                    f"({found}); raise {name}"
-                )
-        positions = max(b.position - length + b.structure.closing_positions() for b in sequence.live)
-        if positions > sequence.budget:
-            raise ValueError(
-                f"prompt {request.index} ends inside blocks that take {positions} positions to close, and "
-                f"{sequence.budget} are left; raise max_new_tokens or shorten the prompt"
-            )
-        tokens = self._closing_cost(sequence)
-        if tokens > sequence.total:
-            raise ValueError(
-                f"prompt {request.index} ends inside blocks that take {tokens} tokens to close, and "
-                f"{sequence.total} are left; raise {sequence.total_reason}"
-            )
 
     def _start(self, sequence: Sequence, branch: Branch) -> None:
         """Write what is left of a branch's forced start, unless it has begun otherwise."""
@@ -302,7 +225,7 @@ class Engine:
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
-                sequence.is_near_end = self._is_near_end(sequence)
+                sequence.is_near_end = is_near_end(sequence)
                 queries += [(sequence, branch) for branch in sequence.live]
             del sequence.pending[: len(reading.entries)]
         return queries, logits if logits.dtype == torch.float64 else logits.float()
@@ -325,7 +248,7 @@ class Engine:
             tokens, scores = sampler(
                 logits,
                 [(len(s.request.prompt), b.context) for s, b in queries] if sampler.needs_context else None,
-                [self._mask(sequence, branch) for sequence, branch in queries],
+                [structure_mask(sequence, branch) for sequence, branch in queries],
                 [(s.request.sampler.seed, s.request.key, b.key, b.position) for s, b in queries],
             )
         except BaseException as err:
@@ -366,7 +289,7 @@ class Engine:
                 sequence.finish, sequence.end = FinishReason.STOP, token
                 self._close(sequence, branch, ANSWER)
             return
-        limit = self._limit(sequence, branch, token)
+        limit = find_limit(sequence, branch, token)
         if limit is not None:
             self._stop(sequence, branch, *limit)
             return
@@ -499,72 +422,6 @@ class Engine:
 
     # Limits
 
-    def _mask(self, sequence: Sequence, branch: Branch) -> Mask | None:
-        """Give what a branch may not choose now. Budgets are not among the reasons: a model kept from opening a block
-        it wants to open writes what it never learned to."""
-        request, structure = sequence.request, branch.structure
-        if not request.structured:
-            return None
-        may_open = structure.depth < request.options.max_depth
-        may_outline = len(structure.outlines) < request.options.max_paths
-        if request.options.structure == "guided":
-            return structure.guide(may_open, may_outline, request.eos)
-        return structure.bound(may_open, may_outline)
-
-    def _limit(self, sequence: Sequence, branch: Branch, token: int | None) -> tuple[FinishReason, int] | None:
-        """Find a limit that leaves no room.
-
-        Every limit keeps room for the tokens that bring all that is open to a well-formed end; these always fit.
-
-        Args:
-            token: one the branch is about to write; None asks whether there is room for any.
-
-        Returns:
-            The limit, and how many blocks around the branch shall stay open (:data:`ANSWER`: it ends the answer).
-        """
-        request, structure = sequence.request, branch.structure
-        if token is not None and request.structured and (token in self.tags.roles or structure.stage is Stage.OUTLINE):
-            structure = structure.copy()
-            if structure.feed(token) is not Event.TEXT:
-                return None  # it closes something
-        depth, spare = len(branch.blocks), 64 * (structure.depth + 2)  # more than closing one branch can take
-        left = sequence.total - sequence.num_written - 1
-        is_near = token is not None and sequence.is_near_end
-        if left < 0 or (is_near and left < self._closing_cost(sequence, branch, structure)):
-            return sequence.total_reason, ANSWER
-        if request.options.max_path_tokens is not None:
-            for level, block in enumerate(branch.blocks):
-                left = block.branch.position + request.options.max_path_tokens - branch.position - 1
-                if left < 0 or (token is not None and left < spare and left < structure.closing_positions(level)):
-                    return FinishReason.LENGTH, level
-        left = sequence.prompt_length + sequence.budget - branch.position - 1
-        closing = structure.closing_positions() if token is not None and request.structured and left < spare else 0
-        if left < closing:
-            # siblings may have room left: only this path ends here, and what follows the block ends by itself
-            return FinishReason.LENGTH, depth - 1
-        return None
-
-    def _is_near_end(self, sequence: Sequence) -> bool:
-        """Say whether this step may come to where closing takes all the tokens that are left."""
-        left = sequence.total - sequence.num_written
-        step = 64 * (len(sequence.live) + 1)  # more than one token of each branch can add, forced ones included
-        most = 64 * (sequence.stats.depth + 2) + 32 * sequence.request.options.max_paths  # of one branch
-        if left >= step + most * len(sequence.live):
-            return False
-        return left < step + self._closing_cost(sequence)
-
-    def _closing_cost(
-        self, sequence: Sequence, branch: Branch | None = None, structure: Structure | None = None
-    ) -> int:
-        """Count the tokens it takes to close an answer, with another structure in the place of one branch's own."""
-        if not sequence.request.structured:
-            return 0
-        cost, blocks = 0, {}
-        for each in sequence.live:
-            cost += (structure if each is branch else each.structure).closing_cost()[0]
-            blocks |= {id(block): block for block in each.blocks}
-        return cost + sum(block.structure.reduce_cost(block.structure.depth - 1) for block in blocks.values())
-
     def _settle(self, sequence: Sequence, branch: Branch) -> None:
         """Close a branch that is to be closed, or that has only the room left which closing takes."""
         if branch.segment.ended:
@@ -576,7 +433,7 @@ class Engine:
         elif sequence.finish not in (None, FinishReason.STOP):
             self._close(sequence, branch, ANSWER)
         else:
-            limit = self._limit(sequence, branch, None)
+            limit = find_limit(sequence, branch, None)
             if limit is not None:
                 self._stop(sequence, branch, *limit)
 
@@ -605,7 +462,7 @@ class Engine:
         for token in branch.structure.closing_tokens() if sequence.request.structured else []:
             self._append(sequence, branch, token)
         if not branch.segment.ended:  # outside every block, where nothing is left to close
-            if sequence.end is not None and self._limit(sequence, branch, sequence.end) is None:
+            if sequence.end is not None and find_limit(sequence, branch, sequence.end) is None:
                 self._append(sequence, branch, sequence.end)
             self._end(sequence, branch)
 
@@ -667,44 +524,3 @@ class Engine:
                 self._emit(sequence, "finish", "", finish_reason=stats.finish_reason)
             except BaseException as err:
                 sequence.error = err
-
-
-def document_entries(root: Segment) -> list[int]:
-    """Give the log entries of an answer in document order: paths one after the other."""
-    entries: list[int] = []
-    stack: list[Segment] = [root]
-    while stack:
-        segment = stack.pop()
-        entries += segment.entries
-        if segment.block is not None:
-            if segment.block.reduced is not None:
-                stack.append(segment.block.reduced)
-            stack += reversed(segment.block.paths)
-    return entries
-
-
-def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
-    """Give every log entry with what it sees, from the tree of segments: to read a whole log again.
-
-    Returns:
-        For each entry its number and (entries,) bool, of which its own and later ones of its segment are to be left
-        out.
-    """
-    seen: list[tuple[int, np.ndarray] | None] = [None] * len(sequence.ids)
-
-    def walk(segment: Segment, sees: np.ndarray) -> np.ndarray:
-        while True:
-            sees = sees.copy()
-            sees[segment.entries] = True
-            for entry in segment.entries:
-                seen[entry] = entry, sees
-            block = segment.block
-            if block is None:
-                return sees
-            ends = [walk(path, sees) for path in block.paths]
-            if block.reduced is None:
-                return sees
-            segment, sees = block.reduced, np.logical_or.reduce(ends)
-
-    walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
-    return [each for each in seen if each is not None]

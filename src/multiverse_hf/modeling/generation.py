@@ -20,7 +20,8 @@ from .arguments import (
     take_input_ids,
 )
 from .cache import LogCache
-from .engine import Engine, document_entries
+from .engine import Engine
+from .log import document_entries
 from .sampling import Sampler, sequence_key
 from .state import GenerationStats, Request, Segment, Sequence
 
