@@ -22,14 +22,17 @@ from transformers import LogitsProcessor
 
 from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.documents import parse_document, validate
+from multiverse_hf.modeling import engine as engine_module
 from multiverse_hf.modeling.cache import SCRATCH, LogCache
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.limits import block_cost, branch_cost, path_cost
 from multiverse_hf.modeling.log import document_entries
 from multiverse_hf.modeling.runner import ModelRunner
+from multiverse_hf.modeling.sampling import choose
 from multiverse_hf.modeling.state import FinishReason, Sequence
 
 tiny_model = functools.cache(new_tiny_model)
@@ -230,6 +233,94 @@ def test_a_preempted_answer_is_the_same_and_the_last_come_gives_way():
         assert sequence.stats == oracle.stats
 
 
+def brute_costs(sequence: Sequence) -> tuple[int, int]:
+    """What closing takes, from the tree of segments and from each branch anew."""
+    open_blocks, stack = [], [sequence.root]
+    while stack:
+        segment = stack.pop()
+        if (block := segment.block) is not None:
+            stack += [block.reduced] if block.reduced is not None else block.paths
+            open_blocks += [block] if block.reduced is None else []
+    reserved = sum(block_cost(block) for block in open_blocks) + sum(path_cost(*each) for each in sequence.held)
+    return reserved, sum(branch_cost(sequence, branch) for branch in sequence.live)
+
+
+@pytest.mark.parametrize("max_branches", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_paths_that_wait_write_what_they_would_have_written_at_once(max_branches, seed):
+    options = {"max_new_tokens": 50, "max_total_tokens": 4000, "do_sample": True, "temperature": 8.0, "seed": seed}
+    has_waited = False
+    for prompt in (GOAL, [*GOAL, TAGS.close("goal"), 62], [60, *nested(2, 4)]):
+        engine = new_engine("qwen2", 4000)
+        sequence = engine.add(request_of("qwen2", prompt, max_branches=max_branches, **options))
+        while engine.has_work:
+            has_waited |= bool(sequence.held)
+            engine.step()
+            assert len(sequence.live) <= max_branches
+            assert sequence.error is not None or sequence.reserved == brute_costs(sequence)[0]
+        oracle = alone("qwen2", tuple(prompt), tuple(sorted(options.items())))
+        assert answer_of(sequence) == answer_of(oracle)
+        for name in ("num_tokens", "length", "num_forks", "depth", "finish_reason", "closed_by"):
+            assert getattr(sequence.stats, name) == getattr(oracle.stats, name)
+        assert sequence.stats.max_width <= max(max_branches, 1)
+        for mine, theirs in zip(document_entries(sequence.root), document_entries(oracle.root), strict=True):
+            if theirs in oracle.logits:
+                assert (sequence.logits[mine] - oracle.logits[theirs]).abs().max() < 1e-9
+    assert has_waited
+
+
+@pytest.mark.parametrize("max_branches", [2, 256])
+@pytest.mark.parametrize("budget", [60, 100, 160, 240])
+def test_what_closing_takes_is_kept_account_of_to_the_token(max_branches, budget):
+    prompt = [60, *nested(2, 3)]
+    options = {"max_new_tokens": 80, "max_total_tokens": budget, "do_sample": True, "temperature": 8.0}
+    seen = 0
+    for seed in range(4):
+        engine = new_engine("qwen2", 4000)
+        sequence = engine.add(request_of("qwen2", prompt, max_branches=max_branches, seed=seed, **options))
+        while engine.has_work:
+            engine.step()
+            reserved, live = brute_costs(sequence)
+            assert sequence.reserved == reserved
+            assert sequence.live_cost in (None, live)
+            seen += sequence.live_cost is not None
+        assert sequence.num_written <= budget
+        parse_document(text_of(answer_of(sequence)))
+    assert seen > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "max_branches", "least_held"),
+    [({}, 256, 0), ({"max_branches": 20, "max_total_tokens": 12_000}, 20, 100)],
+)
+def test_a_model_that_never_stops_forking_is_bounded(options, max_branches, least_held):
+    class Bomb(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, TAGS.open("parallel")] += 1e4
+            scores[:, [TAGS.open("goal"), TAGS.open("outline")]] += 1e4
+            scores[:, TAGS.close("goal")] += 5e3
+            scores[input_ids[:, -1] == TAGS.open("outline"), 61] += 1e6
+            scores[input_ids[:, -1] == 61, TAGS.close("outline")] += 1e6
+            scores[:, EOS] = -1e9
+            return scores
+
+    (request,) = read_requests(
+        tiny_model("qwen2"), torch.tensor([[60]]), None, [Bomb()], None, 0, {"max_new_tokens": 2000} | options
+    ).requests
+    engine = new_engine("qwen2", 64, growable=True)
+    sequence = engine.add(request)
+    most_read = most_held = 0
+    while engine.has_work:
+        engine.step()
+        most_read, most_held = max(most_read, len(sequence.pending)), max(most_held, len(sequence.held))
+    assert most_held >= least_held
+    assert sequence.stats.max_width == request.options.max_branches == max_branches
+    assert most_read < 12 * max_branches, "a step reads no more than what its branches have begun"
+    assert sequence.num_written <= request.max_total_tokens
+    parse_document(text_of(answer_of(sequence)))
+
+
 def nested(depth: int, width: int) -> list[int]:
     """A goal inside the first path of another."""
     goal = [TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE * width, TAGS.close("goal")]
@@ -393,6 +484,17 @@ def test_events_tell_the_whole_answer(front):
             assert scores.logprob == dict(scores.top).get(token, scores.logprob)
 
 
+def test_events_come_in_the_engines_thread_from_the_first_on(front):
+    seen = []
+    handle = front.submit(
+        [*GOAL, TAGS.close("goal")], on_event=lambda event: seen.append((threading.get_ident(), event)), **OPTIONS
+    )
+    handle.result(timeout=60)
+    assert {thread for thread, _ in seen} == {front._thread.ident}
+    first = [event for _, event in seen[:3]]
+    assert [(event.kind, event.branch, event.sampled) for event in first] == [("token", "1", False)] * 3
+
+
 def test_log_probabilities_are_those_of_the_logits(front):
     result = front.submit([60, 61], logprobs=0, output_logits=True, **OPTIONS).result(timeout=60)
     for token, scores, logits in zip(result.ids, result.scores, result.logits, strict=True):
@@ -532,19 +634,34 @@ class Raises(LogitsProcessor):
 def test_overload():
     """200 requests of mixed size with room for 20, a tenth cancelled, one that raises: nobody else notices."""
     chance, results = random.Random(0), {}
+    long = OPTIONS | {"max_new_tokens": 50, "max_total_tokens": 150}
     asked = [[chance.randrange(FIRST_TEXT, 96) for _ in range(chance.randrange(1, 40))] for _ in range(200)]
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=20) as engine:
-        peak, lock = [0], threading.Lock()
+        used, lock = [], threading.Lock()
+        engine._engine.on_step = lambda: used.append(engine.memory()["used_bytes"])
+
+        def cancel_after(number: int, left: int):
+            """Cancel a tenth: while they wait, read or write."""
+
+            def listen(event):
+                nonlocal left
+                left -= event.kind == "token"
+                if left == 0 and number in results:
+                    results[number].cancel()
+
+            return listen
 
         def ask(numbers: range) -> None:
             for number in numbers:
-                processors = [Raises(len(asked[number]) + 3)] if number == 77 else [Forky()]
-                options = OPTIONS | {"structure": "off"} if number == 77 else OPTIONS
-                handle = engine.submit(asked[number], seed=number, logits_processor=processors, **options)
+                processors = [Raises(len(asked[number]) + 3)] if number == 77 else [Forky(0.0)]
+                options = long | {"structure": "off"} if number == 77 else long
+                listen = cancel_after(number, number % 30) if number % 10 == 3 else None
+                handle = engine.submit(
+                    asked[number], seed=number, logits_processor=processors, on_event=listen, **options
+                )
                 with lock:
                     results[number] = handle
-                    peak[0] = max(peak[0], sum(engine.memory()["used_by"]))
-                if number % 10 == 3:
+                if number % 30 == 3:
                     handle.cancel()
 
         threads = [threading.Thread(target=ask, args=(range(start, 200, 4),)) for start in range(4)]
@@ -556,11 +673,43 @@ def test_overload():
             results[77].result(timeout=300)
         done = {number: handle.result(timeout=300) for number, handle in results.items() if number != 77}
         assert engine.memory()["used_by"] == []
-        assert peak[0] <= 600
+        assert engine.memory()["num_preemptions"] > 0
+        assert 0 < max(used) <= 600 * engine.bytes_per_token, "at no step more than the cache may take"
+        pool = engine._engine.cache.layers[0].keys
+        assert pool.shape[2] <= 600 + SCRATCH, "and no more is held"
     for number, result in done.items():
         if result.finish_reason != FinishReason.CANCELLED:
-            assert same_as_generate(result, number, logits_processor=[Forky()]) or number % 10 == 3
-    assert sum(result.finish_reason == FinishReason.CANCELLED for result in done.values()) <= 20
+            assert same_as_generate(result, number, logits_processor=[Forky(0.0)], **long)
+    cancelled = [result for result in done.values() if result.finish_reason == FinishReason.CANCELLED]
+    assert len(cancelled) <= 20
+    assert any(result.ids for result in cancelled), "some had begun"
+
+
+def test_requests_with_processors_of_their_own_share_one_copy_to_the_host_a_step(monkeypatch):
+    engine = new_engine("qwen2", 4000)
+    ways = ({"repetition_penalty": 1.3}, {"top_k": 20, "do_sample": True}, {}, {"do_sample": True, "temperature": 2.0})
+    asked = [([60 + row, 61], how | {"seed": row, "max_new_tokens": 20}) for row, how in enumerate(ways * 2)]
+    sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt, options in asked]
+    rows = []
+    monkeypatch.setattr(engine_module, "choose", lambda scores, keys: rows.append(len(scores)) or choose(scores, keys))
+    drain(engine)
+    assert len(rows) == engine.num_steps
+    assert max(rows) >= len(asked)
+    for sequence, (prompt, options) in zip(sequences, asked, strict=True):
+        assert answer_of(sequence) == answer_of(alone("qwen2", tuple(prompt), tuple(sorted(options.items()))))
+
+
+def test_a_path_that_a_limit_cuts_says_which():
+    limits = {"max_path_tokens": 14, "max_new_tokens": 200, "structure": "guided"}
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600) as engine:
+        handle = engine.submit([*GOAL, TAGS.close("goal")], **limits)
+        closed = [event for event in handle if event.kind == "close"]
+        stats = handle.result(timeout=60).stats
+    cut = [event for event in closed if event.finish_reason is not None]
+    assert {event.finish_reason for event in cut} == {FinishReason.PATH}
+    assert stats.closed_by == {"max_path_tokens": len(cut)}
+    assert stats.num_closed == len(cut) >= 1
+    assert stats.finish_reason != FinishReason.PATH
 
 
 def random_documents(count: int) -> None:

@@ -21,16 +21,21 @@ from helpers import tiny_model as new_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     LogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
 )
 
+from multiverse_hf import MultiverseForCausalLM
+from multiverse_hf.checkpoints import EMBEDDED
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.state import FinishReason
+from multiverse_hf.modeling.tags import encode_prompt
 
 PROMPT = [50, 51, 52]
 tiny_model = functools.cache(new_tiny_model)
@@ -646,3 +651,24 @@ def test_a_processor_that_allows_nothing_is_reported(do_sample):
 
     with pytest.raises(ValueError, match="no token is left"):
         answer(tiny_model("qwen2"), [PROMPT], logits_processor=[Nothing()], do_sample=do_sample)
+
+
+def test_a_stop_string_is_looked_for_in_each_paths_own_text():
+    model = MultiverseForCausalLM.from_pretrained(EMBEDDED)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    prompt = "A=19-7+12; B=8+15-3; total?"  # the stop string is in it, and in the outlines that every path sees
+    ids = encode_prompt(tokenizer, Suffix.PARALLEL.end(prompt), model.tags.names, return_tensors="pt")
+    options = {"max_new_tokens": 600, "return_dict_in_generate": True, "tokenizer": tokenizer}
+    whole = model.generate(ids, **options)
+    output = model.generate(ids, stop_strings=["="], **options)
+
+    def paths(found) -> list[str]:
+        document = parse_document(tokenizer.decode(found.sequences[0, ids.shape[1] :]))
+        return [path.text for block, _ in document.blocks() for path in block.paths]
+
+    assert len(paths(whole)) == len(paths(output)) == 2
+    for before, after in zip(paths(whole), paths(output), strict=True):
+        assert before.startswith(after)
+        assert after.endswith("=")
+        assert after.count("=") == 1 < before.count("=")
+    assert output.stats[0].closed_by == {FinishReason.CRITERIA: 2}

@@ -220,14 +220,13 @@ class LogCache(Cache):
             layer.resize(self.capacity)
 
     @staticmethod
-    def fork(sees: np.ndarray, num_paths: int) -> list[np.ndarray]:
-        """Fork a branch: every path sees what it saw. No key or value moves.
+    def fork(sees: np.ndarray) -> np.ndarray:
+        """Fork a branch: a path sees what it saw. No key or value moves.
 
         Args:
             sees: (entries,) bool, the log entries the branch sees.
-            num_paths: how many paths.
         """
-        return [sees.copy() for _ in range(num_paths)]
+        return sees.copy()
 
     @staticmethod
     def reduce(paths: list[np.ndarray]) -> np.ndarray:

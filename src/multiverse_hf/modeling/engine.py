@@ -17,12 +17,12 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .agreement import Agreement
 from .cache import LogCache
-from .interpreter import Stage, Structure
+from .interpreter import Mask, Stage, Structure
 from .layout import Event
-from .limits import ANSWER, find_limit, is_near_end, set_limits, structure_mask
+from .limits import ANSWER, block_cost, branch_cost, cost_near_end, find_limit, path_cost, set_limits, structure_mask
 from .log import log_visibility
 from .runner import ModelRunner, Reading
-from .sampling import TokenScores, mix, score_tokens
+from .sampling import TokenScores, check_best, choose, mask_scores, mix, score_tokens
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
 
@@ -76,6 +76,12 @@ class Engine:
     def enqueue(self, sequence: Sequence) -> None:
         """Put a sequence in the queue, in its order of arrival."""
         bisect.insort(self.waiting, sequence, key=lambda each: each.arrival)
+        early, sequence.early = sequence.early, None
+        try:
+            for event in early or ():
+                sequence.request.on_event(event)
+        except BaseException as err:
+            self._fail(sequence, err)
 
     def cancel(self, sequence: Sequence) -> None:
         """Have a sequence end at the next step, with its branches closed; what is written stays. Any thread may."""
@@ -122,15 +128,19 @@ class Engine:
         sees = np.zeros(capacity, dtype=bool)
         sequence.live = [Branch(Structure(self.tags), root, 0, sees, [], mix(0), "", [])]
         for token in request.prompt:
-            self._append(sequence, sequence.live[0], token)  # live branches are kept in document order
+            self._append(sequence, sequence.live[0], token)  # a prompt's live branches are in document order
         sequence.prompt_length = sequence.max_position + 1
         set_limits(sequence, self.context, self.cache)
+        for branch in reversed(sequence.live[request.options.max_branches :]):  # none of them has begun
+            self._hold(sequence, branch.blocks[-1], branch.path)
+        del sequence.live[request.options.max_branches :]
         sequence.is_prompt = False
         # the prompt's own pass is not counted
         sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
         sequence.stats.depth = max(branch.structure.depth for branch in sequence.live)
         for branch in list(sequence.live):
             self._start(sequence, branch)
+        self._start_held(sequence)
         return sequence
 
     def _start(self, sequence: Sequence, branch: Branch) -> None:
@@ -225,7 +235,7 @@ class Engine:
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
-                sequence.is_near_end = is_near_end(sequence)
+                sequence.live_cost = cost_near_end(sequence)
                 queries += [(sequence, branch) for branch in sequence.live]
             del sequence.pending[: len(reading.entries)]
         return queries, logits if logits.dtype == torch.float64 else logits.float()
@@ -234,42 +244,70 @@ class Engine:
 
     def _choose(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> None:
         """Choose the next token of every branch and do what it says."""
-        begin = 0
-        for _, run in itertools.groupby(queries, key=lambda query: query[0].request.sampler.group):
-            rows = list(run)
-            self._choose_group(rows, logits[begin : begin + len(rows)])
-            begin += len(rows)
-
-    def _choose_group(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> None:
-        """Choose tokens of branches whose requests sample alike."""
-        sampler = queries[0][0].request.sampler
-        sequences = list(dict.fromkeys(sequence for sequence, _ in queries))
-        try:
-            tokens, scores = sampler(
-                logits,
-                [(len(s.request.prompt), b.context) for s, b in queries] if sampler.needs_context else None,
-                [structure_mask(sequence, branch) for sequence, branch in queries],
-                [(s.request.sampler.seed, s.request.key, b.key, b.position) for s, b in queries],
-            )
-        except BaseException as err:
-            if len(sequences) == 1:
-                self._fail(sequences[0], err)
-                return
-            for each in sequences:  # only the one it concerns shall fail
-                rows = [row for row, (sequence, _) in enumerate(queries) if sequence is each]
-                self._choose_group([queries[row] for row in rows], logits[rows])
+        masks = [structure_mask(sequence, branch) for sequence, branch in queries]
+        rows, scores = self._process(queries, masks, logits)
+        if not rows:
             return
-        wanted = max((s.request.num_logprobs for s in sequences if s.request.num_logprobs is not None), default=None)
-        likely = None if wanted is None else score_tokens(logits, tokens, wanted)
-        for row, ((sequence, branch), token) in enumerate(zip(queries, tokens, strict=True)):
+        keys = [
+            (s.request.sampler.seed, s.request.key, b.key, b.position) if s.request.sampler.do_sample else None
+            for s, b in (queries[row] for row in rows)
+        ]
+        tokens, best = choose(scores, keys)
+        counts = [s.request.num_logprobs for s, _ in queries if s.request.num_logprobs is not None]
+        read = logits if len(rows) == len(queries) else logits[rows]
+        likely = score_tokens(read, tokens, max(counts)) if counts else None
+        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+            sequence, branch = queries[row]
             if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
                 continue
             kept = logits[row].clone() if sequence.request.keep_logits else None
-            likelihood = likely[row] if likely is not None and sequence.request.num_logprobs is not None else None
+            likelihood = likely[place] if likely is not None and sequence.request.num_logprobs is not None else None
             try:
-                self._take(sequence, branch, token, scores[row], kept, likelihood)
-            except BaseException as err:  # of a stopping criterion or a streamer: the others go on
+                check_best(best[place], masks[row])
+                self._take(sequence, branch, token, scores[place], kept, likelihood)
+            except BaseException as err:  # of a stopping criterion or a streamer, too: the others go on
                 self._fail(sequence, err)
+        for sequence in dict.fromkeys(sequence for sequence, _ in queries):
+            try:
+                self._start_held(sequence)
+            except BaseException as err:
+                self._fail(sequence, err)
+
+    def _process(
+        self, queries: list[tuple[Sequence, Branch]], masks: list[Mask | None], logits: torch.Tensor
+    ) -> tuple[list[int], torch.Tensor]:
+        """Mask the logits and run the requests' processors. What raises fails its own sequence only.
+
+        Returns:
+            The rows that are left, and their scores.
+        """
+        rows: list[int] = []
+        pieces: list[torch.Tensor] = []
+
+        def process(some: list[int], scores: torch.Tensor) -> None:
+            sampler = queries[some[0]][0].request.sampler
+            contexts = [(len(s.request.prompt), b.context) for s, b in (queries[row] for row in some)]
+            try:
+                piece = sampler.process(scores, contexts, [masks[row] for row in some])
+            except BaseException as err:
+                sequences = list(dict.fromkeys(queries[row][0] for row in some))
+                if len(sequences) == 1:
+                    self._fail(sequences[0], err)
+                else:
+                    for sequence in sequences:
+                        own = [row for row in some if queries[row][0] is sequence]
+                        process(own, masked(own))  # anew: a processor may have written to what it was given
+                return
+            rows.extend(some)
+            pieces.append(piece)
+
+        def masked(some: list[int]) -> torch.Tensor:
+            return mask_scores([masks[row] for row in some], logits[some[0] : some[-1] + 1].clone())
+
+        for _, run in itertools.groupby(range(len(queries)), key=lambda row: queries[row][0].request.sampler.group):
+            some = list(run)
+            process(some, masked(some))
+        return rows, pieces[0] if len(pieces) == 1 else torch.cat(pieces or [logits[:0]])
 
     def _take(
         self,
@@ -304,11 +342,7 @@ class Engine:
             sequence.finish = FinishReason.STOP
             self._end(sequence, branch)
         elif request.criteria and self._ask_criteria(request, branch, scores):
-            if branch.blocks:
-                sequence.stats.num_closed += 1
-                self._close(sequence, branch, len(branch.blocks) - 1)
-            else:
-                self._finish(sequence, FinishReason.CRITERIA)
+            self._stop(sequence, branch, FinishReason.CRITERIA, len(branch.blocks) - 1)
         else:
             self._settle(sequence, branch)
 
@@ -344,46 +378,83 @@ class Engine:
         if not request.structured:
             return
         malformed = branch.structure.malformed
+        self._count_cost(sequence, branch, -1)
         event = branch.structure.feed(token)
         sequence.stats.malformed += branch.structure.malformed - malformed
         if event is Event.FORK:
             self._fork(sequence, branch)
-        elif event is not Event.TEXT:
+        elif event is Event.TEXT:
+            self._count_cost(sequence, branch)
+        else:
             self._path_closed(sequence, branch)
+
+    def _count_cost(self, sequence: Sequence, branch: Branch, sign: int = 1) -> None:
+        """Keep account of what closing the live branches takes, as a branch comes, changes or goes."""
+        if sequence.live_cost is not None:
+            sequence.live_cost += sign * branch_cost(sequence, branch)
 
     def _emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
         """Tell the request's listener, but not of its own prompt."""
         request = sequence.request
-        if request.on_event is not None and not sequence.is_prompt:
-            request.on_event(BranchEvent(request.index, kind, *args, **kwargs))
+        if request.on_event is None or sequence.is_prompt:
+            return
+        event = BranchEvent(request.index, kind, *args, **kwargs)
+        if sequence.early is not None:
+            sequence.early.append(event)
+        else:
+            request.on_event(event)
 
     def _fork(self, sequence: Sequence, branch: Branch) -> None:
         """Make one branch per outline, each with its forced start."""
-        structure = branch.structure
+        request, structure = sequence.request, branch.structure
         num_paths = structure.scanner.open_blocks[-1].num_paths
         block = Block(structure, branch, num_open=num_paths)
         branch.segment.block = block
         branch.segment.ended = True
-        sees = LogCache.fork(branch.sees, num_paths)
         block.paths = [Segment() for _ in range(num_paths)]
         block.tails = [[] for _ in range(num_paths)]
-        paths = [
-            Branch(
-                structure.for_path(path), block.paths[path], branch.position, sees[path], list(branch.context),
-                mix(branch.key, path + 1), f"{branch.label}.{path + 1}".lstrip("."), [*branch.blocks, block],
-                path, branch.until, own=len(branch.context),
-            )
-            for path in range(num_paths)
-        ]  # fmt: skip
+        sequence.reserved += block_cost(block)
         at = sequence.live.index(branch)
+        others = len(sequence.live) - 1
+        room = num_paths if sequence.is_prompt else max(request.options.max_branches - others, 1)
+        paths = [self._open_path(block, path) for path in range(min(num_paths, room))]
         sequence.live[at : at + 1] = paths
+        for each in paths:
+            self._count_cost(sequence, each)
+        for path in reversed(range(len(paths), num_paths)):
+            self._hold(sequence, block, path)
         sequence.stats.num_forks += 1
         sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
         sequence.stats.depth = max(sequence.stats.depth, structure.depth)
         self._emit(sequence, "fork", branch.label, num_paths=num_paths)
         if not sequence.is_prompt:
-            for path in paths:
-                self._start(sequence, path)
+            for each in paths:
+                self._start(sequence, each)
+
+    def _open_path(self, block: Block, path: int) -> Branch:
+        """Make the branch of a path, which sees what the branch saw that forked."""
+        fork = block.branch
+        return Branch(
+            block.structure.for_path(path), block.paths[path], fork.position, LogCache.fork(fork.sees),
+            list(fork.context), mix(fork.key, path + 1), f"{fork.label}.{path + 1}".lstrip("."),
+            [*fork.blocks, block], path, fork.until, own=len(fork.context),
+        )  # fmt: skip
+
+    def _hold(self, sequence: Sequence, block: Block, path: int) -> None:
+        """Have a path wait."""
+        sequence.held.append((block, path))
+        sequence.reserved += path_cost(block, path)
+
+    def _start_held(self, sequence: Sequence) -> None:
+        """Start paths that wait while there is room, those of the latest block first: so few blocks stay open."""
+        while sequence.held and len(sequence.live) < sequence.request.options.max_branches:
+            block, path = sequence.held.pop()
+            sequence.reserved -= path_cost(block, path)
+            branch = self._open_path(block, path)
+            branch.sees = np.pad(branch.sees, (0, len(sequence.positions) - len(branch.sees)))
+            sequence.live.append(branch)
+            self._count_cost(sequence, branch)
+            self._start(sequence, branch)
 
     def _path_closed(self, sequence: Sequence, branch: Branch) -> None:
         """Take a path off; when it is the last one, merge: go on from one past the block's greatest position, seeing
@@ -396,10 +467,11 @@ class Engine:
         block.max_position = max(block.max_position, branch.position - 1)
         block.sees.append(branch.sees)
         block.tails[branch.path] = branch.context[len(fork.context) :]
-        self._emit(sequence, "close", branch.label)
+        self._emit(sequence, "close", branch.label, finish_reason=branch.closed_by)
         if block.num_open:
             del sequence.live[at]
             return
+        sequence.reserved -= block_cost(block)
         block.reduced = Segment()
         sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
         context = fork.context + [token for tail in block.tails for token in tail]
@@ -409,6 +481,7 @@ class Engine:
         )  # fmt: skip
         block.sees, block.tails = [], []
         sequence.live[at] = reduced
+        self._count_cost(sequence, reduced)
         self._emit(sequence, "reduce", fork.label)
         if not sequence.is_prompt:
             self._start(sequence, reduced)
@@ -431,7 +504,7 @@ class Engine:
         if branch.until is not None:
             self._close(sequence, branch, branch.until)
         elif sequence.finish not in (None, FinishReason.STOP):
-            self._close(sequence, branch, ANSWER)
+            self._cut(sequence, branch, sequence.finish, ANSWER)
         else:
             limit = find_limit(sequence, branch, None)
             if limit is not None:
@@ -442,16 +515,21 @@ class Engine:
         if until == ANSWER:
             self._finish(sequence, reason)
         else:
-            sequence.stats.num_closed += 1
-            self._close(sequence, branch, until)
+            self._cut(sequence, branch, reason, until)
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """Close a whole answer early."""
         sequence.finish = reason
         for branch in list(sequence.live):
             if not branch.segment.ended:
-                sequence.stats.num_closed += bool(branch.blocks)
-                self._close(sequence, branch, ANSWER)
+                self._cut(sequence, branch, reason, ANSWER)
+
+    def _cut(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
+        """Close a branch before it ended by itself, and keep account of that."""
+        if branch.blocks:
+            branch.closed_by = reason
+            sequence.stats.closed_by[reason] = sequence.stats.closed_by.get(reason, 0) + 1
+        self._close(sequence, branch, until)
 
     def _close(self, sequence: Sequence, branch: Branch, until: int) -> None:
         """Write the tokens that close a branch until only ``until`` blocks are open around it.
@@ -468,6 +546,7 @@ class Engine:
 
     def _end(self, sequence: Sequence, branch: Branch) -> None:
         branch.segment.ended = True
+        self._count_cost(sequence, branch, -1)
         sequence.live.remove(branch)
 
     # Release
@@ -485,6 +564,7 @@ class Engine:
             if sequence.live and sequence.arrival in reasons:
                 try:
                     self._finish(sequence, reasons[sequence.arrival])
+                    self._start_held(sequence)
                 except BaseException as err:
                     self._fail(sequence, err)
 
@@ -494,6 +574,7 @@ class Engine:
         for branch in sequence.live:
             branch.segment.ended = True
         sequence.live.clear()
+        sequence.held.clear()
 
     def fail_running(self, error: BaseException) -> list[Sequence]:
         """Give up what is running, after the model failed; what waits goes on. As :meth:`step` otherwise."""

@@ -3,7 +3,7 @@
 from .cache import LogCache
 from .interpreter import Mask, Stage, Structure
 from .layout import Event
-from .state import Branch, FinishReason, Sequence
+from .state import Block, Branch, FinishReason, Sequence
 
 ANSWER = -1  # in the place of a number of blocks that stay open: the whole answer ends
 
@@ -105,14 +105,17 @@ def find_limit(sequence: Sequence, branch: Branch, token: int | None) -> tuple[F
             return None  # it closes something
     depth, spare = len(branch.blocks), 64 * (structure.depth + 2)  # more than closing one branch can take
     left = sequence.total - sequence.num_written - 1
-    is_near = token is not None and sequence.is_near_end
-    if left < 0 or (is_near and left < closing_cost(sequence, branch, structure)):
+    if left < 0:
         return sequence.total_reason, ANSWER
+    if token is not None and sequence.live_cost is not None and request.structured:
+        others = sequence.reserved + sequence.live_cost - branch_cost(sequence, branch)
+        if left < others + structure.closing_cost()[0]:
+            return sequence.total_reason, ANSWER
     if request.options.max_path_tokens is not None:
         for level, block in enumerate(branch.blocks):
             left = block.branch.position + request.options.max_path_tokens - branch.position - 1
             if left < 0 or (token is not None and left < spare and left < structure.closing_positions(level)):
-                return FinishReason.LENGTH, level
+                return FinishReason.PATH, level
     left = sequence.prompt_length + sequence.budget - branch.position - 1
     closing = structure.closing_positions() if token is not None and request.structured and left < spare else 0
     if left < closing:
@@ -121,22 +124,32 @@ def find_limit(sequence: Sequence, branch: Branch, token: int | None) -> tuple[F
     return None
 
 
-def is_near_end(sequence: Sequence) -> bool:
-    """Say whether this step may come to where closing takes all the tokens that are left."""
-    left = sequence.total - sequence.num_written
+def cost_near_end(sequence: Sequence) -> int | None:
+    """Count the tokens it takes to close the live branches, if this step may come to where no more are left."""
+    left = sequence.total - sequence.num_written - sequence.reserved
     step = 64 * (len(sequence.live) + 1)  # more than one token of each branch can add, forced ones included
     most = 64 * (sequence.stats.depth + 2) + 32 * sequence.request.options.max_paths  # of one branch
     if left >= step + most * len(sequence.live):
-        return False
-    return left < step + closing_cost(sequence)
+        return None
+    cost = closing_cost(sequence) - sequence.reserved
+    return cost if left < step + cost else None
 
 
-def closing_cost(sequence: Sequence, branch: Branch | None = None, structure: Structure | None = None) -> int:
-    """Count the tokens it takes to close an answer, with another structure in the place of one branch's own."""
-    if not sequence.request.structured:
-        return 0
-    cost, blocks = 0, {}
-    for each in sequence.live:
-        cost += (structure if each is branch else each.structure).closing_cost()[0]
-        blocks |= {id(block): block for block in each.blocks}
-    return cost + sum(block.structure.reduce_cost(block.structure.depth - 1) for block in blocks.values())
+def closing_cost(sequence: Sequence) -> int:
+    """Count the tokens it takes to close an answer."""
+    return sequence.reserved + sum(branch_cost(sequence, branch) for branch in sequence.live)
+
+
+def branch_cost(sequence: Sequence, branch: Branch) -> int:
+    """Count the tokens it takes to close a branch, up to the end of its path."""
+    return branch.structure.closing_cost()[0] if sequence.request.structured else 0
+
+
+def path_cost(block: Block, path: int) -> int:
+    """Count the tokens of a path that is begun and closed at once."""
+    return block.structure.for_path(path).closing_cost()[0]
+
+
+def block_cost(block: Block) -> int:
+    """Count the tokens that follow the paths of a block until it is closed."""
+    return block.structure.reduce_cost(block.structure.depth - 1)

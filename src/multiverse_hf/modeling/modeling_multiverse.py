@@ -203,10 +203,11 @@ class MultiverseForCausalLM:
             seed: of the sampling noise, which is keyed by (seed, prompt, branch, position): an answer does not
                 depend on what it was batched with. By default drawn from torch's generator.
             **kwargs: ``structure`` ("guided", "lenient" or "off"), ``max_new_tokens`` (bounds the length: positions,
-                not tokens), ``max_total_tokens``, ``max_path_tokens``, ``max_depth``, ``max_paths``; None is the
-                default, whatever the checkpoint's generation config says. And the options of ``GenerationConfig``:
-                ``do_sample``, ``temperature``, ``num_return_sequences``, ``return_dict_in_generate``,
-                ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what becomes of it.
+                not tokens), ``max_total_tokens``, ``max_path_tokens``, ``max_depth``, ``max_paths``, ``max_branches``;
+                None is the default, whatever the checkpoint's generation config says. And the options of
+                ``GenerationConfig``: ``do_sample``, ``temperature``, ``num_return_sequences``,
+                ``return_dict_in_generate``, ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what
+                becomes of it.
 
         Returns:
             (B, L) token ids, documents with their paths one after the other; with ``return_dict_in_generate`` a

@@ -5,7 +5,6 @@ import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +49,7 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.argmax(dim=-1)
 
 
-def _apply(masks: Sequence[Mask | None], scores: torch.Tensor) -> torch.Tensor:
+def mask_scores(masks: Sequence[Mask | None], scores: torch.Tensor) -> torch.Tensor:
     """Apply each row's mask, in place: neighbouring branches mostly share one."""
     begin = 0
     for mask, run in itertools.groupby(masks):
@@ -102,10 +101,7 @@ def score_tokens(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> l
 
 
 class Sampler:
-    """Chooses the next token of each branch.
-
-    Noise is keyed by (seed, sequence, branch, position), so a token does not depend on what else is in the batch or on
-    when it was scheduled.
+    """How the next tokens of a request's branches are chosen.
 
     Args:
         processors: transformers logits processors and warpers, in order, by the length of the prompt, which some of
@@ -121,52 +117,41 @@ class Sampler:
         each = [processor for chain in processors.values() for processor in chain]
         self.has_processors = bool(each)
         self.needs_context = any(not isinstance(processor, _CONTEXT_FREE) for processor in each)
-        self.group = self._group(each)
+        self.group = self._group()
 
-    def _group(self, processors: list[Any]) -> Hashable:
-        """Give what samplers have in common that may choose for each other's rows."""
-        if self.needs_context or len(self.processors) > 1:
+    def _group(self) -> Hashable:
+        """Give what samplers have in common that may process each other's rows."""
+        if self.needs_context:
             return id(self)
-        settings = [
-            (type(each), *((name, float(value)) for name, value in sorted(vars(each).items()))) for each in processors
-        ]
-        return (self.do_sample, *settings)
+        chain = next(iter(self.processors.values()), ())  # context-free ones do not count from the prompt's end
+        return tuple(
+            (type(each), *((name, float(value)) for name, value in sorted(vars(each).items()))) for each in chain
+        )
 
-    def __call__(
+    def process(
         self,
-        logits: torch.Tensor,
+        scores: torch.Tensor,
         contexts: Sequence[tuple[int, Sequence[int]]] | None,
         masks: Sequence[Mask | None],
-        keys: Sequence[tuple[int, int, int, int]],
-    ) -> tuple[list[int], torch.Tensor]:
-        """Choose one token a row.
+    ) -> torch.Tensor:
+        """Run the processors.
 
         Args:
-            logits: (N, V), float32 or float64; not written to.
+            scores: (N, V), float32 or float64, masked; may be written to.
             contexts: for each row the length of its prompt, and its visible ids in document order; needed if
                 ``needs_context``.
-            masks: for each row what may not be chosen.
-            keys: for each row its (seed, sequence, branch, position).
+            masks: for each row what may not be chosen, whatever the processors say.
 
         Returns:
-            N token ids, and the processed scores (N, V).
-
-        Raises:
-            ValueError: if nothing is left to choose from in a row.
+            (N, V) scores.
         """
-        scores = _apply(masks, logits.clone())
-        if self.has_processors:
-            processed = (
-                self._process_by_length(scores, contexts)
-                if self.needs_context
-                else next(iter(self.processors.values()))(None, scores)
-            )
-            scores = _apply(masks, processed.to(logits.dtype))
-        tokens = self._draw(scores, keys) if self.do_sample else argmax(scores)
-        best = scores.amax(dim=-1) if self.do_sample else scores.gather(-1, tokens[:, None])[:, 0]
-        chosen, greatest = torch.stack([tokens.double(), best.double()]).tolist()  # one copy from the device
-        self._check(greatest, masks)
-        return [int(token) for token in chosen], scores
+        if not self.has_processors:
+            return scores
+        if self.needs_context:
+            processed = self._process_by_length(scores, contexts)
+        else:
+            processed = next(iter(self.processors.values()))(None, scores)
+        return mask_scores(masks, processed.to(scores.dtype))
 
     def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
         """Run the processors on rows whose contexts have one length together, as the paths of a block mostly do."""
@@ -184,31 +169,59 @@ class Sampler:
             begin += len(ids)
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
-    def _draw(self, scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
-        """Invert the distribution function at keyed uniforms."""
-        uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
-        probabilities = torch.softmax(scores.double(), dim=-1)
-        cumulative = probabilities.cumsum(-1)
-        target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-        # rounding may carry the target to the end, past the last token with any probability
-        last = scores.shape[-1] - 1 - torch.flip(probabilities > 0, [-1]).int().argmax(-1)
-        return torch.minimum(tokens, last)
 
-    @staticmethod
-    def _check(best: Sequence[float], masks: Sequence[Mask | None]) -> None:
-        """Refuse to choose where the best score of a row is not a finite number."""
-        row = next((row for row, score in enumerate(best) if not math.isfinite(score)), None)
-        if row is None:
-            return
-        if best[row] == -math.inf:
-            mask = masks[row]
-            rule = "all ids" if mask is None else f"{'only' if mask.only else 'all but'} {mask.ids}"
-            raise ValueError(
-                "no token is left to choose: the logits processors leave none, or only ids that the structure forbids "
-                f"here (it allows {rule}); let them allow what the grammar does, or raise the temperature"
-            )
+def choose(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int] | None]) -> tuple[list[int], list[float]]:
+    """Choose one token a row, with one copy from the device.
+
+    Noise is keyed by (seed, sequence, branch, position), so a token does not depend on what else is in the batch or on
+    when it was scheduled.
+
+    Args:
+        scores: (N, V), float32 or float64.
+        keys: for each row the key of its noise; None takes the greatest score.
+
+    Returns:
+        N token ids, and the greatest score of each row.
+    """
+    drawn = [row for row, key in enumerate(keys) if key is not None]
+    if len(drawn) == len(keys):
+        tokens = _draw(scores, keys)
+    else:
+        tokens = argmax(scores)
+        if drawn:
+            tokens[drawn] = _draw(scores[drawn], [keys[row] for row in drawn])
+    best = scores.amax(dim=-1) if drawn else scores.gather(-1, tokens[:, None])[:, 0]
+    chosen, greatest = torch.stack([tokens.double(), best.double()]).tolist()
+    return [int(token) for token in chosen], greatest
+
+
+def _draw(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
+    """Invert the distribution function at keyed uniforms."""
+    uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
+    probabilities = torch.softmax(scores.double(), dim=-1)
+    cumulative = probabilities.cumsum(-1)
+    target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    # rounding may carry the target to the end, past the last token with any probability
+    last = scores.shape[-1] - 1 - torch.flip(probabilities > 0, [-1]).int().argmax(-1)
+    return torch.minimum(tokens, last)
+
+
+def check_best(best: float, mask: Mask | None) -> None:
+    """Refuse to choose where the best score of a row is not a finite number.
+
+    Raises:
+        ValueError: then.
+    """
+    if math.isfinite(best):
+        return
+    if best == -math.inf:
+        rule = "all ids" if mask is None else f"{'only' if mask.only else 'all but'} {mask.ids}"
         raise ValueError(
-            f"the model's scores are not finite ({best[row]}): the checkpoint is damaged, a logits processor "
-            "gave NaN, or the dtype overflows; try dtype=float32"
+            "no token is left to choose: the logits processors leave none, or only ids that the structure forbids "
+            f"here (it allows {rule}); let them allow what the grammar does, or raise the temperature"
         )
+    raise ValueError(
+        f"the model's scores are not finite ({best}): the checkpoint is damaged, a logits processor "
+        "gave NaN, or the dtype overflows; try dtype=float32"
+    )

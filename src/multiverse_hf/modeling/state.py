@@ -19,6 +19,7 @@ class FinishReason(StrEnum):
 
     STOP = "stop"  # an end token
     LENGTH = "length"  # max_new_tokens, or the model's context
+    PATH = "max_path_tokens"  # of a path; no answer ends by it
     TOTAL = "max_total_tokens"
     CACHE = "max_cache_tokens"  # the engine's whole cache is full
     TIME = "max_time"
@@ -35,6 +36,8 @@ class StructureOptions:
             ordinary autoregressive decoding.
         max_depth: blocks around any token.
         max_paths: outlines of a block.
+        max_branches: branches of the answer that are written at once. Further paths wait until one closes: what each
+            writes does not depend on that, but a step's memory and time do.
         max_path_tokens: positions along one path, counted from its fork, what is nested in it included.
         max_total_tokens: tokens of the whole answer, all paths together. By default ``max_paths`` times
             ``max_new_tokens``: what a model that never stops forking can cost at most.
@@ -43,13 +46,14 @@ class StructureOptions:
     structure: str = "guided"
     max_depth: int = 4
     max_paths: int = 16
+    max_branches: int = 256
     max_path_tokens: int | None = None
     max_total_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if self.structure not in ("guided", "lenient", "off"):
             raise ValueError(f"structure must be 'guided', 'lenient' or 'off', got {self.structure!r}")
-        for name in ("max_depth", "max_paths", "max_path_tokens", "max_total_tokens"):
+        for name in ("max_depth", "max_paths", "max_branches", "max_path_tokens", "max_total_tokens"):
             value = getattr(self, name)
             low = 0 if name == "max_depth" else 1
             optional = name in ("max_path_tokens", "max_total_tokens")
@@ -67,11 +71,11 @@ class GenerationStats:
         length: how far positions ran past the prompt: the critical path, in tokens.
         num_steps: forward passes after the prompt's.
         num_forks: blocks written.
-        max_width: most branches alive at once.
+        max_width: most branches written at once.
         depth: most blocks around a token.
         finish_reason: why it ended.
         malformed: tags that fitted no rule.
-        num_closed: branches closed before they ended by themselves, by a limit or a stopping criterion.
+        closed_by: branches closed before they ended by themselves, by what closed them.
     """
 
     num_tokens: int = 0
@@ -82,7 +86,12 @@ class GenerationStats:
     depth: int = 0
     finish_reason: FinishReason = FinishReason.STOP
     malformed: int = 0
-    num_closed: int = 0
+    closed_by: dict[FinishReason, int] = field(default_factory=dict)
+
+    @property
+    def num_closed(self) -> int:
+        """Branches closed before they ended by themselves, by a limit or a stopping criterion."""
+        return sum(self.closed_by.values())
 
     @property
     def parallelism(self) -> float:
@@ -133,6 +142,7 @@ class Branch:
         sees: (capacity,) bool, the log entries it sees.
         context: visible ids in document order; kept only where something looks at them.
         until: the branch is being closed until this many blocks are open around it; -1 ends the answer.
+        closed_by: the limit or criterion that closes it, if one does.
     """
 
     structure: Structure
@@ -147,6 +157,7 @@ class Branch:
     until: int | None = None
     after: Block | None = None  # the block this branch follows, if it begins with a reduce
     own: int = 0  # where in the context the path it belongs to begins
+    closed_by: FinishReason | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -222,7 +233,10 @@ class Sequence:
 
     Attributes:
         ids, positions, sampled, labels: of every log entry: token, position, whether the model chose it, its branch.
-        live: branches being written, in document order.
+        live: branches being written.
+        held: paths that wait to be written, each as its block and its number in it, the next one last.
+        reserved: tokens it takes to write and close the held paths, and to close the blocks that are open.
+        live_cost: tokens it takes to close the live branches; None where far more are left.
         pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
         num_computed: log entries the model has read.
         slots: (n,) int64, for the first n log entries their place in the sequence's part of the cache; those that
@@ -233,6 +247,7 @@ class Sequence:
         total: tokens the answer may take.
         end: the end token the model chose while something was still open.
         logits, scores: by log entry, what it was chosen from.
+        early: events from before it was in the queue, kept for the thread that steps the engine; None from then on.
         error: what made it fail.
         arrival: number in the order of submission.
     """
@@ -245,6 +260,9 @@ class Sequence:
     sampled: list[bool] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     live: list[Branch] = field(default_factory=list)
+    held: list[tuple[Block, int]] = field(default_factory=list)
+    reserved: int = 0
+    live_cost: int | None = None
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
@@ -259,11 +277,11 @@ class Sequence:
     stats: GenerationStats = field(default_factory=GenerationStats)
     logits: dict[int, torch.Tensor] = field(default_factory=dict)
     scores: dict[int, TokenScores] = field(default_factory=dict)
+    early: "list[BranchEvent] | None" = field(default_factory=list)
     error: BaseException | None = None
     is_prompt: bool = True  # its prompt is being interpreted
     is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
     is_cancelled: bool = False
-    is_near_end: bool = False  # in this step closing may take all the tokens that are left
 
     @property
     def num_written(self) -> int:
@@ -290,7 +308,7 @@ class BranchEvent:
         num_paths: for ``"fork"``.
         position: position id of the token, for ``"token"``.
         scores: of a sampled token, where they were asked for.
-        finish_reason: for ``"finish"``.
+        finish_reason: for ``"finish"``; for ``"close"`` the limit or criterion that closed the path, if one did.
     """
 
     sequence: int
