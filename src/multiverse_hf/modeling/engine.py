@@ -13,18 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .agreement import Agreement
 from .cache import LogCache
-from .interpreter import Mask, Stage, Structure
-from .layout import Event
-from .limits import ANSWER, block_cost, branch_cost, cost_near_end, find_limit, path_cost, set_limits, structure_mask
+from .interpreter import Mask
+from .limits import cost_near_end, set_limits, structure_mask
 from .log import log_visibility
 from .runner import ModelRunner, Reading
-from .sampling import TokenScores, check_best, choose, mask_scores, mix, score_tokens
-from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
+from .sampling import check_best, choose, mask_scores, score_tokens
+from .state import Branch, FinishReason, Request, Segment, Sequence
 from .tags import TagSet
+from .writing import Chosen, Writer
 
 DEFAULT_CHUNK = 512
 
@@ -60,6 +59,7 @@ class Engine:
         self.context = getattr(model.config, "max_position_embeddings", None)
         self.runner = ModelRunner(model, cache, decoding)
         self.agree = Agreement(model)
+        self.writer = Writer(tags, model.device)
         self.waiting: list[Sequence] = []  # both in order of arrival
         self.running: list[Sequence] = []
         self.num_steps = self.num_preemptions = 0
@@ -105,7 +105,7 @@ class Engine:
         batch = self._schedule()
         if batch:
             queries, logits = self._forward(batch)
-            self._choose(queries, logits)
+            self._interpret(self._sample(queries, logits))
             self.num_steps += 1
         if self.on_step is not None:
             self.on_step()
@@ -116,50 +116,15 @@ class Engine:
     def begin(self, request: Request) -> Sequence:
         """Start a sequence, in any thread.
 
-        Its prompt goes through the interpreter like any other text, so that one which ends inside blocks leaves the
-        branches it ends in: the open path, and its siblings still to come.
-
         Raises:
             ValueError: if it can never be answered within its limits, the model's context or the cache.
         """
-        capacity = len(request.prompt) + 64
-        root = Segment()
-        sequence = Sequence(request, next(self._arrivals), root, np.zeros(capacity, dtype=np.int64))
-        sees = np.zeros(capacity, dtype=bool)
-        sequence.live = [Branch(Structure(self.tags), root, 0, sees, [], mix(0), "", [])]
-        for token in request.prompt:
-            self._append(sequence, sequence.live[0], token)  # a prompt's live branches are in document order
-        sequence.prompt_length = sequence.max_position + 1
+        positions = np.zeros(len(request.prompt) + 64, dtype=np.int64)
+        sequence = Sequence(request, next(self._arrivals), Segment(), positions)
+        self.writer.read_prompt(sequence)
         set_limits(sequence, self.context, self.cache)
-        for branch in reversed(sequence.live[request.options.max_branches :]):  # none of them has begun
-            self._hold(sequence, branch.blocks[-1], branch.path)
-        del sequence.live[request.options.max_branches :]
-        sequence.is_prompt = False
-        # the prompt's own pass is not counted
-        sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
-        sequence.stats.depth = max(branch.structure.depth for branch in sequence.live)
-        for branch in list(sequence.live):
-            self._start(sequence, branch)
-        self._start_held(sequence)
+        self.writer.begin(sequence)
         return sequence
-
-    def _start(self, sequence: Sequence, branch: Branch) -> None:
-        """Write what is left of a branch's forced start, unless it has begun otherwise."""
-        written = [sequence.ids[entry] for entry in branch.segment.entries]
-        block = branch.blocks[-1] if branch.blocks else None
-        if block is not None and branch.segment is block.paths[branch.path]:
-            forced = branch.structure.path_prefix(branch.path)
-        elif branch.after is not None and branch.segment is branch.after.reduced:
-            forced = self.tags.conclusion_prefix()
-        else:
-            forced = []
-        begun = len(written) if forced[: len(written)] == written else 0
-        if begun or branch.structure.stage in (Stage.FORKED, Stage.REDUCED):
-            for token in forced[begun:]:
-                self._append(sequence, branch, token)
-            if len(written) <= len(forced):
-                branch.structure.has_text = False  # a label says nothing yet
-        self._settle(sequence, branch)
 
     # Admit and schedule
 
@@ -242,12 +207,14 @@ class Engine:
 
     # Sample and interpret
 
-    def _choose(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> None:
-        """Choose the next token of every branch and do what it says."""
+    def _sample(
+        self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor
+    ) -> list[tuple[Sequence, Branch, Chosen]]:
+        """Choose the next token of every branch, with one copy from the device."""
         masks = [structure_mask(sequence, branch) for sequence, branch in queries]
         rows, scores = self._process(queries, masks, logits)
         if not rows:
-            return
+            return []
         keys = [
             (s.request.sampler.seed, s.request.key, b.key, b.position) if s.request.sampler.do_sample else None
             for s, b in (queries[row] for row in rows)
@@ -255,23 +222,17 @@ class Engine:
         tokens, best = choose(scores, keys)
         counts = [s.request.num_logprobs for s, _ in queries if s.request.num_logprobs is not None]
         read = logits if len(rows) == len(queries) else logits[rows]
-        likely = score_tokens(read, tokens, max(counts)) if counts else None
-        for place, (row, token) in enumerate(zip(rows, tokens, strict=True)):
+        likely = score_tokens(read, tokens, max(counts)) if counts else [None] * len(rows)
+        choices = []
+        for place, row in enumerate(rows):
             sequence, branch = queries[row]
-            if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
-                continue
-            kept = logits[row].clone() if sequence.request.keep_logits else None
-            likelihood = likely[place] if likely is not None and sequence.request.num_logprobs is not None else None
             try:
                 check_best(best[place], masks[row])
-                self._take(sequence, branch, token, scores[place], kept, likelihood)
-            except BaseException as err:  # of a stopping criterion or a streamer, too: the others go on
+            except ValueError as err:
                 self._fail(sequence, err)
-        for sequence in dict.fromkeys(sequence for sequence, _ in queries):
-            try:
-                self._start_held(sequence)
-            except BaseException as err:
-                self._fail(sequence, err)
+            else:
+                choices.append((sequence, branch, Chosen(tokens[place], scores[place], logits[row], likely[place])))
+        return choices
 
     def _process(
         self, queries: list[tuple[Sequence, Branch]], masks: list[Mask | None], logits: torch.Tensor
@@ -309,245 +270,20 @@ class Engine:
             process(some, masked(some))
         return rows, pieces[0] if len(pieces) == 1 else torch.cat(pieces or [logits[:0]])
 
-    def _take(
-        self,
-        sequence: Sequence,
-        branch: Branch,
-        token: int,
-        scores: torch.Tensor,
-        logits: torch.Tensor | None,
-        likelihood: TokenScores | None,
-    ) -> None:
-        """Do what a chosen token says."""
-        request, entry = sequence.request, len(sequence.ids)
-        if token in request.eos and request.structured and branch.structure.closing_tokens():
-            if branch.blocks:  # as if </Path>
-                self._close(sequence, branch, len(branch.blocks) - 1)
-            else:
-                sequence.finish, sequence.end = FinishReason.STOP, token
-                self._close(sequence, branch, ANSWER)
-            return
-        limit = find_limit(sequence, branch, token)
-        if limit is not None:
-            self._stop(sequence, branch, *limit)
-            return
-        if logits is not None:
-            sequence.logits[entry] = logits
-        if likelihood is not None:
-            sequence.scores[entry] = likelihood
-        self._append(sequence, branch, token, sampled=True)
-        if branch.segment.ended:  # it forked or closed
-            return
-        if token in request.eos:
-            sequence.finish = FinishReason.STOP
-            self._end(sequence, branch)
-        elif request.criteria and self._ask_criteria(request, branch, scores):
-            self._stop(sequence, branch, FinishReason.CRITERIA, len(branch.blocks) - 1)
-        else:
-            self._settle(sequence, branch)
-
-    def _ask_criteria(self, request: Request, branch: Branch, scores: torch.Tensor) -> bool:
-        """Ask the stopping criteria about a branch; any of them may stop it, as in transformers."""
-        ids = torch.tensor([branch.context], device=self.model.device)
-        return any(
-            # a stop string is looked for in the path's own text
-            bool(criterion(ids[:, branch.own :] if isinstance(criterion, StopStringCriteria) else ids, scores[None]))
-            for criterion in request.criteria
-        )
-
-    def _append(self, sequence: Sequence, branch: Branch, token: int, sampled: bool = False) -> None:
-        """Write a token at the end of a branch and interpret it."""
-        entry = len(sequence.ids)
-        if entry == len(sequence.positions):
-            self._grow(sequence)
-        sequence.ids.append(token)
-        sequence.positions[entry] = branch.position
-        sequence.sampled.append(sampled)
-        sequence.labels.append(branch.label)
-        sequence.pending.append((entry, branch.sees))
-        sequence.max_position = max(sequence.max_position, branch.position)
-        branch.segment.entries.append(entry)
-        branch.sees[entry] = True
-        branch.position += 1
-        request = sequence.request
-        if request.needs_context:
-            branch.context.append(token)
-        if request.on_event is not None:
-            scores = sequence.scores.get(entry)
-            self._emit(sequence, "token", branch.label, token, sampled, 0, branch.position - 1, scores)
-        if not request.structured:
-            return
-        malformed = branch.structure.malformed
-        self._count_cost(sequence, branch, -1)
-        event = branch.structure.feed(token)
-        sequence.stats.malformed += branch.structure.malformed - malformed
-        if event is Event.FORK:
-            self._fork(sequence, branch)
-        elif event is Event.TEXT:
-            self._count_cost(sequence, branch)
-        else:
-            self._path_closed(sequence, branch)
-
-    def _count_cost(self, sequence: Sequence, branch: Branch, sign: int = 1) -> None:
-        """Keep account of what closing the live branches takes, as a branch comes, changes or goes."""
-        if sequence.live_cost is not None:
-            sequence.live_cost += sign * branch_cost(sequence, branch)
-
-    def _emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
-        """Tell the request's listener, but not of its own prompt."""
-        request = sequence.request
-        if request.on_event is None or sequence.is_prompt:
-            return
-        event = BranchEvent(request.index, kind, *args, **kwargs)
-        if sequence.early is not None:
-            sequence.early.append(event)
-        else:
-            request.on_event(event)
-
-    def _fork(self, sequence: Sequence, branch: Branch) -> None:
-        """Make one branch per outline, each with its forced start."""
-        request, structure = sequence.request, branch.structure
-        num_paths = structure.scanner.open_blocks[-1].num_paths
-        block = Block(structure, branch, num_open=num_paths)
-        branch.segment.block = block
-        branch.segment.ended = True
-        block.paths = [Segment() for _ in range(num_paths)]
-        block.tails = [[] for _ in range(num_paths)]
-        sequence.reserved += block_cost(block)
-        at = sequence.live.index(branch)
-        others = len(sequence.live) - 1
-        room = num_paths if sequence.is_prompt else max(request.options.max_branches - others, 1)
-        paths = [self._open_path(block, path) for path in range(min(num_paths, room))]
-        sequence.live[at : at + 1] = paths
-        for each in paths:
-            self._count_cost(sequence, each)
-        for path in reversed(range(len(paths), num_paths)):
-            self._hold(sequence, block, path)
-        sequence.stats.num_forks += 1
-        sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
-        sequence.stats.depth = max(sequence.stats.depth, structure.depth)
-        self._emit(sequence, "fork", branch.label, num_paths=num_paths)
-        if not sequence.is_prompt:
-            for each in paths:
-                self._start(sequence, each)
-
-    def _open_path(self, block: Block, path: int) -> Branch:
-        """Make the branch of a path, which sees what the branch saw that forked."""
-        fork = block.branch
-        return Branch(
-            block.structure.for_path(path), block.paths[path], fork.position, LogCache.fork(fork.sees),
-            list(fork.context), mix(fork.key, path + 1), f"{fork.label}.{path + 1}".lstrip("."),
-            [*fork.blocks, block], path, fork.until, own=len(fork.context),
-        )  # fmt: skip
-
-    def _hold(self, sequence: Sequence, block: Block, path: int) -> None:
-        """Have a path wait."""
-        sequence.held.append((block, path))
-        sequence.reserved += path_cost(block, path)
-
-    def _start_held(self, sequence: Sequence) -> None:
-        """Start paths that wait while there is room, those of the latest block first: so few blocks stay open."""
-        while sequence.held and len(sequence.live) < sequence.request.options.max_branches:
-            block, path = sequence.held.pop()
-            sequence.reserved -= path_cost(block, path)
-            branch = self._open_path(block, path)
-            branch.sees = np.pad(branch.sees, (0, len(sequence.positions) - len(branch.sees)))
-            sequence.live.append(branch)
-            self._count_cost(sequence, branch)
-            self._start(sequence, branch)
-
-    def _path_closed(self, sequence: Sequence, branch: Branch) -> None:
-        """Take a path off; when it is the last one, merge: go on from one past the block's greatest position, seeing
-        all of its paths."""
-        block = branch.blocks[-1]
-        fork = block.branch
-        at = sequence.live.index(branch)
-        branch.segment.ended = True
-        block.num_open -= 1
-        block.max_position = max(block.max_position, branch.position - 1)
-        block.sees.append(branch.sees)
-        block.tails[branch.path] = branch.context[len(fork.context) :]
-        self._emit(sequence, "close", branch.label, finish_reason=branch.closed_by)
-        if block.num_open:
-            del sequence.live[at]
-            return
-        sequence.reserved -= block_cost(block)
-        block.reduced = Segment()
-        sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
-        context = fork.context + [token for tail in block.tails for token in tail]
-        reduced = Branch(
-            block.structure.after_reduce(), block.reduced, block.max_position + 1, sees, context,
-            fork.key, fork.label, fork.blocks, fork.path, fork.until, block, fork.own,
-        )  # fmt: skip
-        block.sees, block.tails = [], []
-        sequence.live[at] = reduced
-        self._count_cost(sequence, reduced)
-        self._emit(sequence, "reduce", fork.label)
-        if not sequence.is_prompt:
-            self._start(sequence, reduced)
-
-    def _grow(self, sequence: Sequence) -> None:
-        """Make room in a sequence's arrays."""
-        extra = len(sequence.positions) // 2 + 64
-        sequence.positions = np.pad(sequence.positions, (0, extra))
-        for branch in sequence.live:
-            branch.sees = np.pad(branch.sees, (0, extra))
-
-    # Limits
-
-    def _settle(self, sequence: Sequence, branch: Branch) -> None:
-        """Close a branch that is to be closed, or that has only the room left which closing takes."""
-        if branch.segment.ended:
-            return
-        if branch.until is not None and len(branch.blocks) <= branch.until:
-            branch.until = None
-        if branch.until is not None:
-            self._close(sequence, branch, branch.until)
-        elif sequence.finish not in (None, FinishReason.STOP):
-            self._cut(sequence, branch, sequence.finish, ANSWER)
-        else:
-            limit = find_limit(sequence, branch, None)
-            if limit is not None:
-                self._stop(sequence, branch, *limit)
-
-    def _stop(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
-        """Close as a limit says."""
-        if until == ANSWER:
-            self._finish(sequence, reason)
-        else:
-            self._cut(sequence, branch, reason, until)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        """Close a whole answer early."""
-        sequence.finish = reason
-        for branch in list(sequence.live):
-            if not branch.segment.ended:
-                self._cut(sequence, branch, reason, ANSWER)
-
-    def _cut(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
-        """Close a branch before it ended by itself, and keep account of that."""
-        if branch.blocks:
-            branch.closed_by = reason
-            sequence.stats.closed_by[reason] = sequence.stats.closed_by.get(reason, 0) + 1
-        self._close(sequence, branch, until)
-
-    def _close(self, sequence: Sequence, branch: Branch, until: int) -> None:
-        """Write the tokens that close a branch until only ``until`` blocks are open around it.
-
-        With :data:`ANSWER` the answer ends, with the end token if the model chose one.
-        """
-        branch.until = until
-        for token in branch.structure.closing_tokens() if sequence.request.structured else []:
-            self._append(sequence, branch, token)
-        if not branch.segment.ended:  # outside every block, where nothing is left to close
-            if sequence.end is not None and find_limit(sequence, branch, sequence.end) is None:
-                self._append(sequence, branch, sequence.end)
-            self._end(sequence, branch)
-
-    def _end(self, sequence: Sequence, branch: Branch) -> None:
-        branch.segment.ended = True
-        self._count_cost(sequence, branch, -1)
-        sequence.live.remove(branch)
+    def _interpret(self, choices: list[tuple[Sequence, Branch, Chosen]]) -> None:
+        """Do what the chosen tokens say. What a criterion or a streamer raises fails its own sequence only."""
+        for sequence, branch, chosen in choices:
+            if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
+                continue
+            try:
+                self.writer.take(sequence, branch, chosen)
+            except BaseException as err:
+                self._fail(sequence, err)
+        for sequence in dict.fromkeys(sequence for sequence, _, _ in choices):
+            try:
+                self.writer.start_held(sequence)
+            except BaseException as err:
+                self._fail(sequence, err)
 
     # Release
 
@@ -563,8 +299,8 @@ class Engine:
         for sequence in [*self.running, *self.waiting]:
             if sequence.live and sequence.arrival in reasons:
                 try:
-                    self._finish(sequence, reasons[sequence.arrival])
-                    self._start_held(sequence)
+                    self.writer.finish(sequence, reasons[sequence.arrival])
+                    self.writer.start_held(sequence)
                 except BaseException as err:
                     self._fail(sequence, err)
 
@@ -602,6 +338,6 @@ class Engine:
         stats.finish_reason = sequence.finish or FinishReason.STOP
         if sequence.error is None:
             try:
-                self._emit(sequence, "finish", "", finish_reason=stats.finish_reason)
+                self.writer.emit(sequence, "finish", "", finish_reason=stats.finish_reason)
             except BaseException as err:
                 sequence.error = err

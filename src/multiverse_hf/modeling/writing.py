@@ -1,0 +1,324 @@
+"""Writing: what a token does to a branch, its block and its answer. Host data only.
+
+A token is appended to the log and fed to the interpreter. ``</Goal>`` forks: one branch for each outline, or as many
+as may be written at once. The last ``</Path>`` of a block reduces: one branch that sees all paths. What a limit ends
+is closed with the tokens that make it well formed.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.generation.stopping_criteria import StopStringCriteria
+
+from .cache import LogCache
+from .interpreter import Stage, Structure
+from .layout import Event
+from .limits import ANSWER, block_cost, branch_cost, find_limit, path_cost
+from .sampling import TokenScores, mix
+from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
+from .tags import TagSet
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A token chosen for a branch, and what it was chosen from.
+
+    Attributes:
+        scores: (V,) after the processors.
+        logits: (V,) before them.
+        likelihood: where some request asks for it.
+    """
+
+    token: int
+    scores: torch.Tensor
+    logits: torch.Tensor
+    likelihood: TokenScores | None
+
+
+class Writer:
+    """Writes tokens to answers.
+
+    Args:
+        tags: the control tags.
+        device: where stopping criteria expect the ids they are given.
+    """
+
+    def __init__(self, tags: TagSet, device: torch.device) -> None:
+        self.tags, self.device = tags, device
+
+    def read_prompt(self, sequence: Sequence) -> None:
+        """Feed the prompt to the interpreter like any other text, so that one which ends inside blocks leaves the
+        branches it ends in: the open path, and its siblings still to come."""
+        sees = np.zeros(len(sequence.positions), dtype=bool)
+        sequence.live = [Branch(Structure(self.tags), sequence.root, 0, sees, [], mix(0), "", [])]
+        for token in sequence.request.prompt:
+            self._append(sequence, sequence.live[0], token)  # a prompt's live branches are in document order
+        sequence.prompt_length = sequence.max_position + 1
+
+    def begin(self, sequence: Sequence) -> None:
+        """Go on from where the prompt ends."""
+        most = sequence.request.options.max_branches
+        for branch in reversed(sequence.live[most:]):  # none of them has begun
+            self._hold(sequence, branch.blocks[-1], branch.path)
+        del sequence.live[most:]
+        sequence.is_prompt = False
+        # the prompt's own pass is not counted
+        sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
+        sequence.stats.depth = max(branch.structure.depth for branch in sequence.live)
+        for branch in list(sequence.live):
+            self._start(sequence, branch)
+        self.start_held(sequence)
+
+    def take(self, sequence: Sequence, branch: Branch, chosen: Chosen) -> None:
+        """Do what a chosen token says.
+
+        Raises:
+            Exception: of a stopping criterion or a streamer.
+        """
+        request, token, entry = sequence.request, chosen.token, len(sequence.ids)
+        if token in request.eos and request.structured and branch.structure.closing_tokens():
+            if branch.blocks:  # as if </Path>
+                self._close(sequence, branch, len(branch.blocks) - 1)
+            else:
+                sequence.finish, sequence.end = FinishReason.STOP, token
+                self._close(sequence, branch, ANSWER)
+            return
+        limit = find_limit(sequence, branch, token)
+        if limit is not None:
+            self._stop(sequence, branch, *limit)
+            return
+        if request.keep_logits:
+            sequence.logits[entry] = chosen.logits.clone()
+        if request.num_logprobs is not None:
+            sequence.scores[entry] = chosen.likelihood
+        self._append(sequence, branch, token, sampled=True)
+        if branch.segment.ended:  # it forked or closed
+            return
+        if token in request.eos:
+            sequence.finish = FinishReason.STOP
+            self._end(sequence, branch)
+        elif request.criteria and self._ask_criteria(request, branch, chosen.scores):
+            self._stop(sequence, branch, FinishReason.CRITERIA, len(branch.blocks) - 1)
+        else:
+            self._settle(sequence, branch)
+
+    def _ask_criteria(self, request: Request, branch: Branch, scores: torch.Tensor) -> bool:
+        """Ask the stopping criteria about a branch; any of them may stop it, as in transformers."""
+        ids = torch.tensor([branch.context], device=self.device)
+        return any(
+            # a stop string is looked for in the path's own text
+            bool(criterion(ids[:, branch.own :] if isinstance(criterion, StopStringCriteria) else ids, scores[None]))
+            for criterion in request.criteria
+        )
+
+    def _append(self, sequence: Sequence, branch: Branch, token: int, sampled: bool = False) -> None:
+        """Write a token at the end of a branch and interpret it."""
+        entry = len(sequence.ids)
+        if entry == len(sequence.positions):
+            self._grow(sequence)
+        sequence.ids.append(token)
+        sequence.positions[entry] = branch.position
+        sequence.sampled.append(sampled)
+        sequence.labels.append(branch.label)
+        sequence.pending.append((entry, branch.sees))
+        sequence.max_position = max(sequence.max_position, branch.position)
+        branch.segment.entries.append(entry)
+        branch.sees[entry] = True
+        branch.position += 1
+        request = sequence.request
+        if request.needs_context:
+            branch.context.append(token)
+        if request.on_event is not None:
+            scores = sequence.scores.get(entry)
+            self.emit(sequence, "token", branch.label, token, sampled, 0, branch.position - 1, scores)
+        if not request.structured:
+            return
+        malformed = branch.structure.malformed
+        self._count_cost(sequence, branch, -1)
+        event = branch.structure.feed(token)
+        sequence.stats.malformed += branch.structure.malformed - malformed
+        if event is Event.FORK:
+            self._fork(sequence, branch)
+        elif event is Event.TEXT:
+            self._count_cost(sequence, branch)
+        else:
+            self._path_closed(sequence, branch)
+
+    def _count_cost(self, sequence: Sequence, branch: Branch, sign: int = 1) -> None:
+        """Keep account of what closing the live branches takes, as a branch comes, changes or goes."""
+        if sequence.live_cost is not None:
+            sequence.live_cost += sign * branch_cost(sequence, branch)
+
+    def emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
+        """Tell the request's listener, but not of its own prompt."""
+        request = sequence.request
+        if request.on_event is None or sequence.is_prompt:
+            return
+        event = BranchEvent(request.index, kind, *args, **kwargs)
+        if sequence.early is not None:
+            sequence.early.append(event)
+        else:
+            request.on_event(event)
+
+    def _fork(self, sequence: Sequence, branch: Branch) -> None:
+        """Make one branch per outline, each with its forced start."""
+        request, structure = sequence.request, branch.structure
+        num_paths = structure.scanner.open_blocks[-1].num_paths
+        block = Block(structure, branch, num_open=num_paths)
+        branch.segment.block = block
+        branch.segment.ended = True
+        block.paths = [Segment() for _ in range(num_paths)]
+        block.tails = [[] for _ in range(num_paths)]
+        sequence.reserved += block_cost(block)
+        at = sequence.live.index(branch)
+        others = len(sequence.live) - 1
+        room = num_paths if sequence.is_prompt else max(request.options.max_branches - others, 1)
+        paths = [self._open_path(block, path) for path in range(min(num_paths, room))]
+        sequence.live[at : at + 1] = paths
+        for each in paths:
+            self._count_cost(sequence, each)
+        for path in reversed(range(len(paths), num_paths)):
+            self._hold(sequence, block, path)
+        sequence.stats.num_forks += 1
+        sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
+        sequence.stats.depth = max(sequence.stats.depth, structure.depth)
+        self.emit(sequence, "fork", branch.label, num_paths=num_paths)
+        if not sequence.is_prompt:
+            for each in paths:
+                self._start(sequence, each)
+
+    def _open_path(self, block: Block, path: int) -> Branch:
+        """Make the branch of a path, which sees what the branch saw that forked."""
+        fork = block.branch
+        return Branch(
+            block.structure.for_path(path), block.paths[path], fork.position, LogCache.fork(fork.sees),
+            list(fork.context), mix(fork.key, path + 1), f"{fork.label}.{path + 1}".lstrip("."),
+            [*fork.blocks, block], path, fork.until, own=len(fork.context),
+        )  # fmt: skip
+
+    def _hold(self, sequence: Sequence, block: Block, path: int) -> None:
+        """Have a path wait."""
+        sequence.held.append((block, path))
+        sequence.reserved += path_cost(block, path)
+
+    def start_held(self, sequence: Sequence) -> None:
+        """Start paths that wait while there is room, those of the latest block first: so few blocks stay open."""
+        while sequence.held and len(sequence.live) < sequence.request.options.max_branches:
+            block, path = sequence.held.pop()
+            sequence.reserved -= path_cost(block, path)
+            branch = self._open_path(block, path)
+            branch.sees = np.pad(branch.sees, (0, len(sequence.positions) - len(branch.sees)))
+            sequence.live.append(branch)
+            self._count_cost(sequence, branch)
+            self._start(sequence, branch)
+
+    def _path_closed(self, sequence: Sequence, branch: Branch) -> None:
+        """Take a path off; when it is the last one, merge: go on from one past the block's greatest position, seeing
+        all of its paths."""
+        block = branch.blocks[-1]
+        fork = block.branch
+        at = sequence.live.index(branch)
+        branch.segment.ended = True
+        block.num_open -= 1
+        block.max_position = max(block.max_position, branch.position - 1)
+        block.sees.append(branch.sees)
+        block.tails[branch.path] = branch.context[len(fork.context) :]
+        self.emit(sequence, "close", branch.label, finish_reason=branch.closed_by)
+        if block.num_open:
+            del sequence.live[at]
+            return
+        sequence.reserved -= block_cost(block)
+        block.reduced = Segment()
+        sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
+        context = fork.context + [token for tail in block.tails for token in tail]
+        reduced = Branch(
+            block.structure.after_reduce(), block.reduced, block.max_position + 1, sees, context,
+            fork.key, fork.label, fork.blocks, fork.path, fork.until, block, fork.own,
+        )  # fmt: skip
+        block.sees, block.tails = [], []
+        sequence.live[at] = reduced
+        self._count_cost(sequence, reduced)
+        self.emit(sequence, "reduce", fork.label)
+        if not sequence.is_prompt:
+            self._start(sequence, reduced)
+
+    def _grow(self, sequence: Sequence) -> None:
+        """Make room in a sequence's arrays."""
+        extra = len(sequence.positions) // 2 + 64
+        sequence.positions = np.pad(sequence.positions, (0, extra))
+        for branch in sequence.live:
+            branch.sees = np.pad(branch.sees, (0, extra))
+
+    def _start(self, sequence: Sequence, branch: Branch) -> None:
+        """Write what is left of a branch's forced start, unless it has begun otherwise."""
+        written = [sequence.ids[entry] for entry in branch.segment.entries]
+        block = branch.blocks[-1] if branch.blocks else None
+        if block is not None and branch.segment is block.paths[branch.path]:
+            forced = branch.structure.path_prefix(branch.path)
+        elif branch.after is not None and branch.segment is branch.after.reduced:
+            forced = self.tags.conclusion_prefix()
+        else:
+            forced = []
+        begun = len(written) if forced[: len(written)] == written else 0
+        if begun or branch.structure.stage in (Stage.FORKED, Stage.REDUCED):
+            for token in forced[begun:]:
+                self._append(sequence, branch, token)
+            if len(written) <= len(forced):
+                branch.structure.has_text = False  # a label says nothing yet
+        self._settle(sequence, branch)
+
+    def _settle(self, sequence: Sequence, branch: Branch) -> None:
+        """Close a branch that is to be closed, or that has only the room left which closing takes."""
+        if branch.segment.ended:
+            return
+        if branch.until is not None and len(branch.blocks) <= branch.until:
+            branch.until = None
+        if branch.until is not None:
+            self._close(sequence, branch, branch.until)
+        elif sequence.finish not in (None, FinishReason.STOP):
+            self._cut(sequence, branch, sequence.finish, ANSWER)
+        else:
+            limit = find_limit(sequence, branch, None)
+            if limit is not None:
+                self._stop(sequence, branch, *limit)
+
+    def _stop(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
+        """Close as a limit says."""
+        if until == ANSWER:
+            self.finish(sequence, reason)
+        else:
+            self._cut(sequence, branch, reason, until)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        """Close a whole answer early."""
+        sequence.finish = reason
+        for branch in list(sequence.live):
+            if not branch.segment.ended:
+                self._cut(sequence, branch, reason, ANSWER)
+
+    def _cut(self, sequence: Sequence, branch: Branch, reason: FinishReason, until: int) -> None:
+        """Close a branch before it ended by itself, and keep account of that."""
+        if branch.blocks:
+            branch.closed_by = reason
+            sequence.stats.closed_by[reason] = sequence.stats.closed_by.get(reason, 0) + 1
+        self._close(sequence, branch, until)
+
+    def _close(self, sequence: Sequence, branch: Branch, until: int) -> None:
+        """Write the tokens that close a branch until only ``until`` blocks are open around it.
+
+        With :data:`ANSWER` the answer ends, with the end token if the model chose one.
+        """
+        branch.until = until
+        for token in branch.structure.closing_tokens() if sequence.request.structured else []:
+            self._append(sequence, branch, token)
+        if not branch.segment.ended:  # outside every block, where nothing is left to close
+            if sequence.end is not None and find_limit(sequence, branch, sequence.end) is None:
+                self._append(sequence, branch, sequence.end)
+            self._end(sequence, branch)
+
+    def _end(self, sequence: Sequence, branch: Branch) -> None:
+        branch.segment.ended = True
+        self._count_cost(sequence, branch, -1)
+        sequence.live.remove(branch)
