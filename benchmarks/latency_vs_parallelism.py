@@ -11,10 +11,12 @@ have instead, without the tokens and the bookkeeping of a block. Latency counts 
 outlines, the model can write nothing but ``</Goal>``, each path ends at max_path_tokens, and the conclusion, which
 takes the tokens that the paths leave over, at max_new_tokens.
 
-The share b/(a+b) is given three times:
+The share b/(a+b) is given four times:
 
 - of the medians of all repeats: the figure to quote.
 - of the least times: other work on the machine adds to some points and not to others, and lies least in these.
+- of the weights' products alone: the linear layers of the model by themselves, for as many rows as each pass has,
+  timed in the same process. What of b is here no engine can avoid on this device.
 - of the medians, on tokens per forward pass in place of # parallel. The engine writes the start and the end of a path
   itself, in no pass of their own. Where paths are short these tokens are many, latency falls faster than # parallel
   rises, and b comes out too small, even negative. Such tokens gain nothing here.
@@ -26,8 +28,10 @@ The share b/(a+b) is given three times:
 """
 
 import argparse
+import contextlib
 import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +56,7 @@ from multiverse_hf.evaluation.latency import fit
 from multiverse_hf.evaluation.paper import LATENCY_SHARES
 from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.tags import TagSet
 
 LENGTHS = {"cpu": [512, 1024, 2048], "cuda": [8192, 16_384, 32_768]}
@@ -85,13 +90,45 @@ def measure(
     return runs
 
 
-def summarize(answers: list[Answer], runs: list[list[Run]]) -> dict[str, Any]:
+def time_products(model: Any, rows: list[int], is_packed: bool, repeats: int) -> dict[int, list[float]]:
+    """Time one pass through all linear layers and nothing else, for each number of rows, in turns; in seconds."""
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    sizes = {layer.in_features for layer in layers}
+    inputs = {
+        (number, size): torch.randn(1, number, size, dtype=model.dtype, device=model.device)
+        for number in rows
+        for size in sizes
+    }
+
+    def finish_device() -> None:
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def run(number: int) -> float:
+        finish_device()
+        begin = time.perf_counter()
+        for layer in layers:
+            layer(inputs[number, layer.in_features])
+        finish_device()
+        return time.perf_counter() - begin
+
+    with torch.no_grad(), packed_weights(model) if is_packed else contextlib.nullcontext():
+        for number in rows:
+            run(number)
+        seconds: dict[int, list[float]] = {number: [] for number in rows}
+        for number in in_turns(rows, 10 * repeats):
+            seconds[number].append(run(number))
+    return seconds
+
+
+def summarize(answers: list[Answer], runs: list[list[Run]], products: dict[int, list[float]]) -> dict[str, Any]:
     """Give the points and the curve of one length."""
     # the first token is chosen by the prompt's pass, so one less is written in the time that counts
     written = answers[0].num_tokens - 1
     latency = [[1000 * run.seconds / written for run in of] for of in runs]
     parallelism = [of[0].stats.parallelism for of in runs]
     per_pass = [written / of[0].stats.num_steps for of in runs]
+    alone = [1000 * statistics.median(products[answer.num_paths]) for answer in answers]
     points = [
         {
             "paths": answer.num_paths,
@@ -102,8 +139,9 @@ def summarize(answers: list[Answer], runs: list[list[Run]]) -> dict[str, Any]:
             "sampled_tokens": of[0].num_sampled,
             "ms_per_token": spread(y),
             "prompt_seconds": spread([run.prompt_seconds for run in of]),
+            "ms_of_products": round(each, 4),
         }
-        for answer, of, x, tokens, y in zip(answers, runs, parallelism, per_pass, latency, strict=True)
+        for answer, of, x, tokens, y, each in zip(answers, runs, parallelism, per_pass, latency, alone, strict=True)
     ]
     medians, least = [statistics.median(y) for y in latency], [min(y) for y in latency]
     shares = [fit(parallelism, list(repeat)).share_percent for repeat in zip(*latency, strict=True)]
@@ -114,6 +152,9 @@ def summarize(answers: list[Answer], runs: list[list[Run]]) -> dict[str, Any]:
         "share_percent_of_repeats": spread(shares),
         "fit_of_least": fit(parallelism, least).to_dict(),
         "fit_on_tokens_per_pass": fit(per_pass, medians).to_dict(),
+        "fit_of_products": fit(
+            parallelism, [each / tokens for each, tokens in zip(alone, per_pass, strict=True)]
+        ).to_dict(),
         "share_percent_of_paper": LATENCY_SHARES.get(answers[0].num_tokens),
     }
 
@@ -128,19 +169,22 @@ def print_results(results: list[dict[str, Any]]) -> None:
                 f"{show(point['ms_per_token'])}"
             )
     print(
-        "\ny = a/x + b by least squares, and b/(a+b): of medians [single repeats], of least times, by passes, paper's"
+        "\ny = a/x + b by least squares, and b/(a+b): of medians [single repeats], of least times, by passes, of the "
+        "weights' products alone, paper's"
     )
     print(
         f"{'tokens':>7} {'a (ms)':>9} {'b (ms)':>9} {'R²':>8} {'farthest':>9}   {'b/(a+b)':25} {'least':>8} "
-        f"{'passes':>8} {'paper':>8}"
+        f"{'passes':>8} {'products':>10} {'paper':>8}"
     )
     for row in results:
         curve, repeats, paper = row["fit"], row["share_percent_of_repeats"], row["share_percent_of_paper"]
         share = f"{curve['share_percent']:.2f} % [{repeats['min']:.2f}, {repeats['max']:.2f}]"
-        others = [row[name]["share_percent"] for name in ("fit_of_least", "fit_on_tokens_per_pass")]
+        names = ("fit_of_least", "fit_on_tokens_per_pass", "fit_of_products")
+        others = [row[name]["share_percent"] for name in names]
         print(
             f"{row['tokens']:7} {curve['a_ms']:9.4g} {curve['b_ms']:9.3g} {curve['r_squared']:8.5f} "
             f"{curve['residual_percent']:7.1f} %   {share:25} {others[0]:6.2f} % {others[1]:6.2f} % "
+            f"{others[2]:8.2f} % "
             f"{'-' if paper is None else f'{paper} %':>8}"
         )
     shares = " and ".join(f"{share} % at {tokens // 1024}k" for tokens, share in LATENCY_SHARES.items())
@@ -212,7 +256,8 @@ def main() -> None:
     result |= {"prompt_tokens": args.prompt, "repeats": args.repeats, "cache_tokens": cache_tokens}
     with MultiverseEngine(model, max_cache_tokens=cache_tokens) as engine:
         runs = measure(engine, tags, answers, args)
-    result["results"] = [summarize(*each) for each in zip(answers, runs, strict=True)]
+    products = time_products(model, paths, engine.pack_weights, args.repeats)
+    result["results"] = [summarize(*each, products) for each in zip(answers, runs, strict=True)]
     result["peak_memory_bytes"] = peak_memory(args.device)
     print_results(result["results"])
     if args.plot is not None:
