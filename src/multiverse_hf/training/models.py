@@ -126,8 +126,10 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases
         tokenizer: cuts the words into tokens.
         phrases: the words, by token id.
     """
-    inputs = model.get_input_embeddings()
-    if len(tokenizer) > inputs.weight.shape[0]:
+    inputs = model.get_input_embeddings().weight
+    with _whole(inputs):  # a part of it shows no row
+        num_rows = inputs.shape[0]
+    if len(tokenizer) > num_rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
     pieces = {token: tokenizer.encode(text, add_special_tokens=False) for token, text in phrases.items()}
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]
