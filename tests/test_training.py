@@ -20,7 +20,7 @@ from multiverse_hf.data.records import Form, read_record
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.modeling.tags import NPR, TagSet
 from multiverse_hf.training.merging import merge_adapter
-from multiverse_hf.training.models import load_base, tag_phrases, trainable_tokens
+from multiverse_hf.training.models import default_attention, load_base, tag_phrases, trainable_tokens
 
 BLOCK = (
     "<Parallel>\n<Goal>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Goal>\n<Path>\n1: left\n</Path>\n"
@@ -124,6 +124,13 @@ def test_embeddings_parted_by_deepspeed_zero3_become_what_they_become_whole(tmp_
     for ours, layer in zip(weights, layers, strict=True):
         assert ours.shape == layer.weight.shape
         torch.testing.assert_close(ours[rows], layer.weight[rows])
+
+
+@pytest.mark.parametrize("keeps_apart", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_attention_by_default_is_never_one_that_takes_a_mask_of_all_pairs(device, keeps_apart):
+    chosen = default_attention(device, keeps_apart)
+    assert chosen == ("multiverse_sdpa" if device != "cuda" else "flex_attention" if keeps_apart else "sdpa")
 
 
 def test_another_family_of_tags_is_added_by_its_name(tmp_path):

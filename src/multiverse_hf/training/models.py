@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from multiverse_hf.modeling.chunked import CHUNKED
 from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
 
@@ -104,6 +105,18 @@ def load_base(
     others = [end for end in ends if end != tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *others] if others else tokenizer.eos_token_id
     return Base(model, tokenizer, tags, new_ids)
+
+
+def default_attention(device_type: str, keeps_apart: bool) -> str:
+    """Name the attention implementation that trains without a mask of L x L.
+
+    Args:
+        device_type: of the device that trains: "cuda", "cpu", ...
+        keeps_apart: whether a row may hold what must not see each other: sibling paths, or several documents.
+    """
+    if device_type != "cuda":
+        return CHUNKED  # which leaves rows that need no mask to sdpa
+    return "flex_attention" if keeps_apart else "sdpa"
 
 
 def tag_phrases(names: TagNames) -> dict[str, str]:
