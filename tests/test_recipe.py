@@ -71,7 +71,8 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     (block,) = (text for text in blocks if "recipes/sft.py" in text)
     at = block.index("python recipes/")
     install, commands = block[:at], block[at:]
-    assert [line.split()[:2] for line in install.splitlines()] == [["pip", "install"]] * 2  # as this environment was made
+    # as this environment was made
+    assert [line.split()[:2] for line in install.splitlines()] == [["pip", "install"]] * 2
     rows = [json.dumps(row) for row in documents(50)]
     rows[3:3] = ["{half of a row", json.dumps({"prompt": "x", "document": "<Think>"})]
     (tmp_path / "my-documents.jsonl").write_text("\n".join(rows))
