@@ -23,9 +23,9 @@ BIN = Path(sys.executable).parent
 SMALL = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--head-dim", "16"]
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, timeout: float = 300) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(cwd / "hf")}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -317,6 +317,43 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     assert {file.name for file in (tmp_path / "multiverse-tiny").iterdir()} > names
     assert "| chains, single | 2 |" in (tmp_path / "multiverse-tiny/README.md").read_text()
     assert (tmp_path / "multiverse-tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
+
+
+@pytest.mark.slow
+def test_the_papers_table_in_miniature_is_made_by_one_command_that_repeats_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "recipes/multiverse-tiny/paper.py"), "--output", "table", "--seeds", "3"]
+    said = run(*command, "--num-rows", "64", "--problems", "1", cwd=tmp_path, timeout=1800)
+    assert (said.count("training the"), said.count("asking ")) == (2, 4)
+    table = json.loads((tmp_path / "table/table.json").read_text())
+    assert (table["settings"]["num_rows"], len(table["rows"])) == (64, 4)
+    seed = tmp_path / "table/seed-3"
+    for name, settings in (("parallel", {"sequential": False}), ("sequential", {"sequential": True})):
+        record = json.loads((seed / name / "run.json").read_text())
+        steps = json.loads(next((seed / name).glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
+        assert (record["training"]["seed"], record["data"]["rows_seed"], steps) == (3, 4, 8)
+        assert settings.items() <= record["data"].items()
+    files = (
+        "base-parallel",
+        "sequential-sequential",
+        "parallel-sequential",
+        "parallel-parallel",
+    )  # in the rows' order
+    for file, row in zip(files, table["rows"].values(), strict=True):
+        results = json.loads((seed / f"evaluation-{file}.json").read_text())["results"]
+        assert results["flat"]["problems"] == 1
+        assert row["accuracy"]["values"] == [pytest.approx(sum(kind["accuracy"] for kind in results.values()) / 0.03)]
+        assert row["length"]["mean"] == (results["flat"]["length"] + results["nested"]["length"]) / 2
+    lines = (tmp_path / "table/table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(table["rows"])
+    assert (tmp_path / "table/table.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {file: file.stat().st_mtime_ns for file in seed.rglob("*") if file.is_file()}
+    again = run(*command, "--num-rows", "64", "--problems", "1", cwd=tmp_path)
+    assert again.splitlines() == lines
+    assert before == {file: file.stat().st_mtime_ns for file in seed.rglob("*") if file.is_file()}
+    refused = subprocess.run([*command, "--num-rows", "65"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "was begun with" in refused.stderr
 
 
 RECIPES = sorted(ROOT.glob("recipes/*/sft*.yaml"))
