@@ -266,7 +266,8 @@ def train_command(*options: str) -> list[str]:
     launch = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"]
     config = str(ROOT / "recipes/multiverse-tiny/sft.yaml")
     command = [*launch, str(ROOT / "recipes/sft.py"), "--config", config, "--model_name_or_path", "base"]
-    return [*command, "--output_dir", "out", "--num_rows", "32", "--logging_steps", "1", *options]
+    few = ["--num_rows", "32", "--logging_steps", "1", "--report_to", "none"]
+    return [*command, "--output_dir", "out", *few, *options]
 
 
 def train(folder: Path, *options: str) -> str:
