@@ -15,11 +15,12 @@ With --threads 1 it is as in a worker of a DataLoader, and other work on the mac
 
     python benchmarks/mask_memory.py
     python benchmarks/mask_memory.py --lengths 4096 32768 --path-tokens 30 120 --dense-up-to 4096
-    python benchmarks/mask_memory.py --plot mask_memory.png
     python benchmarks/mask_memory.py --threads 1 --output benchmarks/results/mask_memory_cpu.json
+    python benchmarks/mask_memory.py --stored mask_memory.json --plot mask_memory.png
 """
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -268,7 +269,9 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     labels = {"published": "two dense float32 masks", "dense_bool": "dense bool mask", "ours": "layout and BlockMask"}
     for name, label in labels.items():
         sizes = [row[name]["bytes"] for row in results]
-        (line,) = axes.plot(lengths, sizes, linewidth=1, label=label)
+        power = exponent(lengths, sizes)
+        grows = "" if power is None else f", L^{power:.2f}"
+        (line,) = axes.plot(lengths, sizes, linewidth=1, label=label + grows)
         built = [row[name].get("built", True) for row in results]
         for is_built in (True, False):
             at = [place for place, each in enumerate(built) if each == is_built]
@@ -281,7 +284,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
                 edgecolor=line.get_color(),
                 zorder=3,
             )
-    axes.legend(title="hollow: computed, not built", frameon=False)
+    axes.legend(title="hollow: computed, not built", frameon=False, alignment="left")
     save(figure, path)
 
 
@@ -305,7 +308,17 @@ def main() -> None:
         help="tokens up to which dense masks are built (default: %(default)s)",
     )
     parser.add_argument("--plot", type=plot_file, default=None, help="also draw bytes against tokens to this PNG file")
+    parser.add_argument("--stored", type=Path, default=None, help="measure nothing: show and draw this JSON result")
     args = parser.parse_args()
+    if args.stored is not None:
+        try:
+            result = json.loads(args.stored.read_bytes())
+            print_results(result)
+            if args.plot is not None:
+                plot(result["results"], args.plot)
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            parser.error(f"{args.stored} is no result of this benchmark: {err!r}")
+        return
     if args.path_tokens[0] > args.path_tokens[1]:
         parser.error(f"--path-tokens takes the fewest and then the most, got {args.path_tokens}")
     if args.threads is not None:

@@ -7,6 +7,9 @@
 Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-6``. A killed run goes on
 with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the rows, says what would be dropped, and
 stops.
+
+Unless told otherwise it makes the paper's eight passes (parallel_share), attends without a mask of L x L
+(attn_implementation: flex_attention on a GPU, multiverse_sdpa elsewhere), and logs to TensorBoard (report_to).
 """
 
 import argparse
@@ -22,9 +25,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from safetensors import SafetensorError
 from transformers import set_seed
+from transformers.integrations import is_tensorboard_available
+from transformers.utils import is_liger_kernel_available
 
 try:
     from datasets import Dataset
@@ -36,14 +40,14 @@ except ModuleNotFoundError as err:
 from multiverse_hf import __version__
 from multiverse_hf.data.building import TrainingRows, build_rows
 from multiverse_hf.data.collation import DocumentCollator
-from multiverse_hf.data.curriculum import CurriculumSampler
+from multiverse_hf.data.curriculum import PAPER_SHARES, CurriculumSampler, paper_shares
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.data.records import Form, load_rows
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.training.generations import GenerationCallback
-from multiverse_hf.training.models import Base, load_base, trainable_tokens
+from multiverse_hf.training.models import Base, default_attention, load_base, trainable_tokens
 from multiverse_hf.training.report import draw_run, write_page
 from multiverse_hf.training.runs import check_same_run, claim, find_checkpoint
 from multiverse_hf.training.trainer import MultiverseSFTTrainer
@@ -65,11 +69,12 @@ class DataArguments:
     )
     eval_generations: int = field(default=8, metadata={"help": "rows whose prompts are answered at an evaluation"})
     eval_max_new_tokens: int = field(default=2048, metadata={"help": "length of such an answer, at most"})
-    parallel_share: list[float] = field(
-        default_factory=lambda: [1.0],
+    parallel_share: list[float] | None = field(
+        default=None,
         metadata={
             "help": "share of rows in parallel form, one for each epoch or one for all; the rest is sequential. "
-            "0 is the autoregressive baseline, '0 0 0.1 0.5 0.5 0.9 1 1' the paper's eight epochs"
+            "0 is the autoregressive baseline. Not given: the paper's '0 0 0.1 0.5 0.5 0.9 1 1' over eight epochs, "
+            "the same way from 0 to 1 over another number of them, 1 with a single one or with max_steps"
         },
     )
     overlong: str = field(
@@ -100,7 +105,14 @@ class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFo
 
 
 class Parser(TrlParser):
-    """TRL's parser, which would print the usage of its hundreds of options before an error."""
+    """TRL's parser with this recipe's defaults; it would print the usage of hundreds of options before an error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_defaults(
+            num_train_epochs=float(len(PAPER_SHARES)),
+            report_to="tensorboard" if is_tensorboard_available() else "none",
+        )
 
     def error(self, message: str) -> NoReturn:
         self.exit(USAGE, f"error: {message}\n")
@@ -126,9 +138,10 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
             raise CommandError(f"{name} must be at least 0, got {getattr(data, name)}")
     if data.overlong not in ("drop", "cut"):
         raise CommandError(f"overlong is drop or cut, got {data.overlong!r}")
-    if not all(0 <= share <= 1 for share in data.parallel_share):
-        raise CommandError(f"parallel_share is a share from 0 to 1 for each epoch, got {data.parallel_share}")
-    named = len(data.parallel_share)
+    shares = data.parallel_share or []
+    if not all(0 <= share <= 1 for share in shares):
+        raise CommandError(f"parallel_share is a share from 0 to 1 for each epoch, got {shares}")
+    named = len(shares)
     if named > 1 and training.max_steps < 1 and named != training.num_train_epochs:
         raise CommandError(
             f"parallel_share names {named} epochs and num_train_epochs is {training.num_train_epochs:g}; make the two "
@@ -145,17 +158,37 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
             raise CommandError(f"{name} must be a number, got {getattr(training, name)}")
     if training.learning_rate < 0:
         raise CommandError(f"learning_rate must be at least 0, got {training.learning_rate}")
+    if training.use_liger_kernel and not is_liger_kernel_available():  # transformers would say so after all the rows
+        raise CommandError("use_liger_kernel needs liger-kernel: pip install 'multiverse_hf[liger]'; or leave it out")
     if training.label_smoothing_factor:
         raise CommandError("label_smoothing_factor builds all logits, which this recipe never does; leave it out")
     if training.max_steps < 1 and training.num_train_epochs <= 0:
         raise CommandError(f"num_train_epochs must be above 0, got {training.num_train_epochs}; or give max_steps")
     is_file = Path(data.dataset_name).suffix in (".jsonl", ".json", ".parquet", ".csv")
-    if is_file and (data.dataset_test_split or data.dataset_config or data.dataset_train_split != "train"):
-        raise CommandError(f"{data.dataset_name} is a file and has no splits; hold rows out with eval_rows")
+    is_one = is_file or data.dataset_name == "chains"
+    if is_one and (data.dataset_test_split or data.dataset_config or data.dataset_train_split != "train"):
+        kind = "is a file and has" if is_file else "are made and have"
+        raise CommandError(f"{data.dataset_name} {kind} no splits; hold rows out with eval_rows")
     if training.eval_strategy != "no" and not (data.dataset_test_split or data.eval_rows):
         raise CommandError("an evaluation needs rows; give dataset_test_split or eval_rows")
 
     check_output(Path(training.output_dir), is_folder=True)
+
+
+def settle(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
+    """Set what was left open: the curriculum, and the attention implementation; and say so once."""
+    said = []
+    if data.parallel_share is None:
+        one = training.max_steps > 0  # which end wherever they end
+        data.parallel_share = paper_shares(1 if one else math.ceil(training.num_train_epochs))
+        shares = " ".join(f"{share:g}" for share in data.parallel_share)
+        said.append(f"parallel_share {shares}{', in all epochs' if one else ', by epoch'}")
+    if model_args.attn_implementation is None:
+        has_paths = max(data.parallel_share) > 0 and not data.sequential
+        model_args.attn_implementation = default_attention(training.device.type, has_paths or data.pack_rows)
+        said.append(f"attn_implementation {model_args.attn_implementation}")
+    if said and training.process_index == 0:
+        print(f"chosen, as not given: {'; '.join(said)}")
 
 
 def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
@@ -230,9 +263,9 @@ def read_rows(data: DataArguments, encoder: RowEncoder, forms: list[Form], split
     return built
 
 
-def say_rows(built: TrainingRows, path: Path, keep: bool) -> None:
+def say_rows(built: TrainingRows, split: str, path: Path, keep: bool) -> None:
     """Say what was read and what was dropped, and write the list of it, unless a finished run's is to be kept."""
-    print(f"rows: {json.dumps(built.report.summary())}\n{built.describe()}")
+    print(f"{split} rows: {json.dumps(built.report.summary())}\n{built.describe()}")
     for entry in built.report.dropped[:5]:
         print(f"  row {entry['row']}: {entry['reason']}: {one_line(entry['detail'], 160)}")
     if not keep:
@@ -276,6 +309,7 @@ def main() -> None:
     lock = None
     try:
         check_arguments(data, training, model_args)
+        settle(data, training, model_args)
         if not data.check_rows:
             training.resume_from_checkpoint = find_checkpoint(output, training.resume_from_checkpoint)
             lock = claim(output) if training.process_index == 0 else None
@@ -297,7 +331,10 @@ def main() -> None:
         elif data.eval_rows:
             train, test = hold_out(train, data.eval_rows)
         if is_main:
-            say_rows(train, output / "dropped_rows.jsonl", keep=data.check_rows and (output / "run.json").exists())
+            keep = data.check_rows and (output / "run.json").exists()
+            say_rows(train, data.dataset_train_split, output / "dropped_rows.jsonl", keep)
+            if data.dataset_test_split:
+                say_rows(test, data.dataset_test_split, output / "dropped_test_rows.jsonl", keep)
         if data.check_rows:
             return
         implementation = model.config._attn_implementation
@@ -307,8 +344,10 @@ def main() -> None:
                 f"attn_implementation {implementation} cannot mask sibling paths; use flex_attention, or "
                 "parallel_share 0 for the autoregressive baseline"
             )
-        if implementation == "flex_attention" and not torch.cuda.is_available():
-            raise CommandError("flex_attention cannot train without a GPU (torch has no backward for it); use sdpa")
+        if implementation == "flex_attention" and training.device.type == "cpu":
+            raise CommandError(
+                "flex_attention cannot train without a GPU (torch has no backward for it); use multiverse_sdpa"
+            )
     except (CommandError, ValueError) as err:
         parser.error(str(err))
     columns = ("input_ids", "labels", "kinds", "plain")
@@ -382,6 +421,7 @@ def main() -> None:
             "num_tokens": sum(map(len, dataset["input_ids"])),
             "rows": train.report.summary(),
             "trained_on": len(train.records),
+            "test_rows": test.report.summary() if data.dataset_test_split else None,
         },
         "training": training.to_dict() | {"max_length": max_length},
         "model": asdict(model_args)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, DataLoader
 
-from multiverse_hf.data.curriculum import PAPER_SHARES, Choice, CurriculumSampler, pack_rows
+from multiverse_hf.data.curriculum import PAPER_SHARES, Choice, CurriculumSampler, pack_rows, paper_shares
 from multiverse_hf.training.trainer import Packs
 
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
@@ -37,6 +37,21 @@ def test_the_papers_eight_epochs_read_its_shares_and_every_record_once(max_lengt
         assert sampler.parallel_share(epoch) == share
         orders.append(rows)
     assert orders[6] != orders[7]
+
+
+def test_the_papers_way_over_another_number_of_epochs_still_goes_from_sequential_to_parallel():
+    assert tuple(paper_shares(8)) == PAPER_SHARES
+    assert paper_shares(1) == [1]
+    assert paper_shares(2) == [0, 1]
+    assert paper_shares(3) == [0, 0.5, 1]
+    assert paper_shares(15)[::2] == list(PAPER_SHARES)
+    for epochs in range(2, 30):
+        shares = paper_shares(epochs)
+        assert len(shares) == epochs
+        assert shares == sorted(shares)
+        assert (shares[0], shares[-1]) == (0, 1)
+    with pytest.raises(ValueError, match="at least one epoch, got 0"):
+        paper_shares(0)
 
 
 @given(sizes=lengths, max_length=st.integers(1, 60), seed=st.integers(0, 9))

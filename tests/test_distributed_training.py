@@ -21,6 +21,7 @@ pytest.importorskip("trl", reason="the recipe needs the train extra: pip install
 import psutil
 import torch
 from filelock import FileLock
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from test_packing import PACKS, assert_equal, packed, starcoder
 from test_recipe import BIN, ROOT, SFT, call, documents, losses
@@ -127,20 +128,22 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from test_packing import PACKS, packed, starcoder
+from test_distributed_training import ATTENTION, WAYS, model_of
+from test_packing import PACKS, packed
 
 torch.distributed.init_process_group("gloo")
 rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
 mesh = init_device_mesh("cpu", (size,))
-for way in ("all_reduce", "ddp", "fully_shard", "fully_shard, activation checkpointing"):
-    model = starcoder("sdpa").train()
+for attn, lora, way in ((attn, lora, way) for attn in ATTENTION for lora in (False, True) for way in WAYS):
+    model = model_of(attn, lora)
+    inner = model.get_base_model() if lora else model
     sharded = 0
     if "activation" in way:
-        model.activation_checkpointing_enable()
+        inner.activation_checkpointing_enable()
     if way == "ddp":
         model = DistributedDataParallel(model)
     if way.startswith("fully_shard"):
-        for layer in model.model.layers:
+        for layer in inner.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         sharded = sum(isinstance(weight, DTensor) for weight in model.parameters())
@@ -157,8 +160,21 @@ for way in ("all_reduce", "ddp", "fully_shard", "fully_shard, activation checkpo
             gradient = gradient * size  # they give the mean over processes
         whole[name.removeprefix("module.")] = gradient
     if rank == 0:
-        torch.save({"loss": loss, "gradients": whole, "processes": size, "sharded": sharded}, f"{way}.pt")
+        said = {"loss": loss, "gradients": whole, "processes": size, "sharded": sharded}
+        torch.save(said, f"{attn}, {'lora' if lora else 'full'}, {way}.pt")
 """
+ATTENTION = ("sdpa", "eager")
+WAYS = ("all_reduce", "ddp", "fully_shard", "fully_shard with activation checkpointing")
+
+
+def model_of(attn: str, lora: bool) -> torch.nn.Module:
+    """A model in float64, the same in each process."""
+    model = starcoder(attn)
+    if lora:
+        torch.manual_seed(1)
+        settings = LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)
+        model = get_peft_model(model, settings).double()
+    return model.train()
 
 
 @contextmanager
@@ -426,12 +442,13 @@ def test_answers_at_an_evaluation_are_written_once_whatever_the_number_of_proces
 # Float64, without a trainer
 
 
-def test_gradients_of_two_processes_are_those_of_one_over_all_packed_rows(runs: Path) -> None:
-    expected = packed(starcoder("sdpa").train(), PACKS)
-    files = sorted(runs.glob("*.pt"))
-    assert len(files) == 4
-    for file in files:
-        found = torch.load(file)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("attn", ATTENTION)
+def test_gradients_of_two_processes_are_those_of_one_over_all_packed_rows(runs: Path, attn: str, lora: bool) -> None:
+    expected = packed(model_of(attn, lora), PACKS)
+    assert all("lora" in name for name in expected[1]) == lora
+    for way in WAYS:
+        found = torch.load(runs / f"{attn}, {'lora' if lora else 'full'}, {way}.pt")
         assert found["processes"] == 2
-        assert bool(found["sharded"]) == file.name.startswith("fully_shard")
+        assert bool(found["sharded"]) == way.startswith("fully_shard")
         assert_equal((found["loss"], found["gradients"]), expected)

@@ -23,9 +23,9 @@ BIN = Path(sys.executable).parent
 SMALL = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--head-dim", "16"]
 
 
-def run(*command: str, cwd: Path) -> str:
+def run(*command: str, cwd: Path, timeout: float = 300) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "HF_HOME": str(cwd / "hf")}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -66,42 +66,79 @@ def block(paths: list[str], label: str = "") -> str:
     return f"<Parallel>\n<Goal>\n{outlines}\n</Goal>\n{written}\n<Conclusion>\ndone\n</Conclusion>\n</Parallel>"
 
 
-def test_fifty_documents_of_ones_own_become_a_lora_on_a_llama_and_then_an_ordinary_checkpoint(tmp_path: Path) -> None:
+def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_readme(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (block,) = (text for text in blocks if "recipes/sft.py" in text)
+    at = block.index("python recipes/")
+    install, commands = block[:at], block[at:]
+    # as this environment was made
+    assert [line.split()[:2] for line in install.splitlines()] == [["pip", "install"]] * 2
     rows = [json.dumps(row) for row in documents(50)]
     rows[3:3] = ["{half of a row", json.dumps({"prompt": "x", "document": "<Think>"})]
-    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
-    make_base = str(ROOT / "recipes/tiny-random/make_base.py")
-    run(sys.executable, make_base, "--architecture", "llama", "--output", "llama", cwd=tmp_path)
-    launch = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"]
-    config = ["--config", str(ROOT / "recipes/tiny-random/sft_lora.yaml"), "--model_name_or_path", "llama"]
-    command = [*launch, str(ROOT / "recipes/sft.py"), *config, "--dataset_name", "mine.jsonl", "--output_dir", "out"]
-    checked = run(*command, "--check_rows", cwd=tmp_path)
-    assert '"rows": 52, "kept": 50, "dropped": {"unreadable": 1, "malformed document": 1}' in checked
-    assert not (tmp_path / "out/begun.json").exists()
-    run(*command, "--pack_rows", "true", "--max_length", "2048", cwd=tmp_path)
+    (tmp_path / "my-documents.jsonl").write_text("\n".join(rows))
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
+    (tmp_path / "multiverse").chmod(0o755)
+    path = os.pathsep.join(map(str, (tmp_path, BIN, os.environ["PATH"])))
+    said = run("env", f"PATH={path}", "bash", "-ec", commands, cwd=tmp_path)
+    chosen = "chosen, as not given: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
+    assert said.count(chosen) == 1
+    assert '"rows": 52, "kept": 50, "dropped": {"unreadable": 1, "malformed document": 1}' in said
 
-    record = json.loads((tmp_path / "out/run.json").read_text())
+    out = tmp_path / "runs/tiny-lora"
+    record = json.loads((out / "run.json").read_text())
     assert record["data"]["rows"]["kept"] == 50
     assert record["last_evaluation"]["eval_generated_well_formed"] == 1.0
-    dropped = [json.loads(line) for line in (tmp_path / "out/dropped_rows.jsonl").read_text().splitlines()]
+    dropped = [json.loads(line) for line in (out / "dropped_rows.jsonl").read_text().splitlines()]
     assert [entry["row"] for entry in dropped] == [3, 4]
-    history = json.loads(next((tmp_path / "out").glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
+    history = json.loads(next(out.glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert {entry["parallel_share"] for entry in steps} == {0.0, 0.5, 1.0}
     assert "loss_path" not in steps[0]
     assert {"loss_path", "loss_tag", "loss_conclusion", "loss_answer", "accuracy_goal"} <= steps[-1].keys()
-    answers = [json.loads(line) for line in next((tmp_path / "out/generations").iterdir()).read_text().splitlines()]
+    answers = [json.loads(line) for line in next((out / "generations").iterdir()).read_text().splitlines()]
     assert [answer["expected"] for answer in answers] == ["48", "49"]
-    assert "![Loss" in (tmp_path / "out/report.md").read_text()
-    assert (tmp_path / "out/report.png").read_bytes().startswith(b"\x89PNG")
-    assert next((tmp_path / "out").rglob("events.out.tfevents*"))
+    assert "![Loss" in (out / "report.md").read_text()
+    assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert next(out.rglob("events.out.tfevents*"))
 
-    multiverse = (sys.executable, "-m", "multiverse_hf.cli")
-    run(*multiverse, "merge", "--adapter", "out", "--output", "merged", cwd=tmp_path)
-    assert json.loads((tmp_path / "merged/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    options = ["--model", "merged", "--json", "--max-new-tokens", "20"]
-    answer = run(*multiverse, "generate", *options, "What of 3?", cwd=tmp_path)
-    assert json.loads(answer)["stats"]["length"] > 0
+    config = json.loads((tmp_path / "tiny-multiverse/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_without_options_a_run_makes_the_papers_passes_and_says_which_rows_it_is_not_judged_on(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps(row) for row in documents(6)]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/train.jsonl").write_text("\n".join(rows))
+    (tmp_path / "mine/test.jsonl").write_text(
+        "\n".join([*rows[:2], json.dumps({"prompt": "x", "document": "<Think>"})])
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    options = ["--model_name_or_path", str(base / "base"), "--dataset_name", "mine", "--dataset_test_split", "test"]
+    options += ["--use_cpu", "--output_dir", "out", "--eval_strategy", "epoch", "--eval_generations", "0"]
+    assert call(monkeypatch, SFT, *options, "--check_rows") == 0
+    checked = capfd.readouterr().out
+    assert 'train rows: {"rows": 6, "kept": 6' in checked
+    assert 'test rows: {"rows": 3, "kept": 2, "dropped": {"malformed document": 1}}' in checked
+    assert "out/dropped_test_rows.jsonl" in checked
+    assert call(monkeypatch, SFT, *options, "--logging_steps", "1") == 0
+    said = capfd.readouterr().out
+    chosen = "parallel_share 0 0 0.1 0.5 0.5 0.9 1 1, by epoch; attn_implementation multiverse_sdpa"
+    assert said.count(f"chosen, as not given: {chosen}\n") == 1
+
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert tuple(record["data"]["parallel_share"]) == PAPER_SHARES
+    assert record["model"]["attn_implementation"] == "multiverse_sdpa"
+    assert record["data"]["test_rows"] == {"rows": 3, "kept": 2, "dropped": {"malformed document": 1}}
+    (dropped,) = map(json.loads, (tmp_path / "out/dropped_test_rows.jsonl").read_text().splitlines())
+    assert dropped["row"] == 2
+    assert "Evaluated on `test`: 3 read, 2 kept" in (tmp_path / "out/report.md").read_text()
+    assert [entry[-1] for entry in losses(tmp_path / "out")] == [round(6 * share) / 6 for share in PAPER_SHARES]
+    assert next((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
 def test_a_base_in_four_bits_gets_an_adapter_that_merges_into_the_whole_one(base: Path, tmp_path: Path) -> None:
@@ -229,7 +266,8 @@ def train_command(*options: str) -> list[str]:
     launch = [str(BIN / "accelerate"), "launch", "--num_processes", "1", "--cpu", "--mixed_precision", "no"]
     config = str(ROOT / "recipes/multiverse-tiny/sft.yaml")
     command = [*launch, str(ROOT / "recipes/sft.py"), "--config", config, "--model_name_or_path", "base"]
-    return [*command, "--output_dir", "out", "--num_rows", "32", "--logging_steps", "1", *options]
+    few = ["--num_rows", "32", "--logging_steps", "1", "--report_to", "none"]
+    return [*command, "--output_dir", "out", *few, *options]
 
 
 def train(folder: Path, *options: str) -> str:
@@ -282,6 +320,43 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     assert (tmp_path / "multiverse-tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
 
 
+@pytest.mark.slow
+def test_the_papers_table_in_miniature_is_made_by_one_command_that_repeats_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "recipes/multiverse-tiny/paper.py"), "--output", "table", "--seeds", "3"]
+    said = run(*command, "--num-rows", "64", "--problems", "1", cwd=tmp_path, timeout=1800)
+    assert (said.count("training the"), said.count("asking ")) == (2, 4)
+    table = json.loads((tmp_path / "table/table.json").read_text())
+    assert (table["settings"]["num_rows"], len(table["rows"])) == (64, 4)
+    seed = tmp_path / "table/seed-3"
+    for name, settings in (("parallel", {"sequential": False}), ("sequential", {"sequential": True})):
+        record = json.loads((seed / name / "run.json").read_text())
+        steps = json.loads(next((seed / name).glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
+        assert (record["training"]["seed"], record["data"]["rows_seed"], steps) == (3, 4, 8)
+        assert settings.items() <= record["data"].items()
+    files = (
+        "base-parallel",
+        "sequential-sequential",
+        "parallel-sequential",
+        "parallel-parallel",
+    )  # in the rows' order
+    for file, row in zip(files, table["rows"].values(), strict=True):
+        results = json.loads((seed / f"evaluation-{file}.json").read_text())["results"]
+        assert results["flat"]["problems"] == 1
+        assert row["accuracy"]["values"] == [pytest.approx(sum(kind["accuracy"] for kind in results.values()) / 0.03)]
+        assert row["length"]["mean"] == (results["flat"]["length"] + results["nested"]["length"]) / 2
+    lines = (tmp_path / "table/table.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == list(table["rows"])
+    assert (tmp_path / "table/table.png").read_bytes().startswith(b"\x89PNG")
+
+    before = {file: file.stat().st_mtime_ns for file in seed.rglob("*") if file.is_file()}
+    again = run(*command, "--num-rows", "64", "--problems", "1", cwd=tmp_path)
+    assert again.splitlines() == lines
+    assert before == {file: file.stat().st_mtime_ns for file in seed.rglob("*") if file.is_file()}
+    refused = subprocess.run([*command, "--num-rows", "65"], cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "was begun with" in refused.stderr
+
+
 RECIPES = sorted(ROOT.glob("recipes/*/sft*.yaml"))
 
 
@@ -299,6 +374,7 @@ def test_every_recipe_says_what_the_script_and_trl_understand(recipe: Path, tmp_
     assert training.learning_rate > 0
     if "autoregressive" in recipe.name:
         assert data.parallel_share == [0] or data.sequential
+    assert training.report_to == ["tensorboard"]
     if recipe.parent.name == "qwen2.5-32b" and recipe.name == "sft.yaml":  # the paper's
         assert tuple(data.parallel_share) == PAPER_SHARES
         assert (training.learning_rate, training.lr_scheduler_type, training.warmup_steps) == (1e-5, "cosine", 0.05)
@@ -338,7 +414,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--dataset_name", "no-such.jsonl"], ["no file no-such.jsonl"]),
         ([SFT, "--dataset_name", "rows.jsonl"], ["none of 1 rows", "found text"]),
         ([SFT, "--parallel_share", "0", "2"], ["parallel_share", "[0.0, 2.0]"]),
-        ([SFT, "--parallel_share", "0", "1"], ["2 epochs", "num_train_epochs is 3"]),
+        ([SFT, "--parallel_share", "0", "1"], ["2 epochs", "num_train_epochs is 8"]),
         ([SFT, "--pack_rows", "true", "--max_length", "0"], ["max_length", "at least 1"]),
         ([SFT, "--packing", "true"], ["packing", "pack_rows"]),
         ([SFT, "--overlong", "keep"], ["overlong", "drop or cut", "keep"]),
@@ -366,6 +442,8 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--num_train_epochs", "inf"], ["num_train_epochs", "inf"]),
         ([SFT, "--label_smoothing_factor", "0.1"], ["label_smoothing_factor", "leave it out"]),
         ([SFT, "--dataset_name", "rows.jsonl", "--dataset_test_split", "test"], ["is a file", "eval_rows"]),
+        ([SFT, "--dataset_test_split", "test"], ["chains are made", "eval_rows"]),
+        ([SFT, "--use_liger_kernel", "true"], ["liger-kernel", "multiverse_hf[liger]"]),
         ([SFT, "--max_steps", "1", "--parallel_share", "0", "0.5", "1"], ["max_steps 1", "epoch 1 of the 3"]),
         ([SFT, "--chat_template_path", "silent.jinja"], ["leaves out what the user says"]),
         ([SFT, "--use_peft", "true", "--lora_target_modules", "lm_head"], ["lm_head"]),

@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from multiverse_hf.data.records import Form, read_record
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.modeling.tags import NPR, TagSet
 from multiverse_hf.training.merging import merge_adapter
-from multiverse_hf.training.models import load_base, tag_phrases, trainable_tokens
+from multiverse_hf.training.models import default_attention, load_base, tag_phrases, trainable_tokens
 
 BLOCK = (
     "<Parallel>\n<Goal>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Goal>\n<Path>\n1: left\n</Path>\n"
@@ -79,6 +82,55 @@ def test_embeddings_with_room_keep_their_size_and_a_tagged_base_keeps_its_rows(t
     assert again.new_ids == []
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, base.model.state_dict()[name]), name
+
+
+ZERO3 = """
+import sys
+import deepspeed
+import torch
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
+from multiverse_hf.training.models import load_base
+
+torch.distributed.init_process_group("gloo")
+keep = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1})
+base = load_base(sys.argv[1], dtype="float32")
+layers = [base.model.get_input_embeddings(), base.model.get_output_embeddings()]
+was_parted = hasattr(layers[0].weight, "ds_shape")
+with deepspeed.zero.GatheredParameters([layer.weight for layer in layers]):
+    weights = [layer.weight.detach().clone() for layer in layers]
+if torch.distributed.get_rank() == 0:
+    torch.save((torch.distributed.get_world_size(), was_parted, weights), sys.argv[2])
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab_size", [None, 400], ids=["enlarged", "roomy"])
+def test_embeddings_parted_by_deepspeed_zero3_become_what_they_become_whole(tmp_path, vocab_size):
+    pytest.importorskip("deepspeed", reason="needs pip install deepspeed")
+    path = save_base(tmp_path / "base", "qwen2", vocab_size=vocab_size, tie_word_embeddings=False)
+    (tmp_path / "zero3.py").write_text(ZERO3)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(tmp_path / "zero3.py"), path, str(tmp_path / "weights.pt")]
+    done = subprocess.run(command, env=os.environ | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    processes, was_parted, weights = torch.load(tmp_path / "weights.pt")
+    assert processes == 2
+    assert was_parted == (vocab_size is not None)  # DeepSpeed parts those that were enlarged when the training begins
+    whole = load_base(path, dtype="float32")
+    before = AutoModelForCausalLM.from_pretrained(path).get_input_embeddings().num_embeddings
+    rows = [*range(before), *whole.new_ids]  # what else is added is random
+    layers = whole.model.get_input_embeddings(), whole.model.get_output_embeddings()
+    for ours, layer in zip(weights, layers, strict=True):
+        assert ours.shape == layer.weight.shape
+        torch.testing.assert_close(ours[rows], layer.weight[rows])
+
+
+@pytest.mark.parametrize("keeps_apart", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "mps", "cuda"])
+def test_attention_by_default_is_never_one_that_takes_a_mask_of_all_pairs(device, keeps_apart):
+    chosen = default_attention(device, keeps_apart)
+    assert chosen == ("multiverse_sdpa" if device != "cuda" else "flex_attention" if keeps_apart else "sdpa")
 
 
 def test_another_family_of_tags_is_added_by_its_name(tmp_path):

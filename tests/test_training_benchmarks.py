@@ -55,6 +55,10 @@ def test_masks_are_measured_against_the_length_and_drawn(
     assert result["target"] is None
     assert sum("computed, not built" in line for line in output) == 2
 
+    call(monkeypatch, MASK, "--stored", "result.json", "--plot", "b.png")
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
+    assert set(capsys.readouterr().out.splitlines()) < set(output)
+
 
 @pytest.mark.parametrize("length", [500, 1024, 5000])
 def test_documents_have_the_length_asked_for_and_whole_blocks(length: int) -> None:
@@ -84,6 +88,7 @@ def test_documents_have_the_length_asked_for_and_whole_blocks(length: int) -> No
         (MASK, ["--lengths", "50"], ["50 tokens", "shorter paths"]),
         (MASK, ["--path-tokens", "9", "3"], ["--path-tokens", "[9, 3]"]),
         (MASK, ["--plot", "a.bmp"], ["--plot", ".png"]),
+        (MASK, ["--stored", "none.json"], ["none.json", "no result"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else None,
 )

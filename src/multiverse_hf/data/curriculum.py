@@ -9,11 +9,28 @@ import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
 PAPER_SHARES = (0.0, 0.0, 0.1, 0.5, 0.5, 0.9, 1.0, 1.0)  # eight passes, Multiverse-32B
 _WINDOW = 4096  # rows that are packed together: more fill rows no better, and cost time
+
+
+def paper_shares(num_epochs: int) -> list[float]:
+    """Give the paper's way from sequential to parallel over another number of epochs: shares of rows in parallel form.
+
+    It is read at evenly spaced points from its first pass to its last, with straight lines between passes; a single
+    epoch is all parallel.
+
+    Raises:
+        ValueError: if there is no epoch.
+    """
+    if num_epochs < 1:
+        raise ValueError(f"a curriculum needs at least one epoch, got {num_epochs}")
+    last = len(PAPER_SHARES) - 1
+    points = np.linspace(0, last, num_epochs) if num_epochs > 1 else [last]
+    return [round(float(share), 4) for share in np.interp(points, range(last + 1), PAPER_SHARES)]
 
 
 @dataclass(frozen=True, slots=True)

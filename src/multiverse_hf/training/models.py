@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from multiverse_hf.modeling.chunked import CHUNKED
 from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
 
@@ -106,6 +107,18 @@ def load_base(
     return Base(model, tokenizer, tags, new_ids)
 
 
+def default_attention(device_type: str, keeps_apart: bool) -> str:
+    """Name the attention implementation that trains without a mask of L x L.
+
+    Args:
+        device_type: of the device that trains: "cuda", "cpu", ...
+        keeps_apart: whether a row may hold what must not see each other: sibling paths, or several documents.
+    """
+    if device_type != "cuda":
+        return CHUNKED  # which leaves rows that need no mask to sdpa
+    return "flex_attention" if keeps_apart else "sdpa"
+
+
 def tag_phrases(names: TagNames) -> dict[str, str]:
     """Give the words whose embeddings each tag begins with: what it names, and whether it opens or closes it."""
     phrases = {}
@@ -126,8 +139,10 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases
         tokenizer: cuts the words into tokens.
         phrases: the words, by token id.
     """
-    inputs = model.get_input_embeddings()
-    if len(tokenizer) > inputs.weight.shape[0]:
+    inputs = model.get_input_embeddings().weight
+    with _whole(inputs):  # a part of it shows no row
+        num_rows = inputs.shape[0]
+    if len(tokenizer) > num_rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
     pieces = {token: tokenizer.encode(text, add_special_tokens=False) for token, text in phrases.items()}
     layers = [model.get_input_embeddings(), model.get_output_embeddings()]

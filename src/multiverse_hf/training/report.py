@@ -62,7 +62,6 @@ def write_page(record: Mapping[str, Any], picture: str) -> str:
     """
     data, training, metrics = record["data"], record["training"], record["metrics"]
     rows = data["rows"]
-    dropped = ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
     versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
     last = {name: value for name, value in record["last_evaluation"].items() if name.startswith("eval_")}
     table = [f"| {name} | {value:.4g} |" for name, value in sorted({**metrics, **last}.items())]
@@ -77,9 +76,9 @@ def write_page(record: Mapping[str, Any], picture: str) -> str:
             f"Base: `{record['model']['model_name_or_path']}`, attention {record['model']['attn_implementation']}, "
             f"{lora}, {processes}.",
             "",
-            f"Rows: {rows['rows']} read, {rows['kept']} kept, {rows.get('cut', 0)} of them cut, "
-            f"{data['trained_on']} trained on; dropped: {dropped} (`dropped_rows.jsonl`). "
-            f"Fingerprint {data['fingerprint']}.",
+            f"Rows: {_counts(rows)}, {data['trained_on']} trained on; dropped: {_dropped(rows)} "
+            f"(`dropped_rows.jsonl`). Fingerprint {data['fingerprint']}.",
+            *_about_test_rows(data),
             "",
             ", ".join(f"{name} {data[name]}" for name in said) + ".",
             "",
@@ -93,3 +92,20 @@ def write_page(record: Mapping[str, Any], picture: str) -> str:
             "",
         ]
     )
+
+
+def _counts(rows: Mapping[str, Any]) -> str:
+    return f"{rows['rows']} read, {rows['kept']} kept, {rows.get('cut', 0)} of them cut"
+
+
+def _dropped(rows: Mapping[str, Any]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in rows["dropped"].items()) or "none"
+
+
+def _about_test_rows(data: Mapping[str, Any]) -> list[str]:
+    """Give the line on a split of its own for evaluation, where there is one."""
+    rows = data.get("test_rows")
+    if not rows:
+        return []
+    split = f"`{data['dataset_test_split']}`"
+    return ["", f"Evaluated on {split}: {_counts(rows)}; dropped: {_dropped(rows)} (`dropped_test_rows.jsonl`)."]
