@@ -4,6 +4,7 @@ A random Qwen2 of 0.24 B parameters in bfloat16 writes 64 tokens to each of B pr
 turns, in one process, on the same weights:
 
 - engine: ``MultiverseEngine`` with ``structure="off"``.
+- guided: the same with ``structure="guided"``, of a model that writes no tag: what guidance and bookkeeping cost.
 - generate: ``generate`` of the plain model on the whole batch.
 - continuous: ``generate_batch`` of the plain model, transformers' continuous batching.
 
@@ -23,10 +24,12 @@ import torch
 from decode_cpu import VOCAB, make_models
 from report import count, environment, finish, make_parser, show, show_environment, spread
 from transformers import AutoModelForCausalLM, GenerationConfig
-from workload import EOS, make_prompts, make_tags
+from workload import EOS, make_prompts, make_tags, silence_tags
 
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.decoding import can_pack
+
+SIDES = ("engine", "guided", "generate", "continuous")
 
 
 def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) -> dict[str, Any]:
@@ -47,11 +50,18 @@ def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) 
 
     with MultiverseEngine(parallel, max_cache_tokens=capacity) as front:
 
-        def engine() -> int:
-            results = front.generate(list(prompts), structure="off", eos_token_id=None, **greedy)
+        def engine(structure: str = "off") -> int:
+            results = front.generate(list(prompts), structure=structure, eos_token_id=None, **greedy)
+            if any(result.stats.num_forks for result in results):
+                raise RuntimeError("a model whose tags are silenced wrote a block")
             return sum(len(result.ids) for result in results)
 
-        sides: dict[str, Callable[[], int]] = {"engine": engine, "generate": generate, "continuous": continuous}
+        sides: dict[str, Callable[[], int]] = {
+            "engine": engine,
+            "guided": lambda: engine("guided"),
+            "generate": generate,
+            "continuous": continuous,
+        }
         sides = {side: call for side, call in sides.items() if side not in args.skip}
         for call in sides.values():
             call()
@@ -68,9 +78,11 @@ def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) 
     row: dict[str, Any] = {"batch": batch, "tokens": batch * args.tokens}
     row |= {side: {"tokens_per_s": spread([row["tokens"] / each for each in of])} for side, of in seconds.items()}
     medians = {side: statistics.median(of) for side, of in seconds.items()}
-    others = [side for side in medians if side != "engine"]
+    others = [side for side in medians if side in ("generate", "continuous")]
     if "engine" in medians and others:
         row["engine_against_the_faster"] = round(min(medians[side] for side in others) / medians["engine"], 2)
+    if "engine" in medians and "guided" in medians:
+        row["guidance_percent"] = round(100 * (medians["guided"] / medians["engine"] - 1), 2)
     return row
 
 
@@ -79,11 +91,13 @@ def main() -> None:
     parser.add_argument("--batch", type=count, nargs="+", default=[1, 4, 8], help="prompts at once (default: 1 4 8)")
     parser.add_argument("--prompt", type=count, default=256, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--tokens", type=count, default=64, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--skip", nargs="+", choices=("engine", "generate", "continuous"), default=[])
+    parser.add_argument("--skip", nargs="+", choices=SIDES, default=[])
     args = parser.parse_args()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    parallel, plain = make_models(make_tags(), args.seed)
+    tags = make_tags()
+    parallel, plain = make_models(tags, args.seed)
+    silence_tags(plain, tags)
     paged = AutoModelForCausalLM.from_config(plain.config, dtype=torch.bfloat16).eval()
     paged.load_state_dict(plain.state_dict(), assign=True)
     result = {"benchmark": "autoregressive_cpu", **environment(), "weights_packed": can_pack(parallel)}
@@ -93,9 +107,11 @@ def main() -> None:
         row = measure(batch, args, (parallel, plain, paged))
         result["results"].append(row)
         print(f"\nbatch {batch}, {row['tokens']} tokens")
-        for side in ("engine", "generate", "continuous"):
+        for side in SIDES:
             if side in row:
                 print(f"  {side:12} {show(row[side]['tokens_per_s'], ' tok/s')}")
+        if "guidance_percent" in row:
+            print(f"  guidance takes {row['guidance_percent']} % of the engine's time")
         if "engine_against_the_faster" in row:
             print(f"  engine {row['engine_against_the_faster']:.2f}x as fast as the faster of the others")
     finish(result, args.output)

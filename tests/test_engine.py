@@ -1,11 +1,13 @@
 """The engine under pressure: admission, chunked prompts, preemption, cancellation, and nothing lost by any of it."""
 
 import asyncio
+import contextlib
 import copy
 import functools
 import gc
 import operator
 import random
+import resource
 import subprocess
 import sys
 import threading
@@ -28,12 +30,13 @@ from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
+from multiverse_hf.modeling.handles import RequestHandle
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.limits import block_cost, branch_cost, path_cost
 from multiverse_hf.modeling.log import document_entries
 from multiverse_hf.modeling.runner import ModelRunner
 from multiverse_hf.modeling.sampling import choose
-from multiverse_hf.modeling.state import FinishReason, Sequence
+from multiverse_hf.modeling.state import Block, Branch, FinishReason, Segment, Sequence
 
 tiny_model = functools.cache(new_tiny_model)
 
@@ -742,14 +745,51 @@ def test_guided_documents_of_a_random_model_parse():
 
 
 @pytest.mark.slow
-def test_ten_thousand_guided_documents_parse_and_memory_returns():
-    def held() -> int:
-        gc.collect()
-        return sum(isinstance(each, Sequence) for each in gc.get_objects())
-
-    before = held()
+def test_ten_thousand_guided_documents_parse():
     random_documents(10_000)
+
+
+@pytest.mark.slow
+def test_after_ten_thousand_random_requests_memory_returns():
+    """Of all kinds and sizes, some cancelled, some that fail, some refused."""
+    kinds = (Sequence, Branch, Block, Segment, RequestHandle)
+
+    def held() -> dict[str, int]:
+        gc.collect()
+        objects = gc.get_objects()
+        return {kind.__name__: sum(type(each) is kind for each in objects) for kind in kinds}
+
+    chance, before, peaks = random.Random(0), held(), []
+    ways = ({}, {"do_sample": True, "temperature": 8.0}, {"repetition_penalty": 1.2}, {"max_branches": 2})
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=3000, max_num_seqs=32) as engine:
+        for _ in range(100):
+            handles = []
+            for _ in range(100):
+                text = [chance.randrange(FIRST_TEXT, 96) for _ in range(chance.randrange(1, 60))]
+                prompt = chance.choice([text, text, GOAL, [*GOAL, TAGS.close("goal"), 62]])
+                processors = [Raises(len(prompt) + 4)] if chance.random() < 0.02 else [Forky()]
+                options = {
+                    **{
+                        "structure": chance.choice(["guided", "guided", "lenient", "off"]),
+                        "logits_processor": processors,
+                    },
+                    **{"max_new_tokens": chance.randrange(30, 60), "max_total_tokens": chance.randrange(80, 400)},
+                    **{"logprobs": chance.choice([None, 2]), "seed": chance.randrange(1 << 30)},
+                }
+                try:
+                    handles.append(engine.submit(prompt, **options, **chance.choice(ways)))
+                except ValueError:  # no room to close what the prompt leaves open
+                    continue
+                if chance.random() < 0.1:
+                    handles[-1].cancel()
+            for handle in handles:
+                with contextlib.suppress(RuntimeError):  # those whose processor is broken
+                    handle.result(timeout=600)
+            assert engine.memory()["used_by"] == []
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    del engine, handle, handles
     assert held() == before
+    assert peaks[-1] - peaks[20] < 64 << 10, "KiB: what is taken at first is enough for all that follow"
 
 
 # The engine beside other users of its model
