@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from decode_cpu import VOCAB, make_models
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import count, environment, finish, make_parser, show, show_environment, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import EOS, make_prompts, make_tags, silence_tags
 
@@ -106,6 +106,7 @@ def main() -> None:
     for batch in args.batch:
         row = measure(batch, args, (parallel, plain, paged))
         result["results"].append(row)
+        store(result, args.output)
         print(f"\nbatch {batch}, {row['tokens']} tokens")
         for side in SIDES:
             if side in row:

@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from geometry import GEOMETRIES, make_config
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import count, environment, finish, make_parser, show, show_environment, spread, store
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
@@ -329,6 +329,7 @@ def main() -> None:
             work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
             row = summarize(measure(models, work, args), work)
             result["results"].append(row)
+            store(result, args.output)
             print_result(row)
     finish(result, args.output)
 

@@ -85,10 +85,15 @@ def show(value: dict[str, float], unit: str = "") -> str:
     return f"{value['median']:.4g}{unit} [{value['min']:.4g}, {value['max']:.4g}]"
 
 
-def finish(result: dict[str, Any], output: Path | None) -> None:
-    """Print a result as one JSON line, the last one, and store it if asked to."""
+def store(result: dict[str, Any], output: Path | None) -> None:
+    """Store what there is of a result, if asked to: a long run that is stopped leaves the part it did."""
     if output is not None:
         write_output(output, json.dumps(result, indent=2) + "\n")
+
+
+def finish(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result as one JSON line, the last one, and store it if asked to."""
+    store(result, output)
     print(json.dumps(result))
 
 
