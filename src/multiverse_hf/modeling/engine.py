@@ -54,7 +54,7 @@ class Engine:
         decoding: str = "packed",
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.tags, self.cache = model, tags, cache
+        self.model, self.cache = model, cache
         self.max_num_seqs, self.prefill_chunk, self.on_step = max_num_seqs, prefill_chunk, on_step
         self.context = getattr(model.config, "max_position_embeddings", None)
         self.runner = ModelRunner(model, cache, decoding)
