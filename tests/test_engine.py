@@ -694,7 +694,9 @@ def test_requests_with_processors_of_their_own_share_one_copy_to_the_host_a_step
     asked = [([60 + row, 61], how | {"seed": row, "max_new_tokens": 20}) for row, how in enumerate(ways * 2)]
     sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt, options in asked]
     rows = []
-    monkeypatch.setattr(engine_module, "choose", lambda scores, keys: rows.append(len(scores)) or choose(scores, keys))
+    monkeypatch.setattr(
+        engine_module, "choose", lambda scores, *more: rows.append(len(scores)) or choose(scores, *more)
+    )
     drain(engine)
     assert len(rows) == engine.num_steps
     assert max(rows) >= len(asked)

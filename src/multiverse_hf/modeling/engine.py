@@ -20,7 +20,7 @@ from .interpreter import Mask
 from .limits import cost_near_end, set_limits, structure_mask
 from .log import log_visibility
 from .runner import ModelRunner, Reading
-from .sampling import check_best, choose, mask_scores, score_tokens
+from .sampling import check_best, choose, mask_scores
 from .state import Branch, FinishReason, Request, Segment, Sequence
 from .tags import TagSet
 from .writing import Chosen, Writer
@@ -219,19 +219,18 @@ class Engine:
             (s.request.sampler.seed, s.request.key, b.key, b.position) if s.request.sampler.do_sample else None
             for s, b in (queries[row] for row in rows)
         ]
-        tokens, best = choose(scores, keys)
         counts = [s.request.num_logprobs for s, _ in queries if s.request.num_logprobs is not None]
         read = logits if len(rows) == len(queries) else logits[rows]
-        likely = score_tokens(read, tokens, max(counts)) if counts else [None] * len(rows)
+        chosen = choose(scores, keys, read, max(counts, default=None))
         choices = []
-        for place, row in enumerate(rows):
+        for row, after, (token, best, likelihood) in zip(rows, scores, chosen, strict=True):
             sequence, branch = queries[row]
             try:
-                check_best(best[place], masks[row])
+                check_best(best, masks[row])
             except ValueError as err:
                 self._fail(sequence, err)
             else:
-                choices.append((sequence, branch, Chosen(tokens[place], scores[place], logits[row], likely[place])))
+                choices.append((sequence, branch, Chosen(token, after, logits[row], likelihood)))
         return choices
 
     def _process(

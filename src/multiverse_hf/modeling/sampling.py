@@ -80,26 +80,6 @@ class TokenScores:
     top: tuple[tuple[int, float], ...] = ()
 
 
-def score_tokens(logits: torch.Tensor, tokens: Sequence[int], num_top: int) -> list[TokenScores]:
-    """Say how likely tokens were.
-
-    Args:
-        logits: (N, V), what they were chosen from.
-        tokens: N ids.
-        num_top: how many of the likeliest tokens to name.
-    """
-    logprobs = logits.log_softmax(dim=-1).double()
-    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1)
-    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
-    top, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
-    rows = torch.cat([chosen, entropy[:, None], top, ids.double()], dim=-1).tolist()  # one copy from the device
-    num_top = top.shape[1]
-    return [
-        TokenScores(row[0], row[1], tuple(zip(map(int, row[2 + num_top :]), row[2 : 2 + num_top], strict=True)))
-        for row in rows
-    ]
-
-
 class Sampler:
     """How the next tokens of a request's branches are chosen.
 
@@ -170,7 +150,12 @@ class Sampler:
         return torch.cat(processed)  # a copy, even of one: a processor may return a tensor it keeps
 
 
-def choose(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int] | None]) -> tuple[list[int], list[float]]:
+def choose(
+    scores: torch.Tensor,
+    keys: Sequence[tuple[int, int, int, int] | None],
+    logits: torch.Tensor,
+    num_top: int | None = None,
+) -> list[tuple[int, float, TokenScores | None]]:
     """Choose one token a row, with one copy from the device.
 
     Noise is keyed by (seed, sequence, branch, position), so a token does not depend on what else is in the batch or on
@@ -179,9 +164,11 @@ def choose(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int] | None
     Args:
         scores: (N, V), float32 or float64.
         keys: for each row the key of its noise; None takes the greatest score.
+        logits: (N, V), the scores before any processor.
+        num_top: how many of the likeliest tokens to name; None leaves likelihoods out.
 
     Returns:
-        N token ids, and the greatest score of each row.
+        For each row the token, the greatest score, and how likely the token was.
     """
     drawn = [row for row, key in enumerate(keys) if key is not None]
     if len(drawn) == len(keys):
@@ -191,8 +178,28 @@ def choose(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int] | None
         if drawn:
             tokens[drawn] = _draw(scores[drawn], [keys[row] for row in drawn])
     best = scores.amax(dim=-1) if drawn else scores.gather(-1, tokens[:, None])[:, 0]
-    chosen, greatest = torch.stack([tokens.double(), best.double()]).tolist()
-    return [int(token) for token in chosen], greatest
+    columns = torch.stack([tokens.double(), best.double()], dim=-1)
+    if num_top is not None:
+        columns = torch.cat([columns, _likelihoods(logits, tokens, num_top)], dim=-1)
+    return [(int(token), greatest, _read_likelihood(rest)) for token, greatest, *rest in columns.tolist()]
+
+
+def _likelihoods(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
+    """Give the log-probability of each token, the entropy, and the likeliest tokens, all log-probabilities before all
+    ids: (N, 2 + 2 * num_top) float64, which is exact for ids."""
+    logprobs = logits.log_softmax(dim=-1).double()
+    entropy = torch.special.entr(logprobs.exp()).sum(dim=-1, keepdim=True)
+    top, ids = logprobs.topk(min(num_top, logprobs.shape[1]), dim=-1)
+    return torch.cat([logprobs.gather(1, tokens[:, None]), entropy, top, ids.double()], dim=-1)
+
+
+def _read_likelihood(row: list[float]) -> TokenScores | None:
+    """Read a row of :func:`_likelihoods`, if there is one."""
+    if not row:
+        return None
+    logprob, entropy, *top = row
+    count = len(top) // 2
+    return TokenScores(logprob, entropy, tuple(zip(map(int, top[count:]), top[:count], strict=True)))
 
 
 def _draw(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
