@@ -302,8 +302,8 @@ class BranchEvent:
     Attributes:
         sequence: row of the batch.
         kind: ``"token"``, ``"fork"``, ``"close"``, ``"reduce"`` or ``"finish"``.
-        branch: the branch's label, e.g. ``"2.1"``; empty outside every block. Blocks that follow one another in a branch
-            label their paths alike: each ``"fork"`` begins anew.
+        branch: the branch's label, e.g. ``"2.1"``; empty outside every block. Blocks that follow one another label
+            their paths alike: each ``"fork"`` begins anew.
         token: the token written, for ``"token"``.
         sampled: the model chose the token.
         num_paths: for ``"fork"``.
