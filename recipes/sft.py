@@ -2,7 +2,8 @@
 
     accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
     accelerate launch recipes/sft.py --config recipes/llama3.1-8b/sft_lora.yaml --dataset_name my-documents.jsonl
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py --config recipes/qwen2.5-7b/sft.yaml
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py \\
+      --config recipes/qwen2.5-7b/sft.yaml --model_name_or_path Qwen/Qwen2.5-7B --dataset_name my-documents.jsonl
 
 Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-6``. A killed run goes on
 with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the rows, says what would be dropped, and

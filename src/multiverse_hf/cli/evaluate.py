@@ -21,6 +21,7 @@ from multiverse_hf.cli.options import (
     ThreadsOption,
     TracebackOption,
     check_sampling,
+    flowing,
     print_json,
 )
 from multiverse_hf.errors import CommandError
@@ -104,7 +105,7 @@ def evaluate(
 ) -> None:
     """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
 
-    Every answer is kept as it comes. A run that was cut off is gone on with by the same command; answers depend
+    Every answer is kept as it comes, and the same command again takes up a run that was cut off. Answers depend
     neither on that nor on how many are written at once.
 
     \b
@@ -154,6 +155,7 @@ ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the 
 
 
 @experiments.command()
+@flowing
 def budget(
     model: ModelOption = None,
     autoregressive: Annotated[

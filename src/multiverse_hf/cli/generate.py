@@ -139,8 +139,8 @@ def generate(
     """Answer a prompt, or a file of them.
 
     In a terminal the branches of one answer appear side by side as they are written. With --input each row of a file
-    is answered, by tasks on this machine or on a cluster. A run that was cut off is gone on with by the same command:
-    rows that are finished are never done again.
+    is answered, by tasks on this machine or on a cluster. The same command again takes up a run that was cut off: rows
+    that are finished are never done again.
 
     \b
     Examples:
