@@ -77,14 +77,12 @@ def generate(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Time; then open branches are closed.")
     ] = None,
     do_sample: Annotated[
-        bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens; by default what the checkpoint says.")
+        bool | None, typer.Option("--do-sample/--greedy", help="Sample; by default what the checkpoint says.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the draws; turns them on.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Draw among the likeliest tokens only; turns draws on.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the sampling; turns it on.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling, likewise.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Of the draws, to have the same answer again.")
+        int | None, typer.Option(min=0, metavar="N", help="Of the sampling, to have the same answer again.")
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     attn: AttentionOption = Attention.SDPA,

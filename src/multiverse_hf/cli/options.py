@@ -84,7 +84,7 @@ def flowing(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_sampling(temperature: float | None, top_p: float | None, greedy: str) -> None:
-    """Check the options of draws.
+    """Check the options of sampling.
 
     Args:
         temperature, top_p: as given.
