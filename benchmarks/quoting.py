@@ -5,7 +5,7 @@ what it asks for only; both answer without a fault, by the tests' rule server's 
 perfect model. A reply longer than the endpoint lets one be is cut off, and asking again does not help: such a document
 is lost to copying, after all its attempts. Tokens are o200k's (pip install bpe-openai), or a tokenizer's you name.
 
-    python benchmarks/quoting.py --documents ../shared/data/multiverse-1k-samples --output quoting.json
+    python benchmarks/quoting.py --documents multiverse-1k-samples --output quoting.json
     python benchmarks/quoting.py --chains 200 --tokenizer src/multiverse_hf/assets/multiverse-tiny
 """
 

@@ -2,11 +2,12 @@
 
     accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
     accelerate launch recipes/sft.py --config recipes/llama3.1-8b/sft_lora.yaml --dataset_name my-documents.jsonl
-    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py --config recipes/qwen2.5-7b/sft.yaml
+    accelerate launch --config_file recipes/accelerate/fsdp2.yaml recipes/sft.py \\
+      --config recipes/qwen2.5-7b/sft.yaml --model_name_or_path Qwen/Qwen2.5-7B --dataset_name my-documents.jsonl
 
 Every key of the YAML file can be overridden on the command line, e.g. ``--learning_rate 5e-6``. A killed run goes on
 with ``--resume_from_checkpoint true``. ``--check_rows`` reads and checks the rows, says what would be dropped, and
-stops.
+stops; with ``--use_cpu`` on a machine without a GPU too.
 
 Unless told otherwise it makes the paper's eight passes (parallel_share), attends without a mask of L x L
 (attn_implementation: flex_attention on a GPU, multiverse_sdpa elsewhere), and logs to TensorBoard (report_to).
@@ -47,7 +48,7 @@ from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.training.generations import GenerationCallback
-from multiverse_hf.training.models import Base, default_attention, load_base, trainable_tokens
+from multiverse_hf.training.models import Base, Tokens, default_attention, load_base, load_tokens, trainable_tokens
 from multiverse_hf.training.report import draw_run, write_page
 from multiverse_hf.training.runs import check_same_run, claim, find_checkpoint
 from multiverse_hf.training.trainer import MultiverseSFTTrainer
@@ -87,7 +88,9 @@ class DataArguments:
     bucket_batches: int = field(
         default=32, metadata={"help": "without packing: batches within which rows are grouped by length; 0 for none"}
     )
-    check_rows: bool = field(default=False, metadata={"help": "only read and check the rows"})
+    check_rows: bool = field(
+        default=False, metadata={"help": "only read and check the rows, without the model's weights"}
+    )
     num_rows: int = field(default=50_000, metadata={"help": "chains: rows"})
     rows_seed: int = field(default=1, metadata={"help": "chains: seed of the rows"})
     sequential: bool = field(default=False, metadata={"help": "chains: sequential rows only, the autoregressive twin"})
@@ -191,8 +194,8 @@ def settle(data: DataArguments, training: SFTConfig, model_args: ModelConfig) ->
         print(f"chosen, as not given: {'; '.join(said)}")
 
 
-def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base:
-    """Load the base model, and give it tags where it has none.
+def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> Base | Tokens:
+    """Load the base model, and give it tags where it has none. Rows are checked without its weights.
 
     Raises:
         CommandError: if there is none, or it cannot be trained on documents.
@@ -215,12 +218,15 @@ def load_model(data: DataArguments, training: SFTConfig, model_args: ModelConfig
         quantization = get_quantization_config(model_args)
         if quantization is not None:
             options["quantization_config"] = quantization
+        path = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+        revision = model_args.model_revision
+        tokens = load_tokens(path, revision, data.tags, chat_template=template, eos_token=training.eos_token)
+        if data.check_rows:
+            return tokens
         return load_base(
-            str(Path(name).expanduser()) if Path(name).expanduser().exists() else name,
-            model_args.model_revision,
-            data.tags,
-            chat_template=template,
-            eos_token=training.eos_token,
+            path,
+            revision,
+            tokens,
             dtype=model_args.dtype or "float32",
             attn_implementation=model_args.attn_implementation,
             **options,
@@ -315,7 +321,7 @@ def main() -> None:
             lock = claim(output) if training.process_index == 0 else None
         set_seed(training.seed)
         base = load_model(data, training, model_args)
-        model, tokenizer = base.model, base.tokenizer
+        tokenizer = base.tokenizer
 
         # Rows
         encoder = RowEncoder(tokenizer, base.tags, training.max_length, data.overlong == "cut", data.suffix)
@@ -337,6 +343,7 @@ def main() -> None:
                 say_rows(test, data.dataset_test_split, output / "dropped_test_rows.jsonl", keep)
         if data.check_rows:
             return
+        model = base.model
         implementation = model.config._attn_implementation
         has_blocks = any(document_has_blocks(record) for record in train.records) and Form.PARALLEL in forms
         if "flash" in implementation and has_blocks:

@@ -101,6 +101,11 @@ def test_what_branches_cannot_do_is_refused_by_name_with_the_way_out(name):
         generate(**{name: value})
 
 
+def test_transformers_own_continuous_batching_is_refused_rather_than_written_without_branches():
+    with pytest.raises(ValueError, match="continuous batching does not work with branches; use MultiverseEngine"):
+        tiny_model("qwen2").generate_batch(IDS.tolist(), generation_config=GenerationConfig(max_new_tokens=2))
+
+
 def test_refused_options_are_all_tested():
     assert REFUSED.keys() == {
         *arguments.REFUSED, *arguments.REFUSED_IN_A_CALL, *arguments.REFUSED_ARGUMENTS, "token_type_ids"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -86,6 +87,16 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
 
 
 # What it prints
+
+
+def test_help_fills_the_lines_of_a_narrow_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = call(capfd, "generate", "--help").stdout.splitlines()
+    begin = next(number for number, line in enumerate(said) if "In a terminal the branches" in line)
+    paragraph = said[begin : next(number for number in range(begin, len(said)) if not said[number].strip())]
+    words = [line.split() for line in paragraph]
+    for line, following in itertools.pairwise(words):  # the next word would not have found room
+        assert len(" ".join([*line, following[0]])) > 80 - 3
 
 
 def test_help_names_the_commands_and_shows_examples_without_importing_torch():

@@ -106,6 +106,20 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+def test_rows_are_checked_for_the_recipe_of_a_gpu_without_the_models_weights(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(base / "base", tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "mine.jsonl").write_text("\n".join([*(json.dumps(row) for row in documents(30)), "{half of a row"]))
+    monkeypatch.chdir(tmp_path)
+    options = ["--config", str(ROOT / "recipes/qwen2.5-7b/sft.yaml"), "--model_name_or_path", "bare"]
+    options += ["--dataset_name", "mine.jsonl", "--use_cpu"]
+    assert call(monkeypatch, SFT, *options, "--check_rows") == 0
+    assert 'train rows: {"rows": 31, "kept": 30, "dropped": {"unreadable": 1}}' in capfd.readouterr().out
+    assert call(monkeypatch, SFT, *options) != 0
+    assert "error: cannot load bare: " in capfd.readouterr().err
+
+
 def test_without_options_a_run_makes_the_papers_passes_and_says_which_rows_it_is_not_judged_on(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

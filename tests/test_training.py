@@ -20,7 +20,7 @@ from multiverse_hf.data.records import Form, read_record
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.modeling.tags import NPR, TagSet
 from multiverse_hf.training.merging import merge_adapter
-from multiverse_hf.training.models import default_attention, load_base, tag_phrases, trainable_tokens
+from multiverse_hf.training.models import default_attention, load_base, load_tokens, tag_phrases, trainable_tokens
 
 BLOCK = (
     "<Parallel>\n<Goal>\n<Outline>1: a</Outline>\n<Outline>2: b</Outline>\n</Goal>\n<Path>\n1: left\n</Path>\n"
@@ -135,23 +135,23 @@ def test_attention_by_default_is_never_one_that_takes_a_mask_of_all_pairs(device
 
 def test_another_family_of_tags_is_added_by_its_name(tmp_path):
     path = save_base(tmp_path / "base", "llama")
-    base = load_base(path, names="npr")
+    base = load_base(path, tokens=load_tokens(path, names="npr"))
     assert base.tags.names == NPR
     assert TagSet.from_tokenizer(base.tokenizer).names == NPR
     with pytest.raises(ValueError, match="multiverse or npr"):
-        load_base(path, names="nope")
+        load_tokens(path, names="nope")
 
 
 def test_what_training_needs_of_a_tokenizer_is_asked_for(tmp_path):
     path = save_base(tmp_path / "base", "llama")
     with pytest.raises(ValueError, match="'<stop>' is no token"):
-        load_base(path, eos_token="<stop>")
+        load_tokens(path, eos_token="<stop>")
     settings = json.loads((tmp_path / "base/tokenizer_config.json").read_text())
     (tmp_path / "base/tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
     with pytest.raises(ValueError, match="no end token"):
         load_base(path)
     template = "{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    base = load_base(path, eos_token="<end>", chat_template=template)
+    base = load_tokens(path, eos_token="<end>", chat_template=template)
     assert base.tokenizer.decode(encode_prompt(base.tokenizer, "hi")) == "[hi]"
 
 

@@ -14,7 +14,7 @@ import typer
 
 from multiverse_hf import __version__
 from multiverse_hf.cli import curate, demo, evaluate, export, generate
-from multiverse_hf.cli.options import TRACEBACK
+from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
 # typer has no public name for the base of what it raises on bad usage, in some versions click's and in some its own.
@@ -50,13 +50,13 @@ def multiverse(
         raise typer.Exit
 
 
-app.command()(generate.generate)
-app.command()(demo.demo)
-app.command()(curate.curate)
-app.command()(export.merge)
-app.command()(export.export)
-app.command("eval")(evaluate.evaluate)
-app.command()(evaluate.compare)
+app.command()(flowing(generate.generate))
+app.command()(flowing(demo.demo))
+app.command()(flowing(curate.curate))
+app.command()(flowing(export.merge))
+app.command()(flowing(export.export))
+app.command("eval")(flowing(evaluate.evaluate))
+app.command()(flowing(evaluate.compare))
 app.add_typer(evaluate.experiments, name="experiment")
 
 
@@ -102,7 +102,10 @@ def _describe_usage(error: Any) -> str:
 def _describe(error: Exception) -> str:
     """Say what an error nobody expected means, and how to see more of it."""
     if type(error).__name__ == "OutOfMemoryError":
-        return "out of memory; lower --max-new-tokens or --max-paths, or use --dtype bfloat16 or --device cpu"
+        return (
+            "out of memory; use --dtype bfloat16, a lower --max-new-tokens, or a lower --max-num-seqs and "
+            "--max-cache-tokens where the command has them"
+        )
     return f"{one_line(error)} ({type(error).__name__}; --traceback shows where)"
 
 

@@ -35,10 +35,13 @@ def curate(
     ] = None,
     base_url: Annotated[
         str | None,
-        typer.Option(metavar="URL", help="Any OpenAI-compatible endpoint; by default Hugging Face's, with HF_TOKEN."),
+        typer.Option(
+            metavar="URL",
+            help="Any OpenAI-compatible endpoint, with OPENAI_API_KEY; by default Hugging Face's, with HF_TOKEN.",
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Settings; options go before what is there.")
+        Path | None, typer.Option(metavar="YAML", help="Settings; options given here go before them.")
     ] = None,
     concurrency: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Calls of a task at once; by default 64.")
@@ -75,8 +78,8 @@ def curate(
     """Turn reasoning traces into parallel documents with a language model, and keep only those that pass all checks.
 
     A row has a problem and somebody's reasoning about it. Five stages find what in it can be written side by side, and
-    quote its own text; FOLDER/curated.jsonl is what datasets_scripts/build_multiverse_1k.py takes. A run that was cut
-    off is gone on with by the same command, and no call is paid for twice.
+    quote its own text; FOLDER/curated.jsonl is what datasets_scripts/build_multiverse_1k.py takes. The same command
+    again takes up a run that was cut off, and no call is paid for twice.
 
     \b
     Examples:

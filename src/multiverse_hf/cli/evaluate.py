@@ -21,6 +21,7 @@ from multiverse_hf.cli.options import (
     ThreadsOption,
     TracebackOption,
     check_sampling,
+    flowing,
     print_json,
 )
 from multiverse_hf.errors import CommandError
@@ -70,13 +71,17 @@ def evaluate(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Problems of each task, the first.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first problems of each task.")
+    ] = None,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")] = 0,
     temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of the draws; 0 takes the likeliest token.")
+        float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")
     ] = TEMPERATURE,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = TOP_P,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
+    ] = TOP_P,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
     max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
@@ -104,7 +109,7 @@ def evaluate(
 ) -> None:
     """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
 
-    Every answer is kept as it comes. A run that was cut off is gone on with by the same command; answers depend
+    Every answer is kept as it comes, and the same command again takes up a run that was cut off. Answers depend
     neither on that nor on how many are written at once.
 
     \b
@@ -147,28 +152,35 @@ TaskOption = Annotated[str, typer.Option("--task", "-t", metavar="NAME", help=f"
 DataDirOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
 ]
-LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Problems, the first of the task.")]
+LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Only the first problems of the task.")]
 RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each answer, in turns.")]
 CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")]
 ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figure and the numbers.")]
 
 
 @experiments.command()
+@flowing
 def budget(
     model: ModelOption = None,
     autoregressive: Annotated[
-        str, typer.Option(metavar="PATH", help="Model trained on the same data in sequential form.")
-    ] = EMBEDDED_NAMES[1],
+        str | None,
+        typer.Option(metavar="PATH", help="Model trained on the same data in sequential form; --model needs it."),
+    ] = None,
     task: TaskOption = "mv:chains",
     budgets: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Length budgets: values of --max-new-tokens.")
+        str | None,
+        typer.Option(metavar="N,N,...", help="Values of --max-new-tokens; by default nine from 128 to 1536."),
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = 90,
     n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
-    temperature: Annotated[float, typer.Option(min=0, metavar="X", help="0 takes the likeliest token.")] = TEMPERATURE,
-    top_p: Annotated[float, typer.Option(metavar="X", help="Draw among the likeliest tokens only.")] = TOP_P,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")
+    ] = TEMPERATURE,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
+    ] = TOP_P,
     max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
@@ -191,6 +203,10 @@ def budget(
     from multiverse_hf.evaluation.settings import Evaluation
 
     check_sampling(temperature or None, top_p, "--temperature 0")
+    if autoregressive is None:
+        if model not in (None, EMBEDDED_NAMES[0]):
+            raise CommandError(f"{model} is compared with its twin; name that with --autoregressive")
+        autoregressive = EMBEDDED_NAMES[1]
     asked = Evaluation(
         model, (task,), data_dir=data_dir, limit=limit, num_samples=n, seed=seed, temperature=temperature,
         top_p=top_p, max_num_seqs=max_num_seqs, dtype=dtype, device=device, threads=threads,
@@ -243,7 +259,7 @@ def batch(
     task: TaskOption = "mv:chains",
     data_dir: DataDirOption = None,
     limit: LimitOption = 30,
-    sizes: Annotated[str | None, typer.Option(metavar="N,N,...", help="Batch sizes.")] = None,
+    sizes: Annotated[str | None, typer.Option(metavar="N,N,...", help="Batch sizes; by default 1,2,4,8,16.")] = None,
     repeats: RepeatsOption = 3,
     max_new_tokens: MaxNewTokensOption = 2048,
     max_cache_tokens: CacheOption = None,

@@ -77,14 +77,12 @@ def generate(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Time; then open branches are closed.")
     ] = None,
     do_sample: Annotated[
-        bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens; by default what the checkpoint says.")
+        bool | None, typer.Option("--do-sample/--greedy", help="Sample; by default what the checkpoint says.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the draws; turns them on.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Draw among the likeliest tokens only; turns draws on.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the sampling; turns it on.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling, likewise.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Of the draws, to have the same answer again.")
+        int | None, typer.Option(min=0, metavar="N", help="Of the sampling, to have the same answer again.")
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     attn: AttentionOption = Attention.SDPA,
@@ -139,8 +137,8 @@ def generate(
     """Answer a prompt, or a file of them.
 
     In a terminal the branches of one answer appear side by side as they are written. With --input each row of a file
-    is answered, by tasks on this machine or on a cluster. A run that was cut off is gone on with by the same command:
-    rows that are finished are never done again.
+    is answered, by tasks on this machine or on a cluster. The same command again takes up a run that was cut off: rows
+    that are finished are never done again.
 
     \b
     Examples:

@@ -1,7 +1,9 @@
 """Options that several commands have, and what is checked of them. Light: ``--help`` answers at once."""
 
+import inspect
 import json
 import os
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -71,8 +73,18 @@ TracebackOption = Annotated[
 ]
 
 
+def flowing(command: Callable[..., None]) -> Callable[..., None]:
+    """Have the paragraphs of a command's help fill the terminal's lines; typer keeps the source's line breaks.
+
+    What follows ``\\b``, the examples, stays as it is.
+    """
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    command.__doc__ = "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
+    return command
+
+
 def check_sampling(temperature: float | None, top_p: float | None, greedy: str) -> None:
-    """Check the options of draws.
+    """Check the options of sampling.
 
     Args:
         temperature, top_p: as given.

@@ -59,8 +59,8 @@ class TrainingRows:
         depth = max((record.document.depth for record in self.records), default=0)
         what = f"{min(widths)} to {max(widths)} paths a block, {depth} deep at most" if blocks else "no block at all"
         return (
-            f"{with_blocks} of {len(lengths)} rows have blocks ({what}); {lengths[len(lengths) // 2]} tokens in the "
-            f"middle, {lengths[-1]} at most"
+            f"{with_blocks} of {len(lengths)} rows have blocks ({what}); median {lengths[len(lengths) // 2]} tokens, "
+            f"{lengths[-1]} at most"
         )
 
 

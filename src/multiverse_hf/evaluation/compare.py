@@ -118,7 +118,7 @@ def _flip(of_a: Sequence[Sample], of_b: Sequence[Sample]) -> Flip:
 
 
 def show_difference(metric: str, of: Mapping[str, float]) -> str:
-    """Write a difference with its sign and interval; shares in points of percent."""
+    """Write a difference with its sign and interval; shares in percentage points."""
     scale, digits = (100, 1) if metric in ("pass@1", "well_formed") else (1, 2 if metric == "parallelism" else 0)
     return f"{scale * of['value']:+.{digits}f} [{scale * of['low']:+.{digits}f}, {scale * of['high']:+.{digits}f}]"
 
@@ -194,7 +194,7 @@ def draw(path: Path, comparison: Mapping[str, Any]) -> None:
         axes.errorbar([100 * of["value"]], [label], xerr=ends, fmt="o", color="#2b6cb0", capsize=4)
     axes.axvline(0, color="gray", linestyle=":")
     axes.margins(y=0.2)
-    axes.set(xlabel="pass@1 of B - A, points of percent")
+    axes.set(xlabel="pass@1 of B - A, percentage points")
     save_figure(figure, path)
 
 

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
-from .arguments import check_streamer
+from .arguments import check_streamer, reject
 from .attention import LayoutHook, layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
@@ -220,6 +220,15 @@ class MultiverseForCausalLM:
         """
         check_streamer(streamer)
         return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse transformers' own continuous batching, which ``generate_batch`` and ``transformers serve
+        --continuous-batching`` begin with: it would write one branch, and say nothing.
+
+        Raises:
+            ValueError: with the way out.
+        """
+        reject(True, "transformers' continuous batching", "use MultiverseEngine, or generate with a batch of prompts")
 
     def __reduce_ex__(self, protocol: int) -> Any:
         """Pickle by the base class: a class that was made cannot be imported by its name."""

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from multiverse_hf.modeling.tags import TagSet
-from multiverse_hf.training.models import load_base
+from multiverse_hf.training.models import load_base, load_tokens
 
 
 def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
@@ -50,7 +50,9 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
     source = base or settings["base_model_name_or_path"]
     revision = settings.get("revision") or "main"
     try:
-        loaded = load_base(source, revision if base is None else "main", tags.names, str(adapter), dtype=dtype)
+        revision = revision if base is None else "main"
+        tokens = load_tokens(source, revision, tags.names, str(adapter))
+        loaded = load_base(source, revision, tokens, dtype=dtype)
     except (OSError, ValueError) as err:
         raise ValueError(f"cannot read the base {source} ({err}); if it has moved, name it with --base") from err
     record = adapter / "run.json"

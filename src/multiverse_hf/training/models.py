@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from multiverse_hf.modeling.chunked import CHUNKED
@@ -36,16 +36,25 @@ class Base:
     new_ids: list[int]  # of the tags that the tokenizer did not have
 
 
-def load_base(
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What turns documents into the token ids of a model to train."""
+
+    config: PretrainedConfig  # the model's, as it is read
+    tokenizer: PreTrainedTokenizerBase
+    tags: TagSet
+    new: list[str]  # tags that the tokenizer did not have
+
+
+def load_tokens(
     path: str,
     revision: str = "main",
     names: TagNames | str | None = None,
     tokenizer_path: str | None = None,
     chat_template: str | None = None,
     eos_token: str | None = None,
-    **kwargs: Any,
-) -> Base:
-    """Load any causal LM that can branch, and give it the tags if it lacks them.
+) -> Tokens:
+    """Load the tokenizer of a causal LM that can branch, and give it the tags if it lacks them. Reads no weights.
 
     Args:
         path: folder or repository of the model.
@@ -54,15 +63,13 @@ def load_base(
         tokenizer_path: folder or repository of the tokenizer, if it is not the model's own.
         chat_template: Jinja text in place of the tokenizer's.
         eos_token: the token that ends an answer, in place of the tokenizer's.
-        **kwargs: as for ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``attn_implementation``,
-            ``quantization_config``, ...
 
     Raises:
         ValueError: if the architecture cannot branch, or the tokenizer lacks what training needs.
         OSError: if there is no model at ``path``.
     """
     config = copy.deepcopy(AutoConfig.from_pretrained(path, revision=revision))
-    model_class = multiverse_class(base_class(config))
+    base_class(config)
     own = tokenizer_path is None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, revision=revision if own else "main")
     if isinstance(names, str):
@@ -89,15 +96,34 @@ def load_base(
 
     vocab = tokenizer.get_vocab()
     new = [tag for tag in names.tokens if tag not in vocab]
-    tags = TagSet.add_to(tokenizer, names)
+    return Tokens(config, tokenizer, TagSet.add_to(tokenizer, names), new)
+
+
+def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, **kwargs: Any) -> Base:
+    """Load any causal LM that can branch, and give it rows for the tags that its tokenizer lacked.
+
+    Args:
+        path: folder or repository of the model.
+        revision: of a repository.
+        tokens: its tokenizer, made ready by :func:`load_tokens`; by default with none of its options.
+        **kwargs: as for ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``attn_implementation``,
+            ``quantization_config``, ...
+
+    Raises:
+        ValueError: as :func:`load_tokens`, or if weights are missing.
+        OSError: if there is no model at ``path``.
+    """
+    tokens = tokens or load_tokens(path, revision)
+    config, tokenizer, tags, names = tokens.config, tokens.tokenizer, tokens.tags, tokens.tags.names
     config.multiverse = tags.to_dict()
-    model, info = model_class.from_pretrained(
+    model, info = multiverse_class(base_class(config)).from_pretrained(
         path, revision=revision, config=config, output_loading_info=True, **kwargs
     )
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them, which would be random")
-    new_ids = [tags.ids[tag] for tag in new]
-    add_rows(model, tokenizer, {tags.ids[tag]: phrase for tag, phrase in tag_phrases(names).items() if tag in new})
+    new_ids = [tags.ids[tag] for tag in tokens.new]
+    phrases = tag_phrases(names)
+    add_rows(model, tokenizer, {tags.ids[tag]: phrases[tag] for tag in tokens.new})
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.config.eos_token_id = tokenizer.eos_token_id
     ends = model.generation_config.eos_token_id
