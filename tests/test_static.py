@@ -189,3 +189,19 @@ def test_slots_follow_the_keys_to_their_device():
     with OnMeta() as meter:
         cache.update(states, states, 0)
     assert set(meter.elsewhere) <= {"aten._to_copy.default"}
+
+
+@pytest.mark.parametrize("decoding", ["packed", "simple"])
+def test_a_model_on_several_devices_is_told_which_logits_are_wanted_by_numbers(decoding: str):
+    """A tensor would be brought to the first device, and index what the last layer gave on another."""
+    model = tiny_model("qwen2")
+    kept, answers = [], []
+    hook = model.register_forward_pre_hook(lambda _, __, given: kept.append(given["logits_to_keep"]), with_kwargs=True)
+    for is_spread in (False, True):
+        with MultiverseEngine(model, max_cache_tokens=400, decoding=decoding) as engine:
+            engine._engine.runner.is_spread = is_spread
+            answers.append([each.ids for each in engine.generate([BLOCK, [60, 61]], max_new_tokens=20)])
+            assert {type(each) for each in kept} == {list if is_spread else torch.Tensor}
+            kept.clear()
+    hook.remove()
+    assert answers[0] == answers[1]
