@@ -79,7 +79,8 @@ def attend_static(
     # torch's kernel for few queries takes a power of two of query heads for each key head; the other one, made for
     # prompts, does not share a long log out among the GPU's processors
     groups = rows.shape[1]
-    rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, round_up(groups) - groups))
+    if spare := round_up(groups) - groups:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, spare))
     is_wide = rows.shape[1] * rows.shape[3] > MAX_ROWS
     attend = _compiled() if query.is_cuda else flex_attention
     output = attend(
