@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 BLOCK = 128  # keys that a block of the mask stands for
 MIN_WIDTH = 16  # queries of one sequence: fewer shapes; flex_attention computes 16 rows of a key head in any case
-MAX_ROWS = 128  # queries of one key head that flex_attention's kernel for few queries takes as one tile
+# Queries of one key head that flex_attention's kernel for few queries takes; for more, no kernel is found before
+# https://github.com/pytorch/pytorch/pull/185349 (torch 2.13 lacks it)
+MAX_ROWS = 128
 MAX_VISIBLE = 1 << 26  # bytes; a step that needs more, such as 1024 branches of 64k log entries, is read packed
 
 MAX_SHAPES = 256  # kernels to compile; torch's own limit of 8 is for code that is compiled again by mistake
