@@ -34,7 +34,7 @@ MAX_SHAPES = 256  # kernels to compile; torch's own limit of 8 is for code that 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
     def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
-        # torch counts kernels by the function that is compiled: these are none of training's, whose limit is 8
+        # torch counts kernels by the function that is compiled: these are not to use up what training may compile
         return flex_attention(*args, **kwargs)
 
     # fullgraph: an error at the limit, where torch would otherwise go on with scores of the whole pool
