@@ -102,7 +102,7 @@ def time_products(model: Any, rows: list[int], is_packed: bool, repeats: int) ->
 
     def finish_device() -> None:
         if model.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(model.device)
 
     def run(number: int) -> float:
         finish_device()

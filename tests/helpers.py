@@ -57,18 +57,27 @@ ARCHITECTURES = {
     "granite": {"logits_scaling": 2.0},
     "smollm3": {"no_rope_layers": [1, 0]},
     "glm4": {},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "decoder_sparse_step": 1,
+        "experts_implementation": "eager",  # the other ones have no float64
+    },
 }
 
 
-def tiny_config(name: str):
-    return AutoConfig.for_model(name, **(_SIZES | ARCHITECTURES[name]))
+def tiny_config(name: str, **settings):
+    return AutoConfig.for_model(name, **(_SIZES | ARCHITECTURES[name] | settings))
 
 
-def tiny_model(name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def tiny_model(
+    name: str, attn: str = "sdpa", dtype: torch.dtype = torch.float64, seed: int = 0, **settings
+) -> PreTrainedModel:
     """A random model whose logits are spread out, so that greedy choices have no ties."""
     torch.manual_seed(seed)
-    model = MultiverseForCausalLM.from_config(tiny_config(name), TAGS, attn_implementation=attn, dtype=torch.float32)
+    config = tiny_config(name, **settings)
+    model = MultiverseForCausalLM.from_config(config, TAGS, attn_implementation=attn, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from test_tags import tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, multiverse_class
+from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, base_class, multiverse_class
 from multiverse_hf.modeling.tags import NPR, TagSet
 
 PROMPT = [50, 51, 52]
@@ -79,6 +79,15 @@ def test_a_model_is_a_multiverse_model_and_one_of_its_base_and_bears_the_bases_n
     assert type(model).__name__ == "Qwen3ForCausalLM"
     assert type(model) is multiverse_class(Qwen3ForCausalLM) is not Qwen3ForCausalLM
     assert not isinstance(new_tiny_model("llama"), type(model))
+
+
+def test_a_mixture_of_experts_runs_as_in_its_base_class_also_where_no_model_of_that_was_made_before(monkeypatch):
+    config = tiny_config("qwen3_moe", experts_implementation=None)
+    base = multiverse_class(base_class(config))._base_class
+    monkeypatch.delattr(base, "_can_set_experts_implementation_cached_value", raising=False)  # what a model leaves
+    model = MultiverseForCausalLM.from_config(config, TAGS)
+    assert model.config._experts_implementation == base._from_config(config).config._experts_implementation
+    assert model.config._experts_implementation == "grouped_mm"
 
 
 def test_the_door_itself_is_not_made():

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from helpers import PAD, TAGS
 from test_layout import Block, written
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -62,3 +64,24 @@ def test_the_meter_sees_the_dense_mask():
     with LargestTensor() as meter:
         dense_mask(*arguments(batch))
     assert meter.numel >= 2048**2
+
+
+def test_flex_attention_stays_compiled_when_training_evaluates():
+    """Where torch has compiled too many kernels it computes all scores instead; here that is an error."""
+
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return flex_attention(*args, **kwargs)  # kernels of other tests are not counted with it
+
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    small, large = batch_of(1500), batch_of(2000)
+    with torch._dynamo.config.patch(recompile_limit=8):
+        for rows in (1, 2):
+            for is_training in (True, False):
+                for window in (None, 64):
+                    for batch in (small, large):
+                        mask = block_mask(*(tensor.repeat_interleave(rows, 0) for tensor in arguments(batch)), window)
+                        states = torch.randn(rows, 1, batch["input_ids"].shape[1], 8)
+                        with torch.set_grad_enabled(is_training):
+                            compiled(states, states, states, block_mask=mask)
+    assert counter.frame_count > 8

@@ -85,6 +85,11 @@ def dense_mask(
 # own size, up to this many a side; then larger ones, so that the tables stay below 1 MiB however long a row is.
 _TILE, _MOST_TILES = 128, 256
 
+# Training that evaluates compiles a kernel of flex_attention for each kind of layer, with gradients and without, for
+# one row and for several, for rows with paths and without, ...: 14 for a model with sliding layers. torch stops at 8,
+# and from then on computes all scores of L x L.
+_MOST_KERNELS = 64
+
 
 def block_mask(
     position_ids: torch.Tensor,
@@ -100,6 +105,8 @@ def block_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
+    if getattr(torch._dynamo.config, "recompile_limit", _MOST_KERNELS) < _MOST_KERNELS:  # older torch: another name
+        torch._dynamo.config.recompile_limit = _MOST_KERNELS
     batch, length = segment_ids.shape
     real = torch.ones_like(segment_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
 

@@ -42,6 +42,7 @@ class LogLayer(CacheLayerMixin):
             self.keys[:, :, write] = key_states
             self.values[:, :, write] = value_states
         else:
+            write = write.to(self.keys.device)  # of a model on several devices
             self.keys.index_copy_(2, write, key_states)
             self.values.index_copy_(2, write, value_states)
         return self.keys[:, :, read], self.values[:, :, read]

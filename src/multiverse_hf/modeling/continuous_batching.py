@@ -295,7 +295,7 @@ class MultiverseEngine:
         self._wake.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-            self._engine.cache.free()
+            self._engine.runner.free()
 
     def __enter__(self) -> "MultiverseEngine":
         return self
@@ -443,6 +443,7 @@ def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
 def free_memory(device: torch.device) -> int | None:
     """Give the bytes that are free on a device; None where the system does not say."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later, as of an engine that was closed, is free too
         return torch.cuda.mem_get_info(device)[0]
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -73,12 +73,13 @@ class Step:
     Attributes:
         pieces: in the order of their queries, which they cover.
         attend: an attention function as transformers registers them.
-        folded: masks in the shape the kernel wants, by piece and mask: made in the first layer, used in all.
+        folded: masks in the shape the kernel wants, by piece and mask: made in the first layer, used in all. By the
+            mask itself, not its id: each layer on another device has a copy, and a new one may get the id of the last.
     """
 
     pieces: list[Piece]
     attend: Callable[..., tuple[torch.Tensor, Any]]
-    folded: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    folded: dict[tuple[int, torch.Tensor | None], torch.Tensor] = field(default_factory=dict)
 
 
 def packed_attention(
@@ -116,7 +117,7 @@ def packed_attention(
             rows = query[:, :, piece.queries]
             outputs.append(attend_paged(piece.paged, rows, keys, values, mask, kwargs.get("scaling")))
             continue
-        kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, id(attention_mask)))}
+        kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, attention_mask))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None

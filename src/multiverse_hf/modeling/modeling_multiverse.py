@@ -78,6 +78,12 @@ class MultiverseForCausalLM:
         """Say that the checkpoint's ``custom_generate`` is not needed: this class has its own ``generate``."""
         raise OSError("this model branches by itself")
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        """Answer as the base class does: transformers looks into the file a class is from, and a mixture of experts
+        would otherwise run expert by expert."""
+        return cls._base_class._can_set_experts_implementation()
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save an ordinary checkpoint of the base architecture, and the code that makes it branch elsewhere.
 

@@ -14,7 +14,7 @@ from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
 from .decoding import PACKED, TURN, Paged, Piece, Step, attend_eager, attend_sdpa
 from .state import Pages, Sequence
-from .static import StaticRunner
+from .static import StaticRunner, can_capture
 
 logger = logging.get_logger(__name__)
 
@@ -61,7 +61,9 @@ class ModelRunner:
         can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
         self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
         self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
+        self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         is_static = decoding == "static" and self.is_packed and not self.is_eager and self.window is None
+        is_static = is_static and not self.is_spread and can_capture(model)
         self.static = StaticRunner(model, cache) if is_static else None
         # a GPU reads keys no faster for meeting fewer queries
         self.keeps_pages = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
@@ -79,7 +81,9 @@ class ModelRunner:
             if self.static is not None and self.static.fits(batch):
                 try:
                     return self.static(batch)
-                except RuntimeError as err:  # kernels that cannot be made here, or no memory for another graph
+                # kernels that cannot be made here, no memory for another graph; torch's compiler raises errors of many
+                # classes, the one at its limit of shapes is a plain Exception
+                except Exception as err:
                     if self.model.device.type != "cuda":
                         raise
                     logger.warning(f"static decoding fails on this device, packed decoding goes on: {err}")
@@ -90,6 +94,12 @@ class ModelRunner:
     def kind(self) -> str:
         """How it decodes: ``"static"``, ``"packed"`` or ``"simple"``."""
         return "static" if self.static is not None else "packed" if self.is_packed else "simple"
+
+    def free(self) -> None:
+        """Give the cache's memory back, and that of graphs, which know it by its address."""
+        self.cache.free()
+        if self.static is not None:
+            self.static.free()
 
     def _forward_packed(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of all sequences in one row."""
@@ -114,7 +124,7 @@ class ModelRunner:
             attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if piece.mask is not None]),
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=torch.tensor(rows or [0], device=device),
+            logits_to_keep=self._places(rows or [0]),
             multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
         )
         return output.logits[0]
@@ -193,10 +203,15 @@ class ModelRunner:
                 attention_mask=self._masks([alone]),
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=torch.tensor(rows, device=device),
+                logits_to_keep=self._places(rows),
             )
             logits += [output.logits[0]] if reading.is_last else []
         return torch.cat(logits) if logits else output.logits[0]
+
+    def _places(self, rows: list[int]) -> Any:
+        """Say which places of a row logits are wanted of. A tensor would come to the first of several devices, where
+        the last layer is not; a list comes to where it is used."""
+        return rows if self.is_spread else torch.tensor(rows, device=self.model.device)
 
     @contextlib.contextmanager
     def _attention(self) -> Iterator[None]:

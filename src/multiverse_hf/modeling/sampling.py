@@ -60,9 +60,15 @@ def mask_scores(masks: Sequence[Mask | None], scores: torch.Tensor) -> torch.Ten
     return scores
 
 
+def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Copy numbers to a device without waiting for it: a GPU still computes logits while it is told how to choose."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _to_tensor(contexts: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
     """Give contexts of one length as (N, L) int64; through numpy, which reads nested lists three times as fast."""
-    return torch.from_numpy(np.array(contexts, dtype=np.int64)).to(device)
+    return _to_device(np.array(contexts, dtype=np.int64), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +182,8 @@ def choose(
     else:
         tokens = argmax(scores)
         if drawn:
-            tokens[drawn] = _draw(scores[drawn], [keys[row] for row in drawn])
+            rows = _to_device(np.array(drawn), scores.device)
+            tokens[rows] = _draw(scores[rows], [keys[row] for row in drawn])
     best = scores.amax(dim=-1) if drawn else scores.gather(-1, tokens[:, None])[:, 0]
     columns = torch.stack([tokens.double(), best.double()], dim=-1)
     if num_top is not None:
@@ -204,10 +211,10 @@ def _read_likelihood(row: list[float]) -> TokenScores | None:
 
 def _draw(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> torch.Tensor:
     """Invert the distribution function at keyed uniforms."""
-    uniform = torch.tensor([(mix(*key) >> 11) * 2.0**-53 for key in keys], dtype=torch.float64)
+    uniform = _to_device(np.array([(mix(*key) >> 11) * 2.0**-53 for key in keys]), scores.device)
     probabilities = torch.softmax(scores.double(), dim=-1)
     cumulative = probabilities.cumsum(-1)
-    target = uniform.to(scores.device)[:, None] * cumulative[:, -1:]
+    target = uniform[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
     # rounding may carry the target to the end, past the last token with any probability
     last = scores.shape[-1] - 1 - torch.flip(probabilities > 0, [-1]).int().argmax(-1)

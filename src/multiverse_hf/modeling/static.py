@@ -6,6 +6,7 @@ scratch slot, and attention is one call of flex_attention for all sequences: eac
 of keys, which a block mask points to where its log lies.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,24 +22,30 @@ if TYPE_CHECKING:
     from .runner import Reading
 
 BLOCK = 128  # keys that a block of the mask stands for
-MIN_WIDTH = 16  # queries of one sequence; flex_attention computes so many in any case
-MIN_LENGTH = 2 * BLOCK
-
+MIN_WIDTH = 16  # queries of one sequence: fewer shapes; flex_attention computes 16 rows of a key head in any case
+# Queries of one key head that flex_attention's kernel for few queries takes; for more, no kernel is found before
+# https://github.com/pytorch/pytorch/pull/185349 (torch 2.13 lacks it)
+MAX_ROWS = 128
+MAX_VISIBLE = 1 << 26  # bytes; a step that needs more, such as 1024 branches of 64k log entries, is read packed
 
 MAX_SHAPES = 256  # kernels to compile; torch's own limit of 8 is for code that is compiled again by mistake
 
 
 @functools.cache
 def _compiled() -> Callable[..., torch.Tensor]:
+    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
+        # torch counts kernels by the function that is compiled: these are not to use up what training may compile
+        return flex_attention(*args, **kwargs)
+
     # fullgraph: an error at the limit, where torch would otherwise go on with scores of the whole pool
-    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+    return torch.compile(attend, dynamic=False, fullgraph=True)
 
 
-def round_up(count: int, least: int = 1, factor: int = 2) -> int:
-    """Give the first of ``least``, ``least * factor``, ... that is no smaller than ``count``."""
+def round_up(count: int, least: int = 1) -> int:
+    """Give the first of ``least``, ``2 * least``, ``4 * least``, ... that is no smaller than ``count``."""
     size = least
     while size < count:
-        size *= factor
+        size *= 2
     return size
 
 
@@ -69,12 +76,52 @@ def attend_static(
     Returns:
         (1, Q, heads, head_dim).
     """
-    _, heads, _, head_dim = query.shape
-    num_seqs = step.block_mask.kv_num_blocks.shape[0]
-    rows = query[0].index_select(1, step.places).view(heads, num_seqs, -1, head_dim).transpose(0, 1)
+    kv_heads, num_seqs = key.shape[1], step.block_mask.kv_num_blocks.shape[0]
+    rows = query[0].index_select(1, step.places).unflatten(1, (num_seqs, -1)).unflatten(0, (kv_heads, -1))
+    # torch's kernel for few queries takes a power of two of query heads for each key head; the other one, made for
+    # prompts, does not share a long log out among the GPU's processors
+    groups = rows.shape[1]
+    if spare := round_up(groups) - groups:
+        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, spare))
+    is_wide = rows.shape[1] * rows.shape[3] > MAX_ROWS
     attend = _compiled() if query.is_cuda else flex_attention
-    output = attend(rows, key, value, block_mask=step.block_mask, scale=scaling, enable_gqa=True)
+    output = attend(
+        rows.flatten(0, 1).transpose(0, 1),
+        key,
+        value,
+        block_mask=step.block_mask,
+        scale=scaling,
+        enable_gqa=True,
+        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if is_wide else None,
+    )
+    output = output.unflatten(1, (kv_heads, -1))[:, :, :groups].flatten(1, 2)
     return output.transpose(1, 2).flatten(0, 1).index_select(0, step.queries)[None]
+
+
+class Visible:
+    """What the queries of a step see, at one address for all shapes.
+
+    Attributes:
+        host, device: (size,) bool: for each query of the packed row as many log entries as the longest log has.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.host = torch.zeros(size, dtype=torch.bool, pin_memory=device.type == "cuda")
+        self.device = self.host.to(device)
+
+    @property
+    def size(self) -> int:
+        return len(self.host)
+
+    def fill(self, batch: "list[Reading]", longest: int) -> None:
+        """Write a step, in one copy to the device: what is copied lies together."""
+        count = batch[-1].queries.stop * longest
+        rows = self.host[:count].view(-1, longest).numpy()
+        for reading in batch:
+            for row, (entry, sees) in enumerate(reading.entries, reading.queries.start):
+                rows[row, : entry + 1] = sees[: entry + 1]
+                rows[row, entry + 1 : reading.end] = False
+        self.device[:count].copy_(self.host[:count], non_blocking=True)
 
 
 class StaticShape:
@@ -83,13 +130,17 @@ class StaticShape:
     Args:
         model: the model; its attention is already that of the engine.
         cache: the pool, whose tensors must stay where they are.
-        shape: (Q, S, W, L): queries, sequences, queries of one sequence, and log entries of one sequence.
-        pool: of CUDA graphs' memory, shared by all shapes.
+        shape: (Q, S, W): queries, sequences, and queries of one sequence.
+        visible: what the queries see.
+        pool, stream: of CUDA graphs, shared by all shapes.
     """
 
-    def __init__(self, model: Any, cache: LogCache, shape: tuple[int, int, int, int], pool: Any) -> None:
-        self.model, self.cache, self.shape, self.pool = model, cache, shape, pool
-        num_queries, num_seqs, width, length = shape
+    def __init__(
+        self, model: Any, cache: LogCache, shape: tuple[int, int, int], visible: Visible, pool: Any, stream: Any
+    ) -> None:
+        self.model, self.cache, self.shape, self.visible = model, cache, shape, visible
+        self.pool, self.stream = pool, stream
+        num_queries, num_seqs, width = shape
         device = model.device
         sizes = {
             "ids": num_queries,
@@ -100,13 +151,11 @@ class StaticShape:
             "places": num_seqs * width,
             "base": num_seqs,
             "length": num_seqs,
+            "longest": 1,
         }
-        is_cuda = device.type == "cuda"
         # one copy to the device for all numbers, one for what is visible
-        self.host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=is_cuda)
-        self.host_visible = torch.zeros(num_seqs, width, length, dtype=torch.bool, pin_memory=is_cuda)
+        self.host = torch.zeros(sum(sizes.values()), dtype=torch.int64, pin_memory=device.type == "cuda")
         self.numbers = self.host.to(device)
-        self.visible = self.host_visible.to(device)
         self.given = dict(zip(sizes, (part.numpy() for part in self.host.split(list(sizes.values()))), strict=True))
         self.inputs = dict(zip(sizes, self.numbers.split(list(sizes.values())), strict=True))
         self.graph: Any = None
@@ -114,20 +163,20 @@ class StaticShape:
 
     def __call__(self, batch: "list[Reading]") -> torch.Tensor:
         """Read log entries; as :class:`~.runner.ModelRunner`."""
-        if self.graph is not None:
+        is_cuda = self.model.device.type == "cuda"
+        if is_cuda:
             torch.cuda.current_stream().synchronize()  # the last step has read the host's side
-        num_rows, longest = self._fill(batch)
+        num_rows = self._fill(batch)
         self.numbers.copy_(self.host, non_blocking=True)
-        self.visible[..., :longest].copy_(self.host_visible[..., :longest], non_blocking=True)
-        if self.model.device.type != "cuda":
+        if not is_cuda:
             return self._forward()[:num_rows]
         if self.graph is None:
             self._capture()
         self.graph.replay()
         return self.logits[:num_rows]
 
-    def _fill(self, batch: "list[Reading]") -> tuple[int, int]:
-        """Write a step to the host's side of the inputs; give its rows of logits and the length of its longest log."""
+    def _fill(self, batch: "list[Reading]") -> int:
+        """Write a step to the inputs; give its rows of logits."""
         self.host.zero_()  # padding reads token 0 at position 0 and writes to the scratch slot
         given, width, num_rows = self.given, self.shape[2], 0
         for number, reading in enumerate(batch):
@@ -140,23 +189,23 @@ class StaticShape:
             given["queries"][queries] = np.arange(place, place + len(reading.entries))
             given["places"][place : place + len(reading.entries)] = np.arange(queries.start, queries.stop)
             given["base"][number], given["length"][number] = base, reading.end
-            visible = self.host_visible[number].numpy()
-            for row, (entry, sees) in enumerate(reading.entries):
-                visible[row, : entry + 1] = sees[: entry + 1]
-                visible[row, entry + 1 : reading.end] = False
             shift = queries.start - reading.first
             for branch in sequence.live:
                 given["rows"][num_rows] = branch.segment.entries[-1] + shift
                 num_rows += 1
-        return num_rows, max(reading.end for reading in batch)
+        given["longest"][:] = longest = max(reading.end for reading in batch)
+        self.visible.fill(batch, longest)
+        return num_rows
 
     def _forward(self) -> torch.Tensor:
-        inputs, (_, _, width, length) = self.inputs, self.shape
-        base, used, visible = inputs["base"], inputs["length"], self.visible
+        inputs, (_, _, width) = self.inputs, self.shape
+        base, used, places, longest = inputs["base"], inputs["length"], inputs["places"], inputs["longest"]
+        visible, most = self.visible.device, self.visible.size - 1
 
         def sees(seq: Any, _head: Any, query: Any, slot: Any) -> Any:
             entry = slot - base[seq]
-            return (entry >= 0) & (entry < used[seq]) & visible[seq, query, entry.clamp(0, length - 1)]
+            at = places[seq * width + query] * longest[0] + entry
+            return (entry >= 0) & (entry < used[seq]) & visible[at.clamp(0, most)]
 
         first = base // BLOCK
         num_blocks = torch.where(used > 0, (base + used - 1) // BLOCK + 1 - first, 0)
@@ -166,7 +215,7 @@ class StaticShape:
         mask = BlockMask.from_kv_blocks(
             num_blocks.int()[:, None, None],
             blocks.int()[:, None, None],
-            BLOCK_SIZE=BLOCK,
+            BLOCK_SIZE=(max(width, BLOCK), BLOCK),  # all queries of a sequence are one row of blocks
             mask_mod=sees,
             seq_lengths=(width, self.cache.capacity),
             compute_q_blocks=False,
@@ -185,16 +234,32 @@ class StaticShape:
 
     def _capture(self) -> None:
         """Record the forward pass; a step that is read twice writes the same keys to the same slots."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
-            for _ in range(2):  # what compiles or allocates on first use must have done so
-                self._forward()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.logits = self._forward()
+        own = torch.cuda.current_stream()
+        self.stream.wait_stream(own)
+        # torch.cuda.graph leaves its stream in place where a capture fails; this puts the thread's own back
+        with torch.cuda.stream(own):
+            with torch.cuda.stream(self.stream), torch._dynamo.config.patch(recompile_limit=MAX_SHAPES):
+                for _ in range(2):  # what compiles or allocates on first use must have done so
+                    self._forward()
+            own.wait_stream(self.stream)
+            graph = torch.cuda.CUDAGraph()
+            # a stream of the model's device: torch's own for captures is of the device that captured first
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                self.logits = self._forward()
         self.graph = graph
+
+
+def can_capture(model: Any) -> bool:
+    """Say whether a graph can hold a model's pass: nothing in it is decided on the host.
+
+    Rotary embeddings of these kinds look at the greatest position to choose their frequencies. For longrope, which
+    Phi has, the host no longer does so in transformers 5.23, but it does in 5.17.
+    """
+    kinds: set[str] = set()
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)  # or a dict of them, by kind of layer
+        kinds |= set(kind.values()) if isinstance(kind, dict) else {kind}
+    return not any(kind == "longrope" or "dynamic" in kind for kind in kinds if isinstance(kind, str))
 
 
 class StaticRunner:
@@ -202,15 +267,25 @@ class StaticRunner:
 
     def __init__(self, model: Any, cache: LogCache) -> None:
         self.model, self.cache = model, cache
-        self.shapes: dict[tuple[int, int, int, int], StaticShape] = {}
-        self.pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
+        self.shapes: dict[tuple[int, int, int], StaticShape] = {}
+        self.visible: Visible | None = None
+        self.max_visible = min(MAX_VISIBLE, 1024 * cache.capacity)
+        is_cuda = model.device.type == "cuda"
+        self.device = torch.cuda.device(model.device) if is_cuda else contextlib.nullcontext()
+        self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
+        self.stream = torch.cuda.Stream(model.device) if is_cuda else None
 
     def fits(self, batch: "list[Reading]") -> bool:
         """Say whether a step is one of decoding: no prompt in it, and no more queries of a sequence than is usual."""
-        return not self.cache.growable and all(
-            not reading.sequence.is_reading
-            and len(reading.entries) <= max(MIN_WIDTH, round_up(len(reading.sequence.live)))
-            for reading in batch
+        longest = max(reading.end for reading in batch)
+        return (
+            not self.cache.growable
+            and batch[-1].queries.stop * longest <= self.max_visible
+            and all(
+                not reading.sequence.is_reading
+                and len(reading.entries) <= max(MIN_WIDTH, round_up(len(reading.sequence.live)))
+                for reading in batch
+            )
         )
 
     def __call__(self, batch: "list[Reading]") -> torch.Tensor:
@@ -219,8 +294,15 @@ class StaticRunner:
             round_up(batch[-1].queries.stop),
             round_up(len(batch)),
             round_up(max(len(reading.entries) for reading in batch), MIN_WIDTH),
-            round_up(max(reading.end for reading in batch), MIN_LENGTH, 4),
         )
-        if shape not in self.shapes:
-            self.shapes[shape] = StaticShape(self.model, self.cache, shape, self.pool)
-        return self.shapes[shape](batch)
+        with self.device:  # graphs are of the thread's current device, and an engine has a thread of its own
+            if self.visible is None:
+                self.visible = Visible(self.max_visible, self.model.device)
+            if shape not in self.shapes:
+                self.shapes[shape] = StaticShape(self.model, self.cache, shape, self.visible, self.pool, self.stream)
+            return self.shapes[shape](batch)
+
+    def free(self) -> None:
+        """Let go of the graphs, which hold the addresses of a pool that is given back, and of their memory."""
+        self.shapes.clear()
+        self.visible = None
