@@ -334,6 +334,16 @@ def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     assert (tmp_path / "multiverse-tiny/train.csv").read_text().splitlines()[0].startswith("step,epoch,num_tokens,")
 
 
+def test_the_table_that_is_shown_is_that_of_the_record() -> None:
+    folder = ROOT / "recipes/multiverse-tiny"
+    spec = importlib.util.spec_from_file_location("paper", folder / "paper.py")
+    paper = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(paper)
+    record = json.loads((folder / "table.json").read_text())
+    assert len(record["seeds"]) == 3
+    assert paper.markdown(record["rows"]) in (folder / "README.md").read_text()
+
+
 @pytest.mark.slow
 def test_the_papers_table_in_miniature_is_made_by_one_command_that_repeats_nothing(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "recipes/multiverse-tiny/paper.py"), "--output", "table", "--seeds", "3"]

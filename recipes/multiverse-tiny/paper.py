@@ -144,8 +144,8 @@ def draw(path: Path, rows: dict[str, dict]) -> None:
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, row in rows.items():
-        axes.plot(row["parallelism"]["values"], row["accuracy"]["values"], "o", label=name, alpha=0.7)
+    for marker, (name, row) in zip("xs^o", rows.items(), strict=True):  # points of different rows may coincide
+        axes.plot(row["parallelism"]["values"], row["accuracy"]["values"], marker, label=name, fillstyle="none")
     axes.set(xlabel="# parallel (flat and nested problems)", ylabel="percent right (all problems)", ylim=(-3, 103))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -180,7 +180,13 @@ def main() -> None:
     except StepError as err:
         parser.exit(FAILURE, f"error: {err}\n")
     rows = table(results)
-    write_output(args.output / "table.json", json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    reports = [report for of_seed in results.values() for report in of_seed.values()]
+    made_with = {
+        "commits": sorted({str(report["commit"]) for report in reports}),
+        "versions": [dict(each) for each in sorted({tuple(report["versions"].items()) for report in reports})],
+    }
+    table_of = {"settings": settings, "seeds": args.seeds, "evaluated_with": made_with, "rows": rows}
+    write_output(args.output / "table.json", json.dumps(table_of, indent=1) + "\n")
     write_output(args.output / "table.md", markdown(rows))
     draw(args.output / "table.png", rows)
     print(markdown(rows), end="")
