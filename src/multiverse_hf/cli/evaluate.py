@@ -27,6 +27,14 @@ from multiverse_hf.cli.options import (
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
 
+SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")]
+SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")]
+TopPOption = Annotated[
+    float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
+]
+MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")]
+
 SUITE = "A whole table"  # panel of the help
 experiments = typer.Typer(add_completion=False, help="The paper's experiments, each with its figure.")
 
@@ -74,17 +82,13 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first problems of each task.")
     ] = None,
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")
-    ] = TEMPERATURE,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
-    ] = TOP_P,
+    n: SamplesOption = 1,
+    seed: SeedOption = 0,
+    temperature: TemperatureOption = TEMPERATURE,
+    top_p: TopPOption = TOP_P,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
-    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
+    max_num_seqs: MaxNumSeqsOption = MAX_NUM_SEQS,
     max_cache_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")] = None,
     dtype: DtypeOption = Dtype.AUTO,
     attn: AttentionOption = Attention.SDPA,
@@ -173,15 +177,11 @@ def budget(
     ] = None,
     data_dir: DataDirOption = None,
     limit: LimitOption = 90,
-    n: Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")] = 1,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")] = 0,
-    temperature: Annotated[
-        float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")
-    ] = TEMPERATURE,
-    top_p: Annotated[
-        float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
-    ] = TOP_P,
-    max_num_seqs: Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")] = MAX_NUM_SEQS,
+    n: SamplesOption = 1,
+    seed: SeedOption = 0,
+    temperature: TemperatureOption = TEMPERATURE,
+    top_p: TopPOption = TOP_P,
+    max_num_seqs: MaxNumSeqsOption = MAX_NUM_SEQS,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
