@@ -19,7 +19,6 @@ compared with the step of the other that came next to it, and the median of thes
 
 import argparse
 import contextlib
-import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -29,7 +28,7 @@ import torch
 from decode_cpu import VOCAB, make_models
 from report import count, environment, finish, make_parser, show, show_environment, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig
-from workload import EOS, make_prompts, make_tags, silence_tags
+from workload import EOS, make_prompts, make_tags, silence_tags, steps_in_turns
 
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.cache import LogCache
@@ -105,19 +104,7 @@ def measure_guidance(batch: int, args: argparse.Namespace, model: Any) -> dict[s
                 cache = LogCache(model.config.num_hidden_layers, capacity)
                 engines.append(Engine(model, model.tags, cache, max_num_seqs=batch))
                 sequences.append([engines[-1].add(request) for request in asked.requests])
-            pairs = []
-            for number in itertools.count():
-                running = engines[0].running
-                is_writing = running and not any(sequence.is_reading for sequence in running)
-                seconds = [0.0, 0.0]
-                for side in (0, 1) if number % 2 == 0 else (1, 0):
-                    begin = time.perf_counter()
-                    engines[side].step()
-                    seconds[side] = time.perf_counter() - begin
-                if not engines[0].has_work:
-                    break
-                if is_writing:
-                    pairs.append(seconds)
+            pairs = list(steps_in_turns(engines, model.device))
             if [s.ids for s in sequences[0]] != [s.ids for s in sequences[1]] or engines[1].has_work:
                 raise RuntimeError("with guidance another text was written")
             differences += [guided - off for off, guided in pairs]

@@ -21,7 +21,6 @@ Time includes the prompt's own pass unless it says "decode". Ratios are of the m
     python benchmarks/decode_cpu.py --paths 8 --write-goal --threads 1
     python benchmarks/decode_cpu.py --paths 16 --skip transformers generate     # the engine's overhead alone, quickly
     python benchmarks/decode_cpu.py --paths 1 2 4 8 16 32 --batch 1 4 8 --skip generate --repeats 1
-    python benchmarks/decode_cpu.py --paths 1 8 --path-tokens 2048 --skip transformers generate bare --repeats 1
 """
 
 import argparse

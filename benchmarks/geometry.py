@@ -85,12 +85,14 @@ class Load:
         num_paths: paths of each.
         prompt_tokens: tokens of a prompt.
         answer_tokens: tokens of an answer.
+        length: positions of an answer; as many as tokens if all may stand one after the other.
     """
 
     batch: int
     num_paths: int
     prompt_tokens: int
     answer_tokens: int
+    length: int | None = None
 
 
 def plan_cache(geometry: str, device: torch.device, num_parameters: int, load: Load) -> int:
@@ -102,11 +104,12 @@ def plan_cache(geometry: str, device: torch.device, num_parameters: int, load: L
     """
     config = make_config(geometry)
     tokens = load.prompt_tokens + load.answer_tokens
-    if tokens > config.max_position_embeddings:
+    length = load.answer_tokens if load.length is None else load.length
+    if load.prompt_tokens + length > config.max_position_embeddings:
         raise ValueError(
-            f"a prompt of {load.prompt_tokens} tokens and an answer of {load.answer_tokens} take {tokens} positions, "
-            f"and {geometry} has {config.max_position_embeddings}; have shorter answers written, or take another "
-            "--geometry"
+            f"a prompt of {load.prompt_tokens} tokens and an answer of {length} take {load.prompt_tokens + length} "
+            f"positions, and {geometry} has {config.max_position_embeddings}; have shorter answers written, or take "
+            "another --geometry"
         )
     head_dim = config.hidden_size // config.num_attention_heads
     token_bytes = 2 * DTYPE.itemsize * config.num_hidden_layers * config.num_key_value_heads * head_dim

@@ -2,13 +2,15 @@
 
 import dataclasses
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
-from multiverse_hf.evaluation.timing import time_answers
+from multiverse_hf.evaluation.timing import synchronize, time_answers
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.state import GenerationStats
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
@@ -122,6 +124,16 @@ class Answer:
         block = {"max_depth": 1, "max_paths": self.num_paths, "max_path_tokens": self.path_tokens}
         return options | block | {"structure": "guided"}
 
+    def check(self, stats: GenerationStats) -> None:
+        """Check what was written.
+
+        Raises:
+            RuntimeError: if it did not come out like this.
+        """
+        due = (self.num_tokens, self.length, self.num_paths, int(self.num_paths > 1), 0)
+        if (stats.num_tokens, stats.length, stats.max_width, stats.num_forks, stats.malformed) != due:
+            raise RuntimeError(f"an answer has to come out as {self}, got {stats}")
+
 
 def plan_answer(tags: TagSet, num_tokens: int, num_paths: int) -> Answer:
     """Lay out an answer: ``</Goal>``, paths of one length, and the conclusion, which takes what they leave over.
@@ -131,8 +143,7 @@ def plan_answer(tags: TagSet, num_tokens: int, num_paths: int) -> Answer:
     """
     if num_paths == 1:
         return Answer(num_tokens, 1, num_tokens, num_tokens)
-    conclusion = [*tags.conclusion_prefix(), tags.close("conclusion"), tags.close("parallel")]
-    others = 1 + len(conclusion) + 1  # one token of text in the conclusion
+    others = _count_others(tags)
     path_tokens, least = (num_tokens - others) // num_paths, Structure(tags).empty_path_length()
     if path_tokens < least:
         raise ValueError(
@@ -140,6 +151,21 @@ def plan_answer(tags: TagSet, num_tokens: int, num_paths: int) -> Answer:
             f"takes at least {least}; have {num_paths * least + others} tokens written, or fewer paths"
         )
     return Answer(num_tokens, num_paths, path_tokens, num_tokens - (num_paths - 1) * path_tokens)
+
+
+def plan_block(tags: TagSet, num_paths: int, path_tokens: int) -> Answer:
+    """Lay out an answer with paths of a given length; one path is an answer of this length without a block.
+
+    Raises:
+        ValueError: if a path is too short.
+    """
+    others = _count_others(tags) if num_paths > 1 else 0
+    return plan_answer(tags, num_paths * path_tokens + others, num_paths)
+
+
+def _count_others(tags: TagSet) -> int:
+    """Count the tokens outside the paths: ``</Goal>``, and a conclusion with one token of text."""
+    return 1 + len(tags.conclusion_prefix()) + 1 + len([tags.close("conclusion"), tags.close("parallel")])
 
 
 @torch.no_grad()
@@ -172,10 +198,33 @@ def write(engine: MultiverseEngine, prompts: torch.Tensor, answer: Answer) -> Ru
         RuntimeError: if one did not.
     """
     timed = time_answers(engine, list(prompts), **answer.options)
-    due = (answer.num_tokens, answer.length, answer.num_paths, int(answer.num_paths > 1), 0)
     for result in timed.results:
-        stats = result.stats
-        if (stats.num_tokens, stats.length, stats.max_width, stats.num_forks, stats.malformed) != due:
-            raise RuntimeError(f"an answer has to come out as {answer}, got {stats}")
+        answer.check(result.stats)
     first = timed.results[0]
     return Run(timed.prompt_seconds, timed.seconds, first.stats, sum(first.sampled))
+
+
+def steps_in_turns(engines: Sequence[Engine], device: torch.device) -> Iterator[list[float]]:
+    """Step engines in turns, each time beginning with another, until the first has nothing left to write.
+
+    Prompts are read before, and are not timed.
+
+    Yields:
+        The seconds of each engine's step; not of the step in which the first ended.
+    """
+    for engine in engines:
+        while engine.waiting or any(sequence.is_reading for sequence in engine.running):
+            engine.step()
+    order = list(range(len(engines)))
+    while True:
+        seconds = [0.0] * len(engines)
+        for each in order:
+            synchronize(device)
+            begin = time.perf_counter()
+            engines[each].step()
+            synchronize(device)
+            seconds[each] = time.perf_counter() - begin
+        if not engines[0].has_work:
+            return
+        yield seconds
+        order = order[1:] + order[:1]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
-LATENCY, BATCH = "latency_vs_parallelism", "batch_scaling"
+LATENCY, BATCH, LONG = "latency_vs_parallelism", "batch_scaling", "long_branches"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,6 +78,21 @@ def test_batches_are_measured_on_both_sides_and_drawn(tmp_path: Path) -> None:
         assert row["parallel"]["parallelism"] > 2
         times = row["sequential"]["seconds"]["median"], row["parallel"]["seconds"]["median"]
         assert row["speedup"] == pytest.approx(times[0] / times[1], rel=0.02)
+
+
+def test_long_branches_are_measured_step_beside_step_and_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run(LONG, "--paths", "2", "4", "--path-tokens", "80", "--plot", "a.png", cwd=tmp_path)
+    assert is_picture(tmp_path / "a.png")
+    assert [row["paths"] for row in result["results"]] == [2, 4]
+    for row in result["results"]:
+        assert 70 <= row["steps"] <= 80  # the starts of the paths are written without a pass of their own
+        seen = [point["visible_tokens"] for point in row["curve"]]
+        assert seen == sorted(seen)
+        assert 256 < seen[0] < seen[-1] < row["visible_tokens"] <= 256 + 1 + 80
+        times = row["lone_ms_of_last_steps"], row["paths_ms_of_last_steps"]
+        assert all(0 < each["min"] <= each["median"] <= each["max"] for each in times)
+        assert row["ratio_of_repeats"]["min"] <= row["ratio_of_last_steps"] <= row["ratio_of_repeats"]["max"]
 
 
 @given(
@@ -169,6 +184,9 @@ def test_what_does_not_fit_the_memory_is_refused_with_the_numbers(monkeypatch: p
         (BATCH, ["--batch", "none"], ["--batch", "none"]),
         (BATCH, ["--tokens", "20"], ["8 paths", "20 tokens", "fewer paths"]),
         (BATCH, ["--prompt", "8"], ["prompt of 8", "--prompt"]),
+        (LONG, ["--paths", "8", "1"], ["--paths", "2 or more", "got 1"]),
+        (LONG, ["--path-tokens", "2"], ["8 paths", "at least"]),
+        (LONG, ["--path-tokens", "4096"], ["4357 positions", "tiny has 4096"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and value[0].startswith("--") else None,
 )

@@ -47,11 +47,14 @@ class LogLayer(CacheLayerMixin):
             self.values.index_copy_(2, write, value_states)
         return self.keys[:, :, read], self.values[:, :, read]
 
-    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copy the contents of ``source`` slots to ``target`` slots, both (slots,) int64; they may overlap."""
+    def move(self, source: torch.Tensor, target: torch.Tensor | slice) -> None:
+        """Copy the contents of ``source`` slots, (slots,) int64, to as many ``target`` slots; they may overlap."""
         for states in (self.keys, self.values) if self.is_initialized else ():
             moved = states.index_select(2, source.to(states.device))
-            states.index_copy_(2, target.to(states.device), moved)
+            if isinstance(target, slice):
+                states[:, :, target] = moved
+            else:
+                states.index_copy_(2, target.to(states.device), moved)
 
     def resize(self, capacity: int) -> None:
         """Move to a larger allocation."""
@@ -168,9 +171,9 @@ class LogCache(Cache):
             order: (n,) int64, a permutation: for each of the first n slots of the extent the one whose entry it gets.
         """
         base = self.extents[owner].base
-        source, target = torch.from_numpy(base + order), torch.arange(base, base + len(order))
+        source = torch.from_numpy(base + order)
         for layer in self.layers:
-            layer.move(source, target)
+            layer.move(source, slice(base, base + len(order)))
 
     def release(self, owner: int) -> None:
         """Give a log's slots back."""

@@ -35,13 +35,11 @@ class Paged:
     """Where keys lie that one query alone sees.
 
     Attributes:
-        keys: pages of them, a slice of the piece's keys.
-        size: keys of a page.
+        size: keys of a page. The pages are the first of the piece's keys.
         owners: of each page the one query that sees it, -1 if none does. A query has one page at most.
-        shared: the other parts of the piece's keys.
+        shared: the other parts of the piece's keys that are seen.
     """
 
-    keys: slice
     size: int
     owners: list[int]
     shared: list[slice]
@@ -54,7 +52,8 @@ class Piece:
     Attributes:
         queries: their place in the packed row.
         keys: the slots they may see, a slice of the pool.
-        mask: columns of the step's mask that stand for these slots; None if all queries see all of them.
+        mask: columns of the step's mask that stand for these slots, or for the shared ones if it is paged; None if all
+            queries see all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
         paged: where the keys of each query lie; attention then leaves those of the others out. None if not known.
     """
@@ -139,38 +138,41 @@ def attend_paged(
     Args:
         query: (1, heads, Q, head_dim).
         key, value: (1, kv_heads, K, head_dim).
-        attention_mask: (1, 1, Q, K), added to the scores of shared keys.
+        attention_mask: (1, 1, Q, S), added to the scores of the shared keys, one part after the other. If S is more
+            than they are, it hides the others.
 
     Returns:
         (1, Q, heads, head_dim).
     """
     _, heads, queries, head_dim = query.shape
-    kv_heads, num_pages = key.shape[1], len(paged.owners)
-    rows = query[0] * (head_dim**-0.5 if scaling is None else scaling)
-    rows = rows.view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2)  # (kv, Q, groups, head_dim)
-    shared_key, shared_value = (torch.cat([s[0, :, part] for part in paged.shared], dim=1) for s in (key, value))
-    mask = torch.cat([attention_mask[0, 0, :, part] for part in paged.shared], dim=1)
-    own_key, own_value = (s[0, :, paged.keys].unflatten(1, (num_pages, paged.size)) for s in (key, value))
+    kv_heads, num_pages, size = key.shape[1], len(paged.owners), paged.size
+    rows = query.view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2).contiguous()
+    rows *= head_dim**-0.5 if scaling is None else scaling
+    own_key, own_value = (s[0, :, : num_pages * size].unflatten(1, (num_pages, size)) for s in (key, value))
+    mask = attention_mask[0, 0, :, None]
+    padding = key.new_zeros(kv_heads, mask.shape[-1] - sum(part.stop - part.start for part in paged.shared), head_dim)
+    shared_key, shared_value = (
+        torch.cat([*(s[0, :, part] for part in paged.shared), padding], dim=1) for s in (key, value)
+    )
 
-    shared = (rows.flatten(1, 2) @ shared_key.mT).unflatten(1, (queries, -1)) + mask[:, None]
+    # Products one head after the other, all pages at once, or one page after the other, all heads at once: both at
+    # once would need a copy of the pages.
     is_whole = paged.owners == list(range(queries))  # each query has its page, as most of the time
-    at = rows if is_whole else rows[:, [max(owner, 0) for owner in paged.owners]]
-    own = torch.stack([each @ keys.mT for each, keys in zip(at, own_key, strict=True)])
-    if not is_whole:
-        pages = [page for page, owner in enumerate(paged.owners) if owner >= 0]
-        owners = [paged.owners[page] for page in pages]
-        scores = own.new_full((kv_heads, queries, *own.shape[2:]), -torch.inf)
-        scores[:, owners] = own[:, pages]
-        own = scores
-    weights = torch.cat([own, shared], dim=-1).softmax(dim=-1)  # float32 inside
-    own, shared = weights.split([paged.size, shared.shape[-1]], dim=-1)
-    output = (shared.flatten(1, 2) @ shared_value).unflatten(1, (queries, -1))
-    if is_whole:
-        output += torch.stack([each @ values for each, values in zip(own, own_value, strict=True)])
+    if is_whole and kv_heads <= num_pages:
+        places: list[tuple[Any, Any]] = [(head, head) for head in range(kv_heads)]
     else:
-        output[:, owners] += torch.stack(
-            [each @ values for each, values in zip(own[:, owners], own_value[:, pages], strict=True)]
-        )
+        every = slice(None)
+        places = [((every, owner), (every, page)) for page, owner in enumerate(paged.owners) if owner >= 0]
+    shape = (*rows.shape[:3], size)
+    own = rows.new_empty(shape) if is_whole else rows.new_full(shape, -torch.inf)
+    for of_query, of_page in places:
+        torch.bmm(rows[of_query], own_key[of_page].mT, out=own[of_query])
+    shared = torch.bmm(rows.flatten(1, 2), shared_key.mT).unflatten(1, (queries, -1)).add_(mask)
+    weights = torch.cat([own, shared], dim=-1).softmax(dim=-1)  # float32 inside
+    own = weights[..., :size].contiguous()
+    output = torch.bmm(weights[..., size:].flatten(1, 2), shared_value).unflatten(1, (queries, -1))
+    for of_query, of_page in places:
+        output[of_query] += torch.bmm(own[of_query], own_value[of_page])
     return output.transpose(0, 1).reshape(1, queries, heads, head_dim)
 
 

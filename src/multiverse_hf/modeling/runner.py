@@ -19,10 +19,15 @@ from .static import StaticRunner, can_capture
 logger = logging.get_logger(__name__)
 
 # When branches are kept apart
-MIN_WORK = 1 << 14  # queries times log entries; below, masking costs less than leaving out
+MIN_WORK = 3 << 22  # multiplications that a layer's scores take; below, masking costs less than leaving out
 SHARE = 3  # if that leaves one of so many products to do
 MIN_TAIL = 256  # log entries written since it was last done
-MIN_PAGE = 64
+MIN_PAGE = 16
+
+
+def round_up(num_keys: int) -> int:
+    """Have few numbers of keys: oneDNN compiles a product for every one it meets, in a millisecond."""
+    return -(-num_keys // 64) * 64
 
 
 @dataclass(slots=True)
@@ -67,6 +72,7 @@ class ModelRunner:
         self.static = StaticRunner(model, cache) if is_static else None
         # a GPU reads keys no faster for meeting fewer queries
         self.keeps_pages = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
+        self.width = model.config.hidden_size  # as many multiplications take the scores of a query and a key
         self.min_work, self.share, self.min_tail, self.min_page = MIN_WORK, SHARE, MIN_TAIL, MIN_PAGE
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
@@ -118,10 +124,11 @@ class ModelRunner:
                 shift = reading.queries.start - first
                 rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
         self.cache.prepare(slots, device)
+        masked = [(reading, piece) for reading, piece in zip(batch, pieces, strict=True) if piece.mask is not None]
         output = self.model(
             input_ids=torch.tensor(ids, device=device)[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
-            attention_mask=self._masks([r for r, piece in zip(batch, pieces, strict=True) if piece.mask is not None]),
+            attention_mask=self._masks(masked),
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=self._places(rows or [0]),
@@ -136,21 +143,19 @@ class ModelRunner:
         if sequence.root.block is None and (self.window is None or end <= self.window):
             return Piece(reading.queries, keys, None, causal=True)
         if len(reading.entries) > 1 and sequence.pages is not None:
-            pages = sequence.pages
-            seen = np.stack([sees[pages.entries] for _, sees in reading.entries])
+            size, order = sequence.pages.size, sequence.pages.order
+            seen = np.stack([sees[order[: sequence.pages.count * size : size]] for _, sees in reading.entries])
             owners: list[int] = []
-            shared = [slice(0, pages.begin)]
+            shared: list[slice] = []
             for page, (count, owner) in enumerate(zip(seen.sum(axis=0), seen.argmax(axis=0), strict=True)):
                 is_own = count == 1 and owner not in owners  # after a reduce one query sees the pages of several
                 owners.append(int(owner) if is_own else -1)
                 if count and not is_own:
-                    begin = pages.begin + page * pages.size
-                    shared.append(slice(begin, begin + pages.size))
-            shared.append(slice(len(sequence.slots), end))
-            work = len(seen) * sum(part.stop - part.start for part in shared) + len(owners) * pages.size
-            if self.share * work <= len(seen) * end:
-                paged = Paged(slice(pages.begin, len(sequence.slots)), pages.size, owners, shared)
-                return Piece(reading.queries, keys, slice(0, end), paged=paged)
+                    shared.append(slice(page * size, (page + 1) * size))
+            shared.append(slice(len(owners) * size, end))
+            num_shared = sum(part.stop - part.start for part in shared)
+            if self.share * (len(seen) * num_shared + len(owners) * size) <= len(seen) * end:
+                return Piece(reading.queries, keys, slice(0, round_up(num_shared)), paged=Paged(size, owners, shared))
         return Piece(reading.queries, keys, slice(0, end))
 
     def _part_branches(self, sequence: Sequence) -> None:
@@ -161,7 +166,7 @@ class ModelRunner:
         """
         end = sequence.num_computed
         is_due = end - len(sequence.slots) >= max(self.min_tail, end // 32)
-        if not is_due or len(sequence.live) * end < self.min_work or sequence.is_reading:
+        if not is_due or sequence.is_reading or len(sequence.live) * end * self.width < self.min_work:
             return
         # of all that have something to read: paths that just closed do not see what the branch after them does
         views = {id(sees): sees[:end] for _, sees in sequence.pending}
@@ -180,13 +185,13 @@ class ModelRunner:
         paged = np.concatenate(pages)
         rest = np.ones(end, dtype=bool)
         rest[paged] = False
-        order = np.concatenate([np.flatnonzero(rest), paged])
+        order = np.concatenate([paged, np.flatnonzero(rest)])
         slots = np.arange(end)
         slots[: len(sequence.slots)] = sequence.slots
         self.cache.arrange(sequence.arrival, slots[order])
         sequence.slots = np.empty(end, dtype=np.int64)
         sequence.slots[order] = np.arange(end)
-        sequence.pages = Pages(end - len(paged), size, np.array([page[0] for page in pages]))
+        sequence.pages = Pages(len(pages), size, order)
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of each sequence in a pass of its own, as anyone would."""
@@ -200,7 +205,7 @@ class ModelRunner:
             output = self.model(
                 input_ids=torch.tensor(sequence.ids[first:end], device=device)[None],
                 position_ids=torch.from_numpy(sequence.positions[first:end])[None].to(device),
-                attention_mask=self._masks([alone]),
+                attention_mask=self._masks([(alone, Piece(alone.queries, slice(base, base + end), slice(0, end)))]),
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=self._places(rows),
@@ -226,12 +231,19 @@ class ModelRunner:
             for config in self.configs:
                 config._attn_implementation = own
 
-    def _masks(self, batch: list[Reading]) -> Any:
-        """Give the model's ``attention_mask``: one tensor (1, 1, queries, slots), or one for each kind of layer."""
-        shape = (max(r.queries.stop for r in batch), max(r.end for r in batch)) if batch else (1, 1)
+    def _masks(self, batch: list[tuple[Reading, Piece]]) -> Any:
+        """Give the model's ``attention_mask``: one tensor (1, 1, queries, columns), or one for each kind of layer."""
+        shape = (max(r.queries.stop for r, _ in batch), max(p.mask.stop for _, p in batch)) if batch else (1, 1)
         mask = np.zeros(shape, dtype=bool)
-        for reading in batch:
-            begin = reading.queries.start
+        for reading, piece in batch:
+            sequence, begin = reading.sequence, reading.queries.start
+            if piece.paged is not None:  # columns for shared keys only
+                order = np.concatenate([sequence.pages.order, np.arange(len(sequence.slots), reading.end)])
+                columns = np.concatenate([order[part] for part in piece.paged.shared])
+                for row, (entry, sees) in enumerate(reading.entries, begin):
+                    (known,) = np.nonzero(columns <= entry)
+                    mask[row, known] = sees[columns[known]]
+                continue
             for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
                 entries = list(run)
                 last, seen = entries[-1][0], entries[-1][1]
@@ -240,15 +252,15 @@ class ModelRunner:
                 if len(entries) > 1:
                     rows &= np.arange(last + 1) <= np.array([entry for entry, _ in entries])[:, None]
                 begin += len(entries)
-            if moved := len(reading.sequence.slots):
+            if moved := len(sequence.slots):
                 rows = mask[reading.queries]
-                rows[:, reading.sequence.slots] = rows[:, :moved].copy()
+                rows[:, sequence.slots] = rows[:, :moved].copy()
         masks = {}
         for kind in self.kinds:
             allowed = mask
             if kind == SLIDING and batch:
                 allowed = mask.copy()
-                for reading in batch:
+                for reading, _ in batch:
                     positions = reading.sequence.positions[: reading.end]
                     near = positions[reading.first :, None] - positions < self.window
                     allowed[reading.queries, : reading.end] &= near

@@ -214,17 +214,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Pages:
-    """Parts of equal size of a sequence's slots, next to each other: of each long branch one, with what it alone saw.
+    """The first of a sequence's slots, in parts of equal size: of each long branch one, with what it alone saw.
 
     Attributes:
-        begin: the first slot.
+        count: pages.
         size: slots of a page.
-        entries: (pages,) int64, of each page a log entry in it: whoever sees that sees the whole page.
+        order: (n,) int64, of the first n slots the log entry of each. Whoever sees one of a page sees the whole page.
     """
 
-    begin: int
+    count: int
     size: int
-    entries: np.ndarray
+    order: np.ndarray
 
 
 @dataclass(slots=True, eq=False)
@@ -241,7 +241,7 @@ class Sequence:
         num_computed: log entries the model has read.
         slots: (n,) int64, for the first n log entries their place in the sequence's part of the cache; those that
             follow are in order.
-        pages: parts of those n slots that hold what one branch alone saw, the last ones of them.
+        pages: parts of those n slots that hold what one branch alone saw, the first ones of them.
         prompt_length: positions the prompt takes.
         budget: positions the answer may take.
         total: tokens the answer may take.
