@@ -26,7 +26,7 @@ MIN_PAGE = 16
 
 
 def round_up(num_keys: int) -> int:
-    """Have few numbers of keys: oneDNN compiles a product for every one it meets, in a millisecond."""
+    """Have few numbers of keys: oneDNN compiles a product for every one it meets, which takes longer than to do it."""
     return -(-num_keys // 64) * 64
 
 
