@@ -7,6 +7,7 @@ All logs live in one pool of slots that is allocated once. Each has an extent of
 which grows in place while it can, moves when it cannot, and is given back when its sequence ends or is preempted.
 """
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+COPIES = 3  # outside the pool there is room for one copy in so many slots
 SCRATCH = 1  # slots before the first extent: padding queries write there and read there
 
 
@@ -47,14 +49,11 @@ class LogLayer(CacheLayerMixin):
             self.values.index_copy_(2, write, value_states)
         return self.keys[:, :, read], self.values[:, :, read]
 
-    def move(self, source: torch.Tensor, target: torch.Tensor | slice) -> None:
-        """Copy the contents of ``source`` slots, (slots,) int64, to as many ``target`` slots; they may overlap."""
+    def move(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copy the contents of ``source`` slots to ``target`` slots, (slots,) int64 each; they may overlap."""
         for states in (self.keys, self.values) if self.is_initialized else ():
             moved = states.index_select(2, source.to(states.device))
-            if isinstance(target, slice):
-                states[:, :, target] = moved
-            else:
-                states.index_copy_(2, target.to(states.device), moved)
+            states.index_copy_(2, target.to(states.device), moved)
 
     def resize(self, capacity: int) -> None:
         """Move to a larger allocation."""
@@ -104,6 +103,7 @@ class LogCache(Cache):
         self.capacity = SCRATCH + capacity
         self.growable = growable
         self.extents: dict[int, Extent] = {}  # by the sequence's number
+        self.copies: dict[int, int] = {}  # entries that are held a second time, likewise
         self.write: slice | torch.Tensor = slice(0, 0)  # slots of the next forward's queries
         self.read = slice(0, 0)  # slots the next forward gets to see
         super().__init__(layers=[LogLayer(self) for _ in range(num_layers)])
@@ -112,6 +112,16 @@ class LogCache(Cache):
     def num_used(self) -> int:
         """Log entries held."""
         return sum(extent.used for extent in list(self.extents.values()))  # a copy: other threads ask
+
+    @property
+    def max_copies(self) -> int:
+        """Log entries that may be held a second time, all logs together."""
+        return (self.capacity - SCRATCH) // COPIES
+
+    @property
+    def num_copies(self) -> int:
+        """Log entries that are."""
+        return sum(list(self.copies.values()))
 
     @property
     def num_free(self) -> int:
@@ -164,24 +174,25 @@ class LogCache(Cache):
         self.extents[owner] = Extent(base, wish, need)
         return True
 
-    def arrange(self, owner: int, order: np.ndarray) -> None:
-        """Bring the first entries of a log into another order.
+    def room_for_copies(self, owner: int) -> int:
+        """Give how many of a log's entries may be held a second time; beside a growable pool any number."""
+        if self.growable:
+            return sys.maxsize
+        return self.max_copies - sum(count for each, count in self.copies.items() if each != owner)
 
-        Args:
-            order: (n,) int64, a permutation: for each of the first n slots of the extent the one whose entry it gets.
-        """
-        base = self.extents[owner].base
-        source = torch.from_numpy(base + order)
-        for layer in self.layers:
-            layer.move(source, slice(base, base + len(order)))
+    def count_copies(self, owner: int, count: int) -> None:
+        """Say how many of a log's entries are held a second time, instead of how many were."""
+        self.copies[owner] = count
 
     def release(self, owner: int) -> None:
         """Give a log's slots back."""
         self.extents.pop(owner, None)
+        self.copies.pop(owner, None)
 
     def free(self) -> None:
         """Give the pool's memory back; a later forward allocates it again."""
         self.extents.clear()
+        self.copies.clear()
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.is_initialized = False

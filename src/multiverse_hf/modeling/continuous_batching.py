@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from transformers.utils import logging
 
 from .agreement import Agreement
-from .cache import LogCache, bytes_per_entry
+from .cache import COPIES, LogCache, bytes_per_entry
 from .decoding import can_pack, packed_weights, release_workers
 from .engine import DEFAULT_CHUNK, Engine
 from .generation import read_requests
@@ -28,7 +28,7 @@ from .tags import encode_prompt
 logger = logging.get_logger(__name__)
 
 DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
-CPU_MEMORY = 1 << 28  # bytes; more only if asked for
+CPU_MEMORY = 1 << 29  # bytes; more only if asked for
 PATIENCE = 60  # seconds that a process waits for a request that another one has
 
 
@@ -48,7 +48,8 @@ class MultiverseEngine:
         max_num_seqs: answers written at once.
         max_cache_tokens: tokens the cache holds, of all answers together, or
         cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
-            256 MiB, and never more than ``max_num_seqs`` contexts.
+            512 MiB, and never more than ``max_num_seqs`` contexts. On a CPU a quarter of it is for copies of what long
+            branches see, in the order its instructions read them; that comes on top of ``max_cache_tokens``.
         prefill_chunk: prompt tokens read in one step.
         decoding: ``"packed"``, ``"static"`` or ``"simple"``, see :class:`~.engine.Engine`. By default static on a GPU
             and packed elsewhere, or simple where the model cannot.
@@ -96,21 +97,27 @@ class MultiverseEngine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.bytes_per_token = bytes_per_entry(model)
+        copies = COPIES if model.device.type == "cpu" else None
         if max_cache_tokens is None:
             memory = cache_memory if cache_memory is not None else default_memory(model.device)
             max_cache_tokens = memory // self.bytes_per_token
+            if copies is not None:
+                max_cache_tokens -= max_cache_tokens // (copies + 1)
             if max_cache_tokens < 1:
                 raise ValueError(f"cache_memory={memory} holds no token: one takes {self.bytes_per_token} bytes")
             context = getattr(model.config, "max_position_embeddings", None)
             if cache_memory is None and context is not None:
                 max_cache_tokens = min(max_cache_tokens, max_num_seqs * context)
-        size, free = max_cache_tokens * self.bytes_per_token, free_memory(model.device)
+        self.max_cache_tokens = max_cache_tokens
+        self.capacity_bytes = self.bytes_per_token * (
+            max_cache_tokens + (0 if copies is None else max_cache_tokens // copies)
+        )
+        size, free = self.capacity_bytes, free_memory(model.device)
         if free is not None and size > free:
             raise ValueError(
                 f"a cache of {max_cache_tokens} tokens takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
                 "free; lower max_cache_tokens or cache_memory"
             )
-        self.max_cache_tokens = max_cache_tokens
         self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
         cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
         decoding = decoding or ("static" if model.device.type == "cuda" else "packed")
@@ -127,7 +134,7 @@ class MultiverseEngine:
         """Say in a line how this engine decodes."""
         kind = self._engine.runner.kind
         attention = "eager" if self._engine.runner.is_eager else "flex" if kind == "static" else "sdpa"
-        size = self.max_cache_tokens * self.bytes_per_token / 2**30
+        size = self.capacity_bytes / 2**30
         weights = ", packed weights" if self.pack_weights else ""
         return (
             f"MultiverseEngine: {kind} decoding with {attention} attention on {self.model.device}{weights}; cache of "
@@ -273,15 +280,17 @@ class MultiverseEngine:
     def memory(self) -> dict[str, Any]:
         """Report the cache: tokens it holds and has room for, bytes, and what is running and waiting.
 
-        ``used_by`` gives the tokens that each running answer holds, in order of arrival.
+        ``used_by`` gives the tokens that each running answer holds, in order of arrival; ``copied_tokens`` how many
+        are held a second time, for long branches on a CPU. Bytes are of both.
         """
         engine, cache = self._engine, self._engine.cache
         extents = dict(cache.extents)  # a copy: the engine's thread goes on
         return {
             "capacity_tokens": self.max_cache_tokens,
             "used_tokens": cache.num_used,
-            "capacity_bytes": self.max_cache_tokens * self.bytes_per_token,
-            "used_bytes": cache.num_used * self.bytes_per_token,
+            "copied_tokens": cache.num_copies,
+            "capacity_bytes": self.capacity_bytes,
+            "used_bytes": (cache.num_used + cache.num_copies) * self.bytes_per_token,
             "used_by": [extent.used for _, extent in sorted(extents.items())],
             "num_running": len(engine.running),
             "num_waiting": len(engine.waiting) + len(self._inbox),

@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from .pages import Paged, attend_paged, has_bfloat16_kernels
 from .static import StaticStep, attend_static
 
 # The name under which transformers finds packed_attention. A process may hold several copies of this code, which came
@@ -31,31 +32,16 @@ FOLD_QUERIES = 512  # folded queries; above, as in a prompt, the copies that fol
 
 
 @dataclass(frozen=True, slots=True)
-class Paged:
-    """Where keys lie that one query alone sees.
-
-    Attributes:
-        size: keys of a page. The pages are the first of the piece's keys.
-        owners: of each page the one query that sees it, -1 if none does. A query has one page at most.
-        shared: the other parts of the piece's keys that are seen.
-    """
-
-    size: int
-    owners: list[int]
-    shared: list[slice]
-
-
-@dataclass(frozen=True, slots=True)
 class Piece:
     """Queries that attend to the same slots.
 
     Attributes:
         queries: their place in the packed row.
         keys: the slots they may see, a slice of the pool.
-        mask: columns of the step's mask that stand for these slots, or for the shared ones if it is paged; None if all
-            queries see all of them.
+        mask: columns of the step's mask that stand for these slots, or for those of ``paged``; None if all queries see
+            all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
-        paged: where the keys of each query lie; attention then leaves those of the others out. None if not known.
+        paged: copies of what queries see alone, and the slots they see besides; None if there are none.
     """
 
     queries: slice
@@ -110,70 +96,16 @@ def packed_attention(
     outputs = []
     step = multiverse_step
     for number, piece in enumerate(step.pieces):
-        keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         mask = None if piece.mask is None else attention_mask[:, :, piece.queries, piece.mask]
         if piece.paged is not None:
             rows = query[:, :, piece.queries]
-            outputs.append(attend_paged(piece.paged, rows, keys, values, mask, kwargs.get("scaling")))
+            outputs.append(attend_paged(piece.paged, module, rows, key, value, mask, kwargs.get("scaling")))
             continue
+        keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         kwargs |= {"causal": piece.causal, "folded": (step.folded, (number, attention_mask))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
         outputs.append(output)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), None
-
-
-def attend_paged(
-    paged: Paged,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    scaling: float | None,
-) -> torch.Tensor:
-    """Attend with each query to its own pages of keys and to the shared ones, and to no others.
-
-    Long branches side by side would otherwise meet each other's keys only to mask them. Precision is that of
-    transformers' eager attention: products in the queries' dtype, softmax in float32.
-
-    Args:
-        query: (1, heads, Q, head_dim).
-        key, value: (1, kv_heads, K, head_dim).
-        attention_mask: (1, 1, Q, S), added to the scores of the shared keys, one part after the other. If S is more
-            than they are, it hides the others.
-
-    Returns:
-        (1, Q, heads, head_dim).
-    """
-    _, heads, queries, head_dim = query.shape
-    kv_heads, num_pages, size = key.shape[1], len(paged.owners), paged.size
-    rows = query.view(kv_heads, heads // kv_heads, queries, head_dim).transpose(1, 2).contiguous()
-    rows *= head_dim**-0.5 if scaling is None else scaling
-    own_key, own_value = (s[0, :, : num_pages * size].unflatten(1, (num_pages, size)) for s in (key, value))
-    mask = attention_mask[0, 0, :, None]
-    padding = key.new_zeros(kv_heads, mask.shape[-1] - sum(part.stop - part.start for part in paged.shared), head_dim)
-    shared_key, shared_value = (
-        torch.cat([*(s[0, :, part] for part in paged.shared), padding], dim=1) for s in (key, value)
-    )
-
-    # Products one head after the other, all pages at once, or one page after the other, all heads at once: both at
-    # once would need a copy of the pages.
-    is_whole = paged.owners == list(range(queries))  # each query has its page, as most of the time
-    if is_whole and kv_heads <= num_pages:
-        places: list[tuple[Any, Any]] = [(head, head) for head in range(kv_heads)]
-    else:
-        every = slice(None)
-        places = [((every, owner), (every, page)) for page, owner in enumerate(paged.owners) if owner >= 0]
-    shape = (*rows.shape[:3], size)
-    own = rows.new_empty(shape) if is_whole else rows.new_full(shape, -torch.inf)
-    for of_query, of_page in places:
-        torch.bmm(rows[of_query], own_key[of_page].mT, out=own[of_query])
-    shared = torch.bmm(rows.flatten(1, 2), shared_key.mT).unflatten(1, (queries, -1)).add_(mask)
-    weights = torch.cat([own, shared], dim=-1).softmax(dim=-1)  # float32 inside
-    own = weights[..., :size].contiguous()
-    output = torch.bmm(weights[..., size:].flatten(1, 2), shared_value).unflatten(1, (queries, -1))
-    for of_query, of_page in places:
-        output[of_query] += torch.bmm(own[of_query], own_value[of_page])
-    return output.transpose(0, 1).reshape(1, queries, heads, head_dim)
 
 
 def attend_sdpa(
@@ -298,7 +230,7 @@ def can_pack(model: torch.nn.Module) -> bool:
     """Say whether bfloat16 weights can be packed here: a CPU with the instructions, and memory for a copy."""
     if model.device.type != "cpu" or model.dtype != torch.bfloat16:
         return False
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not has_bfloat16_kernels():
         return False
     needed = sum(2 * module.weight.numel() for module in _packable(model))
     try:

@@ -177,7 +177,7 @@ class Engine:
             self.cache.release(victim.arrival)
             victim.num_computed = 0
             victim.pending.clear()
-            victim.slots, victim.pages = victim.slots[:0], None
+            victim.pages, victim.num_weighed = None, 0
             self.enqueue(victim)
             self.num_preemptions += 1
             if victim is sequence:
@@ -322,6 +322,7 @@ class Engine:
         done = [sequence for sequence in [*self.running, *self.waiting] if not sequence.live]
         for sequence in done:
             self.cache.release(sequence.arrival)
+            sequence.pages = None
             self.seal(sequence)
         self.running = [sequence for sequence in self.running if sequence.live]
         self.waiting = [sequence for sequence in self.waiting if sequence.live]

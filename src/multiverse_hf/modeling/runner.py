@@ -12,22 +12,16 @@ from transformers.utils import logging
 
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
-from .decoding import PACKED, TURN, Paged, Piece, Step, attend_eager, attend_sdpa
-from .state import Pages, Sequence
+from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
+from .pages import ROUND, choose_pages
+from .state import Sequence
 from .static import StaticRunner, can_capture
 
 logger = logging.get_logger(__name__)
 
-# When branches are kept apart
-MIN_WORK = 3 << 22  # multiplications that a layer's scores take; below, masking costs less than leaving out
-SHARE = 3  # if that leaves one of so many products to do
-MIN_TAIL = 256  # log entries written since it was last done
-MIN_PAGE = 16
-
-
-def round_up(num_keys: int) -> int:
-    """Have few numbers of keys: oneDNN compiles a product for every one it meets, which takes longer than to do it."""
-    return -(-num_keys // 64) * 64
+# When what branches see is copied
+MIN_WORK = 3 << 22  # multiplications that a layer's scores take; below, masking costs less
+MIN_TAIL = 256  # log entries written since it was last thought of
 
 
 @dataclass(slots=True)
@@ -73,7 +67,7 @@ class ModelRunner:
         # a GPU reads keys no faster for meeting fewer queries
         self.keeps_pages = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
         self.width = model.config.hidden_size  # as many multiplications take the scores of a query and a key
-        self.min_work, self.share, self.min_tail, self.min_page = MIN_WORK, SHARE, MIN_TAIL, MIN_PAGE
+        self.min_work, self.min_tail, self.min_page = MIN_WORK, MIN_TAIL, ROUND
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
         """Read log entries into the cache.
@@ -114,7 +108,7 @@ class ModelRunner:
         for reading in batch:
             sequence, first, end = reading.sequence, reading.first, reading.end
             if self.keeps_pages:
-                self._part_branches(sequence)
+                self._copy_branches(sequence)
             base = self.cache.extents[sequence.arrival].base
             ids += sequence.ids[first:end]
             positions.append(sequence.positions[first:end])
@@ -142,56 +136,29 @@ class ModelRunner:
         keys = slice(base, base + end)
         if sequence.root.block is None and (self.window is None or end <= self.window):
             return Piece(reading.queries, keys, None, causal=True)
-        if len(reading.entries) > 1 and sequence.pages is not None:
-            size, order = sequence.pages.size, sequence.pages.order
-            seen = np.stack([sees[order[: sequence.pages.count * size : size]] for _, sees in reading.entries])
-            owners: list[int] = []
-            shared: list[slice] = []
-            for page, (count, owner) in enumerate(zip(seen.sum(axis=0), seen.argmax(axis=0), strict=True)):
-                is_own = count == 1 and owner not in owners  # after a reduce one query sees the pages of several
-                owners.append(int(owner) if is_own else -1)
-                if count and not is_own:
-                    shared.append(slice(page * size, (page + 1) * size))
-            shared.append(slice(len(owners) * size, end))
-            num_shared = sum(part.stop - part.start for part in shared)
-            if self.share * (len(seen) * num_shared + len(owners) * size) <= len(seen) * end:
-                return Piece(reading.queries, keys, slice(0, round_up(num_shared)), paged=Paged(size, owners, shared))
+        if sequence.pages is not None:
+            paged = sequence.pages.meet(reading.entries, base, self.model.device)
+            if paged is not None:
+                return Piece(reading.queries, keys, slice(0, paged.num_tail), paged=paged)
         return Piece(reading.queries, keys, slice(0, end))
 
-    def _part_branches(self, sequence: Sequence) -> None:
-        """Once its branches are long, bring together in the pool what each alone sees, in pages of one size.
-
-        The log interleaves branches that are written at the same time. Attention would meet the keys of all of them
-        only to mask them, which costs the square of the branches.
-        """
+    def _copy_branches(self, sequence: Sequence) -> None:
+        """Once branches are long, copy what they see."""
+        if sequence.is_reading:
+            return
         end = sequence.num_computed
-        is_due = end - len(sequence.slots) >= max(self.min_tail, end // 32)
-        if not is_due or sequence.is_reading or len(sequence.live) * end * self.width < self.min_work:
-            return
         # of all that have something to read: paths that just closed do not see what the branch after them does
-        views = {id(sees): sees[:end] for _, sees in sequence.pending}
-        sees = np.stack(list(views.values()))
-        if self.share * np.count_nonzero(sees, axis=1).max() > end:
+        views = list({id(sees): sees for _, sees in sequence.pending}.values())
+        is_due = end - sequence.num_weighed >= max(self.min_tail, end // 16)
+        if not is_due and sequence.pages is not None:
+            owners = sequence.pages.owners(views)
+            is_due = owners is None or 2 * owners.count(-1) > len(owners)  # most paths of the copies are closed
+        if not is_due or len(sequence.live) * end * self.width < self.min_work:
             return
-        owner = np.where(np.count_nonzero(sees, axis=0) == 1, sees.argmax(axis=0), -1)
-        own = [np.flatnonzero(owner == view) for view in range(len(sees))]
-        # live branches have mostly forked together, and are of one length; what they have beyond a page is shared
-        lengths = sorted(len(entries) for entries in own)
-        sizes = [length // self.min_page * self.min_page for length in lengths]
-        size = max(sizes, key=lambda size: size * sum(length >= size for length in lengths))
-        if size == 0:
-            return
-        pages = [entries[:size] for entries in own if len(entries) >= size]
-        paged = np.concatenate(pages)
-        rest = np.ones(end, dtype=bool)
-        rest[paged] = False
-        order = np.concatenate([paged, np.flatnonzero(rest)])
-        slots = np.arange(end)
-        slots[: len(sequence.slots)] = sequence.slots
-        self.cache.arrange(sequence.arrival, slots[order])
-        sequence.slots = np.empty(end, dtype=np.int64)
-        sequence.slots[order] = np.arange(end)
-        sequence.pages = Pages(len(pages), size, order)
+        sequence.num_weighed, sequence.pages = end, None  # copies go before others are made: they are not held at once
+        room = self.cache.room_for_copies(sequence.arrival)
+        sequence.pages = choose_pages(np.stack([each[:end] for each in views]), room, self.min_page)
+        self.cache.count_copies(sequence.arrival, 0 if sequence.pages is None else sequence.pages.num_entries)
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
         """Read the entries of each sequence in a pass of its own, as anyone would."""
@@ -236,13 +203,9 @@ class ModelRunner:
         shape = (max(r.queries.stop for r, _ in batch), max(p.mask.stop for _, p in batch)) if batch else (1, 1)
         mask = np.zeros(shape, dtype=bool)
         for reading, piece in batch:
-            sequence, begin = reading.sequence, reading.queries.start
-            if piece.paged is not None:  # columns for shared keys only
-                order = np.concatenate([sequence.pages.order, np.arange(len(sequence.slots), reading.end)])
-                columns = np.concatenate([order[part] for part in piece.paged.shared])
-                for row, (entry, sees) in enumerate(reading.entries, begin):
-                    (known,) = np.nonzero(columns <= entry)
-                    mask[row, known] = sees[columns[known]]
+            begin = reading.queries.start
+            if piece.paged is not None:  # only tails need a mask
+                mask[reading.queries, : piece.mask.stop] = piece.paged.is_tail
                 continue
             for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
                 entries = list(run)
@@ -252,9 +215,6 @@ class ModelRunner:
                 if len(entries) > 1:
                     rows &= np.arange(last + 1) <= np.array([entry for entry, _ in entries])[:, None]
                 begin += len(entries)
-            if moved := len(sequence.slots):
-                rows = mask[reading.queries]
-                rows[:, sequence.slots] = rows[:, :moved].copy()
         masks = {}
         for kind in self.kinds:
             allowed = mask

@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from .interpreter import Structure
+from .pages import Pages
 from .sampling import Sampler, TokenScores
 
 
@@ -212,21 +213,6 @@ class Request:
         return self.max_new_tokens * (self.options.max_paths if self.structured else 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Pages:
-    """The first of a sequence's slots, in parts of equal size: of each long branch one, with what it alone saw.
-
-    Attributes:
-        count: pages.
-        size: slots of a page.
-        order: (n,) int64, of the first n slots the log entry of each. Whoever sees one of a page sees the whole page.
-    """
-
-    count: int
-    size: int
-    order: np.ndarray
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One answer being written: its log, and its live branches.
@@ -239,9 +225,8 @@ class Sequence:
         live_cost: tokens it takes to close the live branches; None where far more are left.
         pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
         num_computed: log entries the model has read.
-        slots: (n,) int64, for the first n log entries their place in the sequence's part of the cache; those that
-            follow are in order.
-        pages: parts of those n slots that hold what one branch alone saw, the first ones of them.
+        pages: copies of what long branches see, on a CPU.
+        num_weighed: log entries there were when copies were last thought of.
         prompt_length: positions the prompt takes.
         budget: positions the answer may take.
         total: tokens the answer may take.
@@ -265,8 +250,8 @@ class Sequence:
     live_cost: int | None = None
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
-    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     pages: Pages | None = None
+    num_weighed: int = 0
     prompt_length: int = 0
     budget: int = 0
     total: int = 0
