@@ -5,6 +5,7 @@ import contextlib
 import copy
 import functools
 import gc
+import logging
 import operator
 import random
 import resource
@@ -25,7 +26,7 @@ from transformers import LogitsProcessor
 from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling import engine as engine_module
-from multiverse_hf.modeling.cache import SCRATCH, LogCache
+from multiverse_hf.modeling.cache import SCRATCH, LogCache, bytes_per_entry
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.engine import Engine
@@ -75,8 +76,8 @@ def new_engine(name: str, capacity: int, growable: bool = False, **options) -> E
 ARRIVAL = operator.attrgetter("arrival")
 
 
-def part_soon(engine: Engine) -> None:
-    """Have branches kept apart from a few tokens on."""
+def copy_soon(engine: Engine) -> None:
+    """Have what branches see copied from a few tokens on."""
     runner = engine.runner
     runner.min_work, runner.min_tail, runner.min_page = 0, 4, 1
 
@@ -127,7 +128,7 @@ class Pressure(RuleBasedStateMachine):
         super().__init__()
         self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7, decoding=self.decoding)
         if self.meets_own:
-            part_soon(self.engine)
+            copy_soon(self.engine)
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
 
     @rule(
@@ -165,7 +166,7 @@ class Pressure(RuleBasedStateMachine):
             extent = cache.extents[sequence.arrival]
             assert sequence.num_computed <= extent.used <= extent.size
         copied = {s.arrival: s.pages.num_entries for s in self.engine.running if s.pages is not None}
-        assert copied == {arrival: count for arrival, count in cache.copies.items() if count}
+        assert copied == cache.copies
         assert cache.num_copies <= cache.max_copies
 
     def teardown(self):
@@ -216,8 +217,9 @@ TestPressureOnSlidingWindows = PressureOnSlidingWindows.TestCase
 
 
 @pytest.mark.slow
-def test_pressure_for_thousands_of_steps():
-    class Long(Pressure):
+@pytest.mark.parametrize("kind", [Pressure, PressureOnLongBranches])
+def test_pressure_for_thousands_of_steps(kind):
+    class Long(kind):
         pass
 
     Long.TestCase.settings = settings(max_examples=200, stateful_step_count=80, deadline=None)
@@ -338,14 +340,14 @@ def nested(depth: int, width: int) -> list[int]:
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("depth", "width"), [(1, 6), (2, 4)])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_branches_that_are_kept_apart_choose_the_same(monkeypatch, family, depth, width, seed):
+def test_branches_that_read_copies_choose_the_same(monkeypatch, family, depth, width, seed):
     prompt = [60, *nested(depth, width)]
     options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0, "seed": seed}
     taken = []
     piece_of = ModelRunner._piece
     monkeypatch.setattr(ModelRunner, "_piece", lambda *args: taken.append(piece_of(*args)) or taken[-1])
     engine = new_engine(family, 1000)
-    part_soon(engine)
+    copy_soon(engine)
     sequence = engine.add(request_of(family, prompt, **options))
     drain(engine)
     assert sum(piece.paged is not None for piece in taken) > 10
@@ -588,6 +590,48 @@ def test_awaiting_that_is_cancelled_cancels_the_request(front):
     assert handle.result(timeout=60).finish_reason == FinishReason.CANCELLED
 
 
+def test_requests_are_answered_first_come_first_served():
+    ended = []
+    with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=1) as engine:
+
+        def listen(number: int):
+            return lambda event: ended.append(number) if event.kind == "finish" else None
+
+        handles = [engine.submit([60 + n], on_event=listen(n), **OPTIONS) for n in range(6)]
+        for handle in handles:
+            handle.result(timeout=60)
+    assert ended == list(range(6))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 100, 1003])
+@pytest.mark.parametrize(("name", "decoding"), [("qwen2", None), ("qwen2", "simple"), ("gemma3_text", None)])
+def test_memory_for_the_cache_is_for_copies_too_where_there_are_any(name, decoding, tokens):
+    model = tiny_model(name)
+    given = tokens * bytes_per_entry(model) + 3
+    with MultiverseEngine(model, cache_memory=given, decoding=decoding) as engine:
+        has_copies = engine._engine.runner.keeps_pages
+        assert has_copies == (name == "qwen2" and decoding is None)
+        held = engine.max_cache_tokens + (engine._engine.cache.max_copies if has_copies else 0)
+        assert held * engine.bytes_per_token == engine.capacity_bytes <= given
+        assert engine.capacity_bytes + 2 * engine.bytes_per_token > given, "and no more is left unused"
+
+
+def test_an_engine_says_once_how_it_decodes():
+    model, said = tiny_model("qwen2"), []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("multiverse_hf.modeling.continuous_batching")
+    logger.addHandler(handler)
+    try:
+        for decoding in (None, "simple", None, "simple"):
+            MultiverseEngine(model, max_cache_tokens=611, decoding=decoding).close()
+    finally:
+        logger.removeHandler(handler)
+    packed, simple = said
+    assert packed.startswith("MultiverseEngine: packed decoding with sdpa attention on cpu; cache of 611 tokens")
+    assert simple.startswith("MultiverseEngine: simple decoding with sdpa attention on cpu; cache of 611 tokens")
+
+
 def test_a_closed_engine_gives_its_memory_back():
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000) as engine:
         engine.generate([[60]], max_new_tokens=5)
@@ -648,8 +692,9 @@ def test_overload():
     long = OPTIONS | {"max_new_tokens": 50, "max_total_tokens": 150}
     asked = [[chance.randrange(FIRST_TEXT, 96) for _ in range(chance.randrange(1, 40))] for _ in range(200)]
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=20) as engine:
-        used, lock = [], threading.Lock()
-        engine._engine.on_step = lambda: used.append(engine.memory()["used_bytes"])
+        copy_soon(engine._engine)
+        memory, lock = [], threading.Lock()
+        engine._engine.on_step = lambda: memory.append(engine.memory())
 
         def cancel_after(number: int, left: int):
             """Cancel a tenth: while they wait, read or write."""
@@ -685,7 +730,13 @@ def test_overload():
         done = {number: handle.result(timeout=300) for number, handle in results.items() if number != 77}
         assert engine.memory()["used_by"] == []
         assert engine.memory()["num_preemptions"] > 0
-        assert 0 < max(used) <= 600 * engine.bytes_per_token, "at no step more than the cache may take"
+        used = [each["used_bytes"] for each in memory]
+        assert 0 < max(used) <= engine.capacity_bytes == 800 * engine.bytes_per_token, (
+            "at no step more than it may take"
+        )
+        assert 0 < max(each["copied_tokens"] for each in memory) <= 200
+        assert all(each["used_tokens"] == sum(each["used_by"]) <= 600 for each in memory)
+        assert engine.memory()["copied_tokens"] == 0
         pool = engine._engine.cache.layers[0].keys
         assert pool.shape[2] <= 600 + SCRATCH, "and no more is held"
     for number, result in done.items():

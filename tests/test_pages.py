@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from multiverse_hf.modeling.attention import to_additive
@@ -54,6 +54,7 @@ def test_every_key_is_met_once(sees: np.ndarray, room: int, least: int):
     assert owners is not None
     assert max(owners) >= 0
     paged = pages.meet(entries, BASE, CPU)
+    assume(paged is not None)  # with more in its tails than was copied
     tails = paged.tail.view(len(entries), -1).numpy() - BASE
     for query, (entry, seen) in enumerate(entries):
         met = [*pages.common, *tails[query][paged.is_tail[query]]]
@@ -71,10 +72,10 @@ def test_paths_that_forked_together_leave_nothing_but_their_last_tokens_in_the_l
 
 
 def test_a_long_prefix_is_copied_once_and_not_for_every_path():
-    pages = choose_pages(forked(200, [100] * 3), 1000)
+    pages = choose_pages(forked(600, [100] * 3), 1000)
     assert pages.entries.shape == (3, 96)
-    assert len(pages.common) == 192, "a multiple of 32"
-    assert pages.left.tolist() == list(range(192, 200))
+    assert len(pages.common) == 576, "a multiple of 32"
+    assert pages.left.tolist() == list(range(576, 600))
 
 
 def test_a_lone_path_among_closed_ones_is_copied_without_them():
@@ -85,6 +86,20 @@ def test_a_lone_path_among_closed_ones_is_copied_without_them():
 @pytest.mark.parametrize("sees", [np.ones((3, 100), bool), np.ones((1, 100), bool), forked(100, [20, 20])], ids=len)
 def test_nothing_is_copied_where_nothing_is_hidden_or_paths_are_short(sees: np.ndarray):
     assert choose_pages(sees, 1000) is None
+
+
+def test_nothing_is_copied_that_leaves_more_to_gather_than_it_spares():
+    parents = np.repeat(np.kron(np.eye(2, dtype=bool), np.ones((4, 1), dtype=bool)), 400, axis=1)
+    sees = np.concatenate([parents, forked(0, [50] * 8)], axis=1)
+    assert choose_pages(sees, 10_000) is None, "two long paths with four paths each: 400 of 450 tokens would be left"
+    assert choose_pages(forked(0, [2000] * 8), 300) is None, "there is too little room"
+
+
+def test_tails_that_outgrow_their_pages_are_read_under_a_mask():
+    pages = choose_pages(forked(10, [40] * 3), 1000, 1)
+    grown = forked(10, [200] * 3)
+    assert pages.meet(queries_of(grown[:, : pages.end + 30]), BASE, CPU) is not None
+    assert pages.meet(queries_of(grown), BASE, CPU) is None
 
 
 def test_pages_do_not_serve_who_sees_something_else():
@@ -105,11 +120,12 @@ def attention_of(
     entries = queries_of(sees)
     slots, queries = BASE + entries[-1][0] + 1, len(entries)
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (
-        torch.randn(1, heads, length, 16, generator=generator, dtype=torch.float64).to(dtype)
-        for heads, length in ((3 * kv_heads, queries), (kv_heads, slots), (kv_heads, slots))
+    query, key, value = (  # values are narrower than keys, as in DeepSeek's models
+        torch.randn(1, heads, length, width, generator=generator, dtype=torch.float64).to(dtype)
+        for heads, length, width in ((3 * kv_heads, queries, 16), (kv_heads, slots, 16), (kv_heads, slots, 8))
     )
     paged = pages.meet(entries, BASE, CPU)
+    assert paged is not None
     mask = to_additive(torch.from_numpy(paged.is_tail)[None, None], dtype)
     output = attend_paged(paged, torch.nn.Identity(), query, key, value, mask, None)
     hidden = torch.zeros(queries, slots, dtype=torch.bool)
@@ -127,21 +143,20 @@ def attention_of(
 @given(visibilities(), st.integers(20, 200), st.sampled_from([1, 3]))
 def test_attention_by_pages_is_that_under_a_mask(sees: np.ndarray, room: int, kv_heads: int):
     pages = choose_pages(sees, room, 1)
-    if pages is not None:
+    if pages is not None and pages.meet(queries_of(sees), BASE, CPU) is not None:
         output, _, expected = attention_of(sees, pages, torch.float64, kv_heads)
         torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[100] * 4, [100, 70, 100, 90], [130]], ids=str)
-@pytest.mark.parametrize("prefix", [0, 10, 200])
+@pytest.mark.parametrize("prefix", [0, 10, 600])
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_products_in_the_order_of_the_processor_are_as_exact(lengths: list[int], prefix: int, kv_heads: int):
     sees = forked(prefix, lengths, hidden=40)
     pages = choose_pages(sees, 1000)
     assert pages.entries.shape[1] >= ROUND
     output, masked, exact = attention_of(sees, pages, torch.bfloat16, kv_heads)
-    rounding = (masked - exact).abs().max()
-    assert (output - exact).abs().max() <= 2 * rounding
+    assert (output - exact).norm() <= 2 * (masked - exact).norm()
 
 
 def test_a_page_whose_path_closed_and_a_path_without_a_page():

@@ -182,7 +182,9 @@ class LogCache(Cache):
 
     def count_copies(self, owner: int, count: int) -> None:
         """Say how many of a log's entries are held a second time, instead of how many were."""
-        self.copies[owner] = count
+        self.copies.pop(owner, None)
+        if count:
+            self.copies[owner] = count
 
     def release(self, owner: int) -> None:
         """Give a log's slots back."""

@@ -21,6 +21,7 @@ from .engine import DEFAULT_CHUNK, Engine
 from .generation import read_requests
 from .handles import MultiverseResult, RequestHandle
 from .log import document_entries
+from .runner import can_copy
 from .sampling import sequence_key
 from .state import BranchEvent, Sequence
 from .tags import encode_prompt
@@ -97,21 +98,22 @@ class MultiverseEngine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.bytes_per_token = bytes_per_entry(model)
-        copies = COPIES if model.device.type == "cpu" else None
+        decoding = decoding or ("static" if model.device.type == "cuda" else "packed")
+        has_copies = can_copy(model, decoding)
         if max_cache_tokens is None:
             memory = cache_memory if cache_memory is not None else default_memory(model.device)
             max_cache_tokens = memory // self.bytes_per_token
-            if copies is not None:
-                max_cache_tokens -= max_cache_tokens // (copies + 1)
+            if has_copies:  # the most that fit with theirs
+                max_cache_tokens = (COPIES * max_cache_tokens + COPIES - 1) // (COPIES + 1)
             if max_cache_tokens < 1:
                 raise ValueError(f"cache_memory={memory} holds no token: one takes {self.bytes_per_token} bytes")
             context = getattr(model.config, "max_position_embeddings", None)
             if cache_memory is None and context is not None:
                 max_cache_tokens = min(max_cache_tokens, max_num_seqs * context)
+            max_cache_tokens = Agreement(model)(max_cache_tokens)  # processes may have unlike free memory
         self.max_cache_tokens = max_cache_tokens
-        self.capacity_bytes = self.bytes_per_token * (
-            max_cache_tokens + (0 if copies is None else max_cache_tokens // copies)
-        )
+        num_copies = max_cache_tokens // COPIES if has_copies else 0
+        self.capacity_bytes = (max_cache_tokens + num_copies) * self.bytes_per_token
         size, free = self.capacity_bytes, free_memory(model.device)
         if free is not None and size > free:
             raise ValueError(
@@ -120,7 +122,6 @@ class MultiverseEngine:
             )
         self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
         cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
-        decoding = decoding or ("static" if model.device.type == "cuda" else "packed")
         self._engine = Engine(model, model.tags, cache, max_num_seqs, prefill_chunk, decoding)
         self._handles: dict[Sequence, RequestHandle] = {}
         self._inbox: collections.deque[Sequence] = collections.deque()

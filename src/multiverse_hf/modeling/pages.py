@@ -82,7 +82,7 @@ class Pages:
     """The log entries of a sequence that were copied, of all before ``end`` that any branch saw.
 
     Attributes:
-        entries: (P, N) int64, for each long branch the same number. Whoever sees the last of a page sees the page.
+        entries: (P, N) int64, for each long branch the same number. Only who sees the page sees the last of it.
         common: (C,) int64, what all branches saw and is on no page.
         left: int64, what is neither on pages nor common. These are read from the log, as are those that came since.
         end: one past the last entry of any page.
@@ -136,6 +136,8 @@ class Pages:
             known = rest[: np.searchsorted(rest, entry, side="right")]
             tails.append(base + known[sees[known]])
         tail = np.full((len(tails), round_up(max(map(len, tails)))), SCRATCH - 1)
+        if tail.size > max(self.num_entries, ROUND * len(tails)):  # more than is spared
+            return None
         for row, slots in zip(tail, tails, strict=True):
             row[: len(slots)] = slots
         return Paged(self, owners, base, torch.from_numpy(tail).to(device))
@@ -182,7 +184,7 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
     if not chosen:
         return None
     # a short beginning costs less on every page than in products of its own
-    is_on_pages = len(chosen) == len(own) and size >= 4 * len(common)
+    is_on_pages = len(chosen) == len(own) and len(common) <= max(size, 512)
     if not is_on_pages:
         common = common[: len(common) // least * least]
         room -= len(common)
@@ -194,9 +196,12 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
     if is_on_pages:
         entries = np.concatenate([np.tile(common, (len(entries), 1)), entries], axis=1)
         common = common[:0]
-    end = int(max([*entries[:, -1], *common[-1:]])) + 1
+    end = int(np.concatenate([entries.ravel(), common]).max()) + 1
     is_left = counts[:end] > 0
     is_left[entries] = is_left[common] = False
+    most_left = (sees[:, :end] & is_left).sum(axis=1).max() + (sees.shape[1] - end) // len(sees)
+    if len(sees) * most_left > entries.size + len(common):  # tails would be more than what is spared
+        return None
     return Pages(entries, common, np.flatnonzero(is_left), end)
 
 
@@ -266,7 +271,7 @@ def attend_paged(
         paged: where things are.
         module: the attention layer.
         query: (1, H * G, Q, D).
-        key, value: (1, H, slots, D), the pool.
+        key, value: (1, H, slots, D), the pool; values may have another D.
         attention_mask: (1, 1, Q, T), added to the scores of tails.
 
     Returns:
@@ -286,7 +291,9 @@ def attend_paged(
     scores = [paged.by_query(own.view(groups, -1, kv_heads, own.shape[-1]), -torch.inf)]  # each (G, Q, H, keys)
     if common is not None:
         scores.append(common[0](rows_GQHD.view(-1, kv_heads, head_dim)).view(groups, queries, kv_heads, -1))
-    tail_key, tail_value = (gather(states, paged.tail).view(-1, paged.num_tail, head_dim) for states in (key, value))
+    tail_key, tail_value = (
+        gather(states, paged.tail).view(-1, paged.num_tail, states.shape[-1]) for states in (key, value)
+    )
     tail = torch.bmm(rows_GQHD.permute(2, 1, 0, 3).reshape(-1, groups, head_dim), tail_key.mT)  # (H * Q, G, T)
     tail = tail.view(kv_heads, queries, groups, -1).add_(attention_mask[0, 0, :, None])
     scores.append(tail.permute(2, 1, 0, 3))
@@ -294,10 +301,10 @@ def attend_paged(
     own, *commons, tail = weights.split([each.shape[-1] for each in scores], dim=-1)
 
     own = own_value(paged.by_page(own).reshape(groups, -1, own.shape[-1]))
-    output = paged.by_query(own.view(groups, -1, kv_heads, head_dim), 0)
+    output = paged.by_query(own.view(groups, -1, kv_heads, own.shape[-1]), 0)
     for each in commons:
         rows = each.reshape(groups * queries, kv_heads, -1)
-        output = output + common[1](rows).view(groups, queries, kv_heads, head_dim)
+        output = output + common[1](rows).view(groups, queries, kv_heads, -1)
     tail = torch.bmm(tail.permute(2, 1, 0, 3).reshape(-1, groups, tail.shape[-1]), tail_value)
-    output = output.permute(1, 2, 0, 3) + tail.view(kv_heads, queries, groups, head_dim).transpose(0, 1)
-    return output.reshape(1, queries, heads, head_dim)
+    output = output.permute(1, 2, 0, 3) + tail.view(kv_heads, queries, groups, -1).transpose(0, 1)
+    return output.reshape(1, queries, heads, -1)

@@ -40,6 +40,22 @@ class Reading:
         return len(self.entries) == len(self.sequence.pending)
 
 
+def needs_eager(model: Any) -> bool:
+    """Say whether a model attends as its own file has it, and not with torch's kernel."""
+    with TURN:
+        own = model.config._attn_implementation
+    # flash and flex kernels take no mask of single tokens
+    can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
+    return own == "eager" or (own != "sdpa" and not can_sdpa)
+
+
+def can_copy(model: Any, decoding: str) -> bool:
+    """Say whether long branches read copies; a GPU reads keys no faster for meeting fewer queries."""
+    is_packed = decoding == "packed" and getattr(model, "_supports_attention_backend", False)
+    is_full = SLIDING not in layer_kinds(model.config)
+    return model.device.type == "cpu" and is_packed and is_full and not needs_eager(model)
+
+
 class ModelRunner:
     """Calls the model for :class:`~.engine.Engine`.
 
@@ -54,18 +70,13 @@ class ModelRunner:
         self.kinds = layer_kinds(model.config)
         self.window = model.config.sliding_window if SLIDING in self.kinds else None
         self.is_packed = decoding != "simple" and getattr(model, "_supports_attention_backend", False)
-        with TURN:
-            own = model.config._attn_implementation
-        # flash and flex kernels take no mask of single tokens
-        can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
-        self.is_eager = own == "eager" or (own != "sdpa" and not can_sdpa)
+        self.is_eager = needs_eager(model)
         self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         is_static = decoding == "static" and self.is_packed and not self.is_eager and self.window is None
         is_static = is_static and not self.is_spread and can_capture(model)
         self.static = StaticRunner(model, cache) if is_static else None
-        # a GPU reads keys no faster for meeting fewer queries
-        self.keeps_pages = model.device.type == "cpu" and not is_static and not self.is_eager and self.window is None
+        self.keeps_pages = can_copy(model, decoding)
         self.width = model.config.hidden_size  # as many multiplications take the scores of a query and a key
         self.min_work, self.min_tail, self.min_page = MIN_WORK, MIN_TAIL, ROUND
 
@@ -146,18 +157,19 @@ class ModelRunner:
         """Once branches are long, copy what they see."""
         if sequence.is_reading:
             return
-        end = sequence.num_computed
+        end, pages = sequence.num_computed, sequence.pages
         # of all that have something to read: paths that just closed do not see what the branch after them does
         views = list({id(sees): sees for _, sees in sequence.pending}.values())
         is_due = end - sequence.num_weighed >= max(self.min_tail, end // 16)
-        if not is_due and sequence.pages is not None:
-            owners = sequence.pages.owners(views)
+        if pages is not None and not is_due:
+            owners = pages.owners(views)
             is_due = owners is None or 2 * owners.count(-1) > len(owners)  # most paths of the copies are closed
-        if not is_due or len(sequence.live) * end * self.width < self.min_work:
+        if not is_due:
             return
         sequence.num_weighed, sequence.pages = end, None  # copies go before others are made: they are not held at once
-        room = self.cache.room_for_copies(sequence.arrival)
-        sequence.pages = choose_pages(np.stack([each[:end] for each in views]), room, self.min_page)
+        if len(sequence.live) * end * self.width >= self.min_work:
+            room = self.cache.room_for_copies(sequence.arrival)
+            sequence.pages = choose_pages(np.stack([each[:end] for each in views]), room, self.min_page)
         self.cache.count_copies(sequence.arrival, 0 if sequence.pages is None else sequence.pages.num_entries)
 
     def _forward_simple(self, batch: list[Reading]) -> torch.Tensor:
