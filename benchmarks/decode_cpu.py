@@ -8,8 +8,8 @@ turns, on the same weights:
 - engine: :class:`MultiverseEngine`, which packs the weights where the CPU gains by it.
 - generate: ``model.generate`` of multiverse_hf, which leaves the weights as they are.
 - transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
-- bare: the engine's forward passes in a loop without engine and interpreter: the same weights, queries, mask shapes
-  and cache, and the argmax of every row.
+- bare: the engine's forward passes in a loop without engine and interpreter: the same weights, queries, mask shapes,
+  cache and copies of long branches, which it finds made, and the argmax of every row.
 
 With ``--write-goal`` the prompt ends before ``<Parallel>``: the outlines, which are sequential on every side, are then
 written and counted as well. That is the losing case: many short paths, and each outline costs a step per token.

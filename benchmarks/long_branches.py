@@ -7,7 +7,7 @@ turns, in one process and on the same weights, and a step is compared with the s
 machines vary by more than what is looked for. All branches see the prompt and what they wrote themselves.
 
 Given are the times of a step along the answers, and the ratio over the last steps of the paths: the median of the
-ratios of single steps. Mean times include what comes now and then, such as moving keys.
+ratios of single steps. Mean times include what comes now and then, such as copying keys.
 
     python benchmarks/long_branches.py
     python benchmarks/long_branches.py --paths 2 8 --path-tokens 512 --repeats 1 --plot long_branches.png

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
-LATENCY, BATCH, LONG = "latency_vs_parallelism", "batch_scaling", "long_branches"
+LATENCY, BATCH, LONG, STEP = "latency_vs_parallelism", "batch_scaling", "long_branches", "decode_step"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,6 +93,65 @@ def test_long_branches_are_measured_step_beside_step_and_drawn(tmp_path: Path) -
         times = row["lone_ms_of_last_steps"], row["paths_ms_of_last_steps"]
         assert all(0 < each["min"] <= each["median"] <= each["max"] for each in times)
         assert row["ratio_of_repeats"]["min"] <= row["ratio_of_last_steps"] <= row["ratio_of_repeats"]["max"]
+
+
+def test_a_step_is_measured_beside_the_floor_and_transformers(tmp_path: Path) -> None:
+    result = run(STEP, "--contexts", "200", "100", "--branches", "4", "1", "--steps", "12", cwd=tmp_path)
+    assert result["copy_bytes_per_s"] > 0 < result["matrix_flop_per_s"]
+    assert [row["context"] for row in result["results"]] == [100, 200]
+    for row in result["results"]:
+        # 2 layers, 2 key heads of 16, keys and values, 2 bytes each
+        assert row["state_bytes"] == row["context"] * 2 * 2 * 16 * 2 * 2
+        embeddings = 512 * 64
+        assert row["weight_bytes"] == 2 * (result["parameters"] - embeddings)
+        assert row["floor_ms"] == pytest.approx(
+            1000 * (row["weight_bytes"] + row["state_bytes"]) / result["copy_bytes_per_s"], abs=1e-4
+        )
+        assert row["errors"] == {}
+        peers = [row[side]["ms_per_step"]["median"] for side in ("generate", "static", "continuous")]
+        assert [each["branches"] for each in row["engine"]] == [1, 4]
+        for each in row["engine"]:
+            median = each["ms_per_step"]["median"]
+            assert each["steps"] == 2 * 12
+            assert each["against_transformers"] == pytest.approx(each["branches"] * min(peers) / median, abs=0.01)
+        assert row["engine"][0]["of_one_branch"] == 1
+
+
+def test_a_way_that_does_not_run_here_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = load(STEP)
+    time_transformers = script.time_transformers
+
+    def breaks(side: str, *args: object) -> list[float]:
+        if side == "static":
+            raise RuntimeError("no compiler here")
+        return time_transformers(side, *args)
+
+    monkeypatch.setattr(script, "time_transformers", breaks)
+    options = ["--geometry", "tiny", "--device", "cpu", "--contexts", "100", "--branches", "1", "--repeats", "1"]
+    monkeypatch.setattr(sys, "argv", [f"{STEP}.py", *options, "--output", str(tmp_path / "result.json")])
+    script.main()
+    (row,) = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert row["errors"] == {"static": "RuntimeError: no compiler here"}
+    assert row["generate"]["ms_per_step"]["median"] > 0 < row["engine"][0]["ms_per_step"]["median"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("autoregressive_cpu", ["--batch", "2", "--prompt", "64", "--tokens", "8", "--repeats", "1"]),
+        ("decode_cpu", ["--paths", "2", "--prompt", "64", "--path-tokens", "16", "--repeats", "1"]),
+    ],
+)
+def test_benchmarks_of_a_whole_model_run(script: str, options: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / f"benchmarks/{script}.py"), *options, "--output", "result.json"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["benchmark"] == script
+    assert len(result["results"]) == 1
 
 
 @given(

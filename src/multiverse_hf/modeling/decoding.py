@@ -41,7 +41,7 @@ class Piece:
         mask: columns of the step's mask that stand for these slots, or for those of ``paged``; None if all queries see
             all of them.
         causal: the slots are a plain text so far and the queries its end; no mask is needed.
-        paged: copies of what queries see alone, and the slots they see besides; None if there are none.
+        paged: copies of what the queries see, and the slots that they see besides; None if there are none.
     """
 
     queries: slice

@@ -135,9 +135,10 @@ class Pages:
         for entry, sees in entries:
             known = rest[: np.searchsorted(rest, entry, side="right")]
             tails.append(base + known[sees[known]])
-        tail = np.full((len(tails), round_up(max(map(len, tails)))), SCRATCH - 1)
-        if tail.size > max(self.num_entries, ROUND * len(tails)):  # more than is spared
+        shape = len(tails), round_up(max(map(len, tails)))
+        if shape[0] * shape[1] > max(self.num_entries, ROUND * len(tails)):  # more than is spared
             return None
+        tail = np.full(shape, SCRATCH - 1)
         for row, slots in zip(tail, tails, strict=True):
             row[: len(slots)] = slots
         return Paged(self, owners, base, torch.from_numpy(tail).to(device))
@@ -206,6 +207,7 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
 
 
 def round_up(count: int) -> int:
+    """Give the first multiple of :data:`ROUND` that is no smaller."""
     return -(-count // ROUND) * ROUND
 
 
