@@ -117,6 +117,19 @@ def test_a_step_is_measured_beside_the_floor_and_transformers(tmp_path: Path) ->
         assert row["engine"][0]["of_one_branch"] == 1
 
 
+def test_the_engine_adds_nothing_to_the_rounding_of_low_precision(tmp_path: Path) -> None:
+    result = run("replay_precision", "--paths", "3", "--path-tokens", "40", cwd=tmp_path)
+    assert result["errors"] == {}
+    assert result["engine"].keys() == {"packed", "simple"}
+    assert result["document"].keys() == result["backward"].keys() == {"sdpa", "eager", "multiverse_sdpa"}
+    assert 0 < result["chosen_tokens"] < result["tokens"]
+    assert 0 < result["plain"] < 0.05
+    for each in (*result["engine"].values(), *result["document"].values()):
+        assert 0 < each < 1.5 * result["plain"]
+    for each in result["backward"].values():
+        assert 0 < each < 1.5 * result["plain_backward"]
+
+
 def test_a_way_that_does_not_run_here_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     script = load(STEP)
     time_transformers = script.time_transformers

@@ -79,7 +79,7 @@ ARRIVAL = operator.attrgetter("arrival")
 def copy_soon(engine: Engine) -> None:
     """Have what branches see copied from a few tokens on."""
     runner = engine.runner
-    runner.min_work, runner.min_tail, runner.min_page = 0, 4, 1
+    runner.min_work, runner.min_new, runner.min_tail, runner.min_page = 0, 4, 0, 1
 
 
 def drain(engine: Engine) -> None:
@@ -944,7 +944,9 @@ def test_packed_weights_answer_alike_and_leave_the_model_as_it_was():
         with packed_weights(model):
             packed = [module for module in model.modules() if "forward" in module.__dict__]
             assert len(packed) > 4
-            assert (model(ids).logits - expected).abs().max() < 0.05
+            for some in (ids, ids[:, :2], ids[:, :2].T, ids[:, :1]):  # two rows are multiplied otherwise
+                alike = copy.deepcopy(model)(some).logits
+                assert (model(some).logits - alike).abs().max() < 0.05
             assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
         assert not [module for module in model.modules() if "forward" in module.__dict__]
         assert torch.equal(model(ids).logits, expected)

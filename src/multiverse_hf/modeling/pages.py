@@ -185,7 +185,7 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
     if not chosen:
         return None
     # a short beginning costs less on every page than in products of its own
-    is_on_pages = len(chosen) == len(own) and len(common) <= max(size, 512)
+    is_on_pages = len(chosen) == len(own) and len(common) <= 2 * size
     if not is_on_pages:
         common = common[: len(common) // least * least]
         room -= len(common)

@@ -20,8 +20,9 @@ from .static import StaticRunner, can_capture
 logger = logging.get_logger(__name__)
 
 # When what branches see is copied
-MIN_WORK = 3 << 22  # multiplications that a layer's scores take; below, masking costs less
-MIN_TAIL = 256  # log entries written since it was last thought of
+MIN_WORK = 1 << 24  # multiplications that a layer's scores take; below, masking costs less
+MIN_NEW = 256  # log entries written since it was last thought of,
+MIN_TAIL = 64  # and so many by each branch
 
 
 @dataclass(slots=True)
@@ -78,7 +79,7 @@ class ModelRunner:
         self.static = StaticRunner(model, cache) if is_static else None
         self.keeps_pages = can_copy(model, decoding)
         self.width = model.config.hidden_size  # as many multiplications take the scores of a query and a key
-        self.min_work, self.min_tail, self.min_page = MIN_WORK, MIN_TAIL, ROUND
+        self.min_work, self.min_new, self.min_tail, self.min_page = MIN_WORK, MIN_NEW, MIN_TAIL, ROUND
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
         """Read log entries into the cache.
@@ -160,7 +161,7 @@ class ModelRunner:
         end, pages = sequence.num_computed, sequence.pages
         # of all that have something to read: paths that just closed do not see what the branch after them does
         views = list({id(sees): sees for _, sees in sequence.pending}.values())
-        is_due = end - sequence.num_weighed >= max(self.min_tail, end // 16)
+        is_due = end - sequence.num_weighed >= max(self.min_new, self.min_tail * len(views), end // 16)
         if pages is not None and not is_due:
             owners = pages.owners(views)
             is_due = owners is None or 2 * owners.count(-1) > len(owners)  # most paths of the copies are closed
