@@ -5,7 +5,7 @@
 #   bash benchmarks/gpu.sh OUT tests step-7b         some of them
 #   PYTHON=python3 LIMIT_S=120 bash benchmarks/gpu.sh OUT latency-7b
 #
-# Each stage leaves OUT/STAGE.json and OUT/STAGE.log. A stage that fails or takes longer than LIMIT_S seconds is
+# Each stage leaves OUT/STAGE.log and, but for the tests, OUT/STAGE.json. A stage that fails or takes longer than LIMIT_S seconds is
 # reported, and the next begins; what its script had stored by then stays.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

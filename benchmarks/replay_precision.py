@@ -147,7 +147,7 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     add_model_arguments(parser)
     parser.add_argument("--paths", type=count, default=8, help="paths of the block (default: %(default)s)")
-    parser.add_argument("--path-tokens", type=count, default=256, help="tokens a path (default: %(default)s)")
+    parser.add_argument("--path-tokens", type=count, default=512, help="tokens a path (default: %(default)s)")
     parser.add_argument("--prompt", type=count, default=256, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--layers", type=count, default=None, help="make only the first layers")
     parser.add_argument(

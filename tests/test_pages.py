@@ -92,7 +92,16 @@ def test_nothing_is_copied_that_leaves_more_to_gather_than_it_spares():
     parents = np.repeat(np.kron(np.eye(2, dtype=bool), np.ones((4, 1), dtype=bool)), 400, axis=1)
     sees = np.concatenate([parents, forked(0, [50] * 8)], axis=1)
     assert choose_pages(sees, 10_000) is None, "two long paths with four paths each: 400 of 450 tokens would be left"
-    assert choose_pages(forked(0, [2000] * 8), 300) is None, "there is too little room"
+    assert choose_pages(forked(0, [9000] * 8), 300) is None, "72,000 entries are too many to gather"
+    assert choose_pages(forked(0, [100] * 2), 70) is None, "so are 68 of 100 for each of two"
+
+
+def test_a_long_path_that_forks_leaves_the_others_their_pages():
+    sees = np.concatenate([forked(0, [400] * 8), np.zeros((1, 3200), bool)])
+    sees[8] = sees[7]
+    pages = choose_pages(np.concatenate([sees, forked(0, [0] * 7 + [5, 5])], axis=1), 10_000)
+    assert pages.entries.shape == (7, 384)
+    assert pages.left.tolist() == list(range(7, pages.end, 8)), "what the two have in common"
 
 
 def test_tails_that_outgrow_their_pages_are_read_under_a_mask():

@@ -19,6 +19,7 @@ from .cache import SCRATCH
 # Copies and tails have multiples of so many keys: rows of scores then lie at round addresses, and shapes are few, of
 # which oneDNN compiles a product for each, which takes longer than to do it.
 ROUND = 32
+MAX_GATHERED = 1 << 16  # log entries that a layer gathers for all tails: what else is a bound of its memory
 
 
 def has_bfloat16_kernels() -> bool:
@@ -136,7 +137,7 @@ class Pages:
             known = rest[: np.searchsorted(rest, entry, side="right")]
             tails.append(base + known[sees[known]])
         shape = len(tails), round_up(max(map(len, tails)))
-        if shape[0] * shape[1] > max(self.num_entries, ROUND * len(tails)):  # more than is spared
+        if not is_worth_gathering(*shape, entries[-1][0] + 1):
             return None
         tail = np.full(shape, SCRATCH - 1)
         for row, slots in zip(tail, tails, strict=True):
@@ -200,10 +201,16 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
     end = int(np.concatenate([entries.ravel(), common]).max()) + 1
     is_left = counts[:end] > 0
     is_left[entries] = is_left[common] = False
-    most_left = (sees[:, :end] & is_left).sum(axis=1).max() + (sees.shape[1] - end) // len(sees)
-    if len(sees) * most_left > entries.size + len(common):  # tails would be more than what is spared
+    since = sees[:, end:].sum(axis=1)
+    longest = ((sees[:, :end] & is_left).sum(axis=1) + since).max()
+    if not is_worth_gathering(len(sees), longest, sees.shape[1]):
         return None
     return Pages(entries, common, np.flatnonzero(is_left), end)
+
+
+def is_worth_gathering(num_tails: int, longest: int, end: int) -> bool:
+    """Say whether tails cost less than to mask a log of ``end`` entries; a gathered key costs some masked ones."""
+    return longest <= max(end // 4, ROUND) and num_tails * longest <= MAX_GATHERED
 
 
 def round_up(count: int) -> int:
