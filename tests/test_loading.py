@@ -136,6 +136,62 @@ def test_a_models_state_goes_into_another_model():
 # What is refused
 
 
+@pytest.mark.parametrize("made", [False, True], ids=["door", "made class"])
+def test_what_the_config_has_a_place_for_goes_there_as_in_transformers(made, tmp_path):
+    new_tiny_model("qwen3", dtype=torch.float32).save_pretrained(tmp_path)
+    door = multiverse_class(Qwen3ForCausalLM) if made else MultiverseForCausalLM
+    overrides = {"use_cache": False, "attention_dropout": 0.25, "rms_norm_eps": 1e-3, "output_hidden_states": True}
+    model = door.from_pretrained(
+        pretrained_model_name_or_path=tmp_path, **overrides, attn_implementation="eager", dtype=torch.bfloat16
+    )
+    assert {name: getattr(model.config, name) for name in overrides} == overrides
+    assert model.model.layers[0].self_attn.attention_dropout == 0.25
+    assert (model.config._attn_implementation, model.dtype) == ("eager", torch.bfloat16)
+    with pytest.raises(TypeError, match="no_such_option"):
+        door.from_pretrained(tmp_path, no_such_option=1)
+
+
+def test_a_config_may_be_named_by_its_place_and_weights_be_handed_over(tmp_path):
+    model = new_tiny_model("qwen3", dtype=torch.float32)
+    model.config.save_pretrained(tmp_path / "config")
+    model.save_pretrained(tmp_path / "model")
+    named = MultiverseForCausalLM.from_pretrained(tmp_path / "model", config=str(tmp_path / "config"), use_cache=False)
+    assert not named.config.use_cache
+    handed = MultiverseForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert torch.equal(handed.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(TypeError, match="got None"):
+        MultiverseForCausalLM.from_pretrained(None, state_dict=model.state_dict())
+
+
+def test_a_model_that_branches_already_is_adopted_as_it_is():
+    model = new_tiny_model("qwen3")
+    hooks = len(model.base_model._forward_pre_hooks)
+    assert MultiverseForCausalLM.adopt(model) is model
+    assert len(model.base_model._forward_pre_hooks) == hooks
+
+
+def test_what_a_tool_lost_on_its_way_is_said(tmp_path, caplog):
+    """As tools that merge or convert write a folder: the config without the code, or without the tags."""
+    tokenizer = tiny_tokenizer()
+    tags = TagSet.from_tokenizer(tokenizer)
+    config = tiny_config("qwen3", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model = MultiverseForCausalLM.from_config(config, tags)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    MultiverseForCausalLM.from_pretrained(tmp_path)
+    assert not caplog.records
+    for code in tmp_path.glob("*.py"):
+        code.unlink()
+    MultiverseForCausalLM.from_pretrained(tmp_path)
+    assert "the config names configuration_multiverse.py, which is not there" in caplog.text
+    caplog.clear()
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["multiverse"], stored["auto_map"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert MultiverseForCausalLM.from_pretrained(tmp_path).tags == tags
+    assert "the config holds no control tags; they are those of the tokenizer" in caplog.text
+
+
 @pytest.mark.parametrize("path", ["/no/such/folder", "./no-such-folder", "no-such/model", "a/b/c"])
 def test_a_checkpoint_that_is_not_there_is_told_by_name_in_one_line(path):
     with pytest.raises(OSError, match=f"no checkpoint '{path}': there is no such folder") as info:

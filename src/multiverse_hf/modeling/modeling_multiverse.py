@@ -6,6 +6,7 @@ from .requirements import TRANSFORMERS  # noqa: F401 - first: what an older tran
 import copy
 import functools
 import json
+import logging
 import os
 from typing import Any
 
@@ -27,11 +28,15 @@ from .attention import LayoutHook, layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
+from .integrations import integrate
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
-_ADAPTER = "adapter_config.json"
+logger = logging.getLogger(__name__)
+
 _HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
+# Arguments that loading a model needs, though reading its config takes them too.
+_LOADING = (*_HUB, "force_download", "proxies", "trust_remote_code", "gguf_file", "dtype", "torch_dtype")
 
 
 class MultiverseForCausalLM:
@@ -70,8 +75,9 @@ class MultiverseForCausalLM:
         Raises:
             ValueError: if its architecture cannot branch, or its config holds no tags.
         """
-        model.__class__ = multiverse_class(base_class(model.config))
-        model._follow_layouts()
+        if not hasattr(type(model), "_base_class"):  # else it branches already
+            model.__class__ = multiverse_class(base_class(model.config))
+            model._follow_layouts()
         return model
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,8 +141,9 @@ class MultiverseForCausalLM:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | os.PathLike[str],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
         *args: Any,
+        config: PretrainedConfig | str | os.PathLike[str] | None = None,
         tags: TagSet | None = None,
         names: TagNames | str | None = None,
         **kwargs: Any,
@@ -144,33 +151,39 @@ class MultiverseForCausalLM:
         """Load a checkpoint from a folder or the Hub.
 
         Args:
-            path: folder or repository id, of a Multiverse checkpoint, of a base model whose tokenizer has the tags, or
-                of a LoRA adapter for one of these (with peft installed, as in transformers).
+            pretrained_model_name_or_path: folder or repository id, of a Multiverse checkpoint, of a base model whose
+                tokenizer has the tags, or of an adapter for one of these (with peft installed, as in transformers).
+            *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``; what the config has a place for, such as
+                ``use_cache`` or ``attention_dropout``, goes there. With ``output_loading_info=True`` a checkpoint that
+                lacks weights is loaded all the same, and the info says which. Weights that the model has no place for
+                are passed over, and transformers reports them.
+            config: in place of the checkpoint's own, or where to read it.
             tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
             names: how the tokenizer spells the tags, if it is none of the presets.
-            *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``. With ``output_loading_info=True`` a
-                checkpoint that lacks weights is loaded all the same, and the info says which. Weights that the model
-                has no place for are passed over, and transformers reports them.
 
         Raises:
             ValueError: if the architecture cannot branch, the tokenizer has no tags or other ids for them than the
                 config, or weights are missing.
-            OSError: if there is no checkpoint at ``path``.
+            OSError: if there is no checkpoint at that place.
         """
+        path = pretrained_model_name_or_path
         if cls is not MultiverseForCausalLM:  # a class that was made: its base knows how
-            return super().from_pretrained(path, *args, **kwargs)
+            return super().from_pretrained(path, *args, config=config, **kwargs)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
-        base = _adapted(path, hub) or path
-        config = kwargs.pop("config", None) or _read_config(base, hub)
+        is_given = isinstance(config, PretrainedConfig)
+        base = path if path is None and is_given else _adapted(path, hub) or path
+        if not is_given:
+            config, kwargs = _read_config(base if config is None else config, hub, kwargs)
         model_class = multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
-            tags = _spelled_tags(path, base, hub, names)
+            tags = _spelled_tags(path, base, hub, names, kwargs.get("gguf_file"))
+        _say_what_is_lacking(base, config)
         config = _with_tags(config, tags)
         used = TagSet.from_dict(config.multiverse)
         if names is not None and used.names != PRESETS.get(names, names):
             raise ValueError(f"the checkpoint's tags are {', '.join(used.names.tokens)}, not {names}; leave names out")
-        if config.multiverse == stored:
+        if config.multiverse == stored and base is not None:
             _check_tokenizer(used, base, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
@@ -256,9 +269,10 @@ class MultiverseModel:
         return MultiverseForCausalLM.from_config(config, **kwargs).base_model
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> PreTrainedModel:
-        """Load a checkpoint as :meth:`MultiverseForCausalLM.from_pretrained` does, and give its backbone."""
-        return MultiverseForCausalLM.from_pretrained(path, *args, **kwargs).base_model
+    def from_pretrained(cls, pretrained_model_name_or_path: str, *args: Any, **kwargs: Any) -> PreTrainedModel:
+        """Load a checkpoint as :meth:`MultiverseForCausalLM.from_pretrained` does, and return its backbone."""
+        loaded = MultiverseForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return (loaded[0].base_model, loaded[1]) if isinstance(loaded, tuple) else loaded.base_model
 
 
 @functools.cache
@@ -325,31 +339,48 @@ def _adapted(path: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
         return json.load(stream)["base_model_name_or_path"]
 
 
-def _read_config(path: str | os.PathLike[str], hub: dict[str, Any]) -> PretrainedConfig:
-    """Read a checkpoint's config.
+def _read_config(
+    path: str | os.PathLike[str], hub: dict[str, Any], kwargs: dict[str, Any]
+) -> tuple[PretrainedConfig, dict[str, Any]]:
+    """Return a checkpoint's config, with the arguments that it has a place for, and those left for the model.
 
     Raises:
         OSError: if there is none; where ``path`` is no folder, it may be meant as either.
     """
+    apart = {"config", "dtype", "torch_dtype", "quantization_config", "trust_remote_code"}  # as AutoModel does
+    overrides = {name: value for name, value in kwargs.items() if name not in apart}
     try:
-        return AutoConfig.from_pretrained(path, **hub)
+        # the checkpoint's code would only give the base's config too
+        config, unused = AutoConfig.from_pretrained(
+            path, return_unused_kwargs=True, trust_remote_code=False, **overrides
+        )
     except OSError as err:
         if os.path.isdir(path):
+            if not kwargs.get("gguf_file") and (files := sorted(f for f in os.listdir(path) if f.endswith(".gguf"))):
+                raise OSError(f"{path} holds no config.json but a GGUF file; pass gguf_file={files[0]!r}") from err
             raise
         reason = " ".join(str(err).split())
         raise OSError(f"no checkpoint {str(path)!r}: there is no such folder, and on the Hub: {reason}") from err
+    return config, {name: kwargs[name] for name in kwargs if name in unused or name in apart or name in _LOADING}
 
 
 def _spelled_tags(
-    path: str | os.PathLike[str], base: str | os.PathLike[str], hub: dict[str, Any], names: TagNames | str | None
+    path: str | os.PathLike[str] | None,
+    base: str | os.PathLike[str] | None,
+    hub: dict[str, Any],
+    names: TagNames | str | None,
+    gguf_file: str | None,
 ) -> TagSet:
     """Read the tags from a base's tokenizer.
 
     Raises:
         ValueError: if it has none.
     """
+    if base is None:
+        raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
     try:
-        return TagSet.from_tokenizer(AutoTokenizer.from_pretrained(base, **hub), names)
+        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
+        tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(base, **hub, **gguf), names)
     except ValueError as err:
         if base == path:
             raise
@@ -357,6 +388,21 @@ def _spelled_tags(
             f"{path} is an adapter, and its base {base} has no tags ({err}); where training added them, put the two "
             f"together: multiverse merge --adapter {path} --output FOLDER"
         ) from err
+    logger.warning(f"{base}: the config holds no control tags; they are those of the tokenizer")
+    return tags
+
+
+def _say_what_is_lacking(path: str | os.PathLike[str] | None, config: PretrainedConfig) -> None:
+    """Warn of a folder whose config names code that is not there: tools that merge or convert copy the config only."""
+    if path is None or not os.path.isdir(path):
+        return
+    named = {str(value).split(".")[0] for value in (getattr(config, "auto_map", None) or {}).values()}
+    code = {value.split(".")[0] for value in AUTO_MAP.values()} & named
+    if lacking := sorted(name for name in code if not os.path.isfile(os.path.join(path, f"{name}.py"))):
+        logger.warning(
+            f"{path}: the config names {lacking[0]}.py, which is not there, so trust_remote_code=True fails; "
+            f"save the model again, or: multiverse export --model {path} --output FOLDER"
+        )
 
 
 def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, Any]) -> None:
@@ -404,3 +450,6 @@ def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfi
             "resize the embeddings and train the model on tags"
         )
     return config
+
+
+integrate(MultiverseForCausalLM)

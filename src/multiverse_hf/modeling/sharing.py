@@ -11,9 +11,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from .configuration_multiverse import MultiverseConfig
 from .state import StructureOptions
 
 AUTO_MAP = {
+    "AutoConfig": f"configuration_multiverse.{MultiverseConfig.__name__}",
     "AutoModel": "modeling_multiverse.MultiverseModel",
     "AutoModelForCausalLM": "modeling_multiverse.MultiverseForCausalLM",
 }

@@ -1,0 +1,194 @@
+"""What other libraries would do with a Multiverse checkpoint as a plain model, done with the Multiverse class.
+
+TRL and PEFT choose a model's class by a name, without this code having a say. What is here changes the few functions
+where they do, when they are imported, or at once if they have been. It imports neither of them.
+"""
+
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+logger = logging.getLogger(__name__)
+
+_MARK = "_multiverse"  # what has been changed bears it: several copies of this code may be in one process
+
+
+def multiverse_model(model: Any) -> Any | None:
+    """Return the Multiverse model in a model, which may be wrapped by PEFT or DDP; None if there is none."""
+    for _ in range(5):
+        if hasattr(type(model), "_base_class"):
+            return model
+        inner = getattr(model, "module", None)  # DDP
+        if inner is None and hasattr(model, "get_base_model"):  # PEFT
+            inner = model.get_base_model()
+        if inner is None:
+            return None
+        model = inner
+    return None
+
+
+def holds_tags(path: Any) -> bool:
+    """Return whether ``path`` is a checkpoint whose config holds the control tags."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception:  # whoever loads it says what is wrong with it
+        return False
+    return getattr(config, "multiverse", None) is not None
+
+
+# TRL: models by name, and reference models, which TRL loads by the policy's name
+
+
+def _change_trl_loader(module: ModuleType, door: Any) -> None:
+    """Have ``create_model_from_path`` of TRL load Multiverse checkpoints by the Multiverse class."""
+    original = getattr(module, "create_model_from_path", None)
+    if original is None:
+        logger.warning(
+            "this release of TRL has no create_model_from_path: pass it models and reference models as objects, made "
+            "with MultiverseForCausalLM.from_pretrained"
+        )
+        return
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def create_model_from_path(model_id: Any, architecture: Any = None, **kwargs: Any) -> Any:
+        if architecture is None:
+            policy = sys._getframe(1).f_locals.get("model")
+            config = getattr(policy, "config", None)
+            if str(model_id) == getattr(config, "_name_or_path", None):  # a reference is what its policy is
+                policy = multiverse_model(policy)
+                if policy is not None:
+                    architecture, kwargs["tags"] = door, policy.tags
+            elif holds_tags(model_id):
+                architecture = door
+        return original(model_id, architecture, **kwargs)
+
+    setattr(create_model_from_path, _MARK, True)
+    for each in list(sys.modules.values()):  # those that took it by name from there
+        if getattr(each, "__name__", "").startswith("trl.") and vars(each).get(original.__name__) is original:
+            setattr(each, original.__name__, create_model_from_path)
+
+
+def _change_trl_rollout(module: ModuleType, door: Any) -> None:
+    """Have trainers of TRL that sample take an answer at its own length: those cut off end in no end token."""
+    for trainer in ("GRPOTrainer", "RLOOTrainer"):
+        kind = vars(module).get(trainer)
+        if kind is None:
+            continue
+        original = vars(kind).get("_generate_single_turn")
+        if original is None:
+            logger.warning(f"this release of TRL has no {trainer}._generate_single_turn: pass rollout_func")
+        elif not hasattr(original, _MARK):
+            kind._generate_single_turn = _cut_to_length(original)
+
+
+def _cut_to_length(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _generate_single_turn(trainer: Any, *args: Any, **kwargs: Any) -> Any:
+        model = multiverse_model(trainer.model)
+        if model is None:
+            return original(trainer, *args, **kwargs)
+        with counted(model) as lengths:
+            result = original(trainer, *args, **kwargs)
+        completions = result[0] if isinstance(result, tuple) else result
+        if len(lengths) == len(completions):  # else something else wrote them, such as vLLM
+            # TRL's own mask ends at the first end token. Rows without one hold the padding behind them too.
+            completions[:] = [ids[: max(1, length)] for ids, length in zip(completions, lengths, strict=True)]
+        return result
+
+    setattr(_generate_single_turn, _MARK, True)
+    return _generate_single_turn
+
+
+@contextmanager
+def counted(model: Any) -> Iterator[list[int]]:
+    """Give a list that ``model.generate`` fills, while the context lasts, with the number of tokens of each answer."""
+    lengths: list[int] = []
+
+    def generate(*args: Any, **kwargs: Any) -> torch.LongTensor:
+        output = type(model).generate(model, *args, **(kwargs | {"return_dict_in_generate": True}))
+        lengths.extend(stats.num_tokens for stats in getattr(output, "stats", None) or ())  # "off" may have none
+        return output.sequences
+
+    own = vars(model).get("generate")
+    model.generate = generate
+    try:
+        yield lengths
+    finally:
+        del model.generate
+        if own is not None:
+            model.generate = own
+
+
+# PEFT: the base of an adapter
+
+
+def _change_peft(module: ModuleType, door: Any) -> None:
+    """Have ``AutoPeftModelForCausalLM`` load Multiverse checkpoints by the Multiverse class."""
+    kind = getattr(module, "AutoPeftModelForCausalLM", None)
+    if getattr(kind, "_target_class", None) is not AutoModelForCausalLM:  # changed before, or another release
+        return
+
+    class Base:
+        @classmethod
+        def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+            return (door if holds_tags(path) else AutoModelForCausalLM).from_pretrained(path, *args, **kwargs)
+
+    kind._target_class = Base
+
+
+_CHANGES = {
+    "trl.trainer.utils": _change_trl_loader,
+    "trl.trainer.grpo_trainer": _change_trl_rollout,
+    "trl.trainer.rloo_trainer": _change_trl_rollout,
+    "peft.auto": _change_peft,
+}
+
+
+class _Finder:
+    """Finds nothing itself: it has what the other finders found changed once it has been imported."""
+
+    def __init__(self, door: Any) -> None:
+        self.door = door
+        setattr(self, _MARK, True)
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name not in _CHANGES:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            execute = spec.loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                _CHANGES[name](module, self.door)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def integrate(door: Any) -> None:
+    """Change what is imported, and have the rest changed once it is. Does nothing where another copy has done it.
+
+    Args:
+        door: the class to load Multiverse checkpoints with.
+    """
+    if any(hasattr(finder, _MARK) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder(door))
+    for name, change in _CHANGES.items():
+        if name in sys.modules:
+            change(sys.modules[name], door)

@@ -1,0 +1,234 @@
+"""TRL's own trainers, as their users call them: two steps each, and what theory says of the first.
+
+Before any step a policy and its reference are equal, so that every divergence and margin between them is 0.
+"""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+
+from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
+from multiverse_hf.modeling.integrations import multiverse_model
+
+PROMPTS = [
+    "A=9+7; B=8+5; total? Think step by step and in parallel before answering.",
+    "A=8+5+2; B=15+3+1; C=2+3+7; total? Think step by step and in parallel before answering.",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """multiverse-tiny as a user saves it, with its code."""
+    path = tmp_path_factory.mktemp("trl") / "saved"
+    MultiverseForCausalLM.from_pretrained(embedded_model()).save_pretrained(path)
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def rows(folder, tokenizer) -> list[dict]:
+    """Prompts with the documents that the model answers."""
+    model = MultiverseForCausalLM.from_pretrained(folder)
+    answered = []
+    for prompt in PROMPTS:
+        ids = encode_prompt(tokenizer, prompt, return_tensors="pt")
+        answer = tokenizer.decode(model.generate(ids, max_new_tokens=500)[0, ids.shape[1] :], skip_special_tokens=True)
+        assert "<Path>" in answer
+        answered.append(
+            {
+                "prompt": [{"role": "user", "content": prompt}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+        )
+    return answered * 2
+
+
+def load(kind: str, folder: Path):
+    if kind == "class":
+        return MultiverseForCausalLM.from_pretrained(folder)
+    if kind == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        return get_peft_model(
+            MultiverseForCausalLM.from_pretrained(folder),
+            LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"),
+        )
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=kind == "remote", dtype=torch.float32)
+
+
+def common(tmp_path: Path) -> dict:
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "disable_tqdm": True,
+        "learning_rate": 1e-4,
+    }
+
+
+def first_of(trainer) -> dict:
+    """What the trainer logs of the first of two steps."""
+    trainer.train()
+    first, second, *_ = trainer.state.log_history
+    assert math.isfinite(second["loss"])
+    return first
+
+
+def preferences(rows: list[dict]) -> Dataset:
+    return Dataset.from_list(
+        [
+            {
+                "prompt": row["prompt"],
+                "chosen": row["completion"],
+                "rejected": [{**row["completion"][0], "content": row["completion"][0]["content"] + " 9"}],
+            }
+            for row in rows
+        ]
+    )
+
+
+def rewards(completions, **kwargs) -> list[float]:
+    return [float(number) for number in range(len(completions))]
+
+
+KINDS = ["class", "remote", "lora"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+def test_dpo_begins_at_log_two(kind, folder, rows, tokenizer, tmp_path):
+    """Also for a plain policy: its reference is plain as well."""
+    args = DPOConfig(**common(tmp_path), max_length=1024)
+    trainer = DPOTrainer(load(kind, folder), args=args, train_dataset=preferences(rows), processing_class=tokenizer)
+    first = first_of(trainer)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    if kind != "lora":
+        assert (multiverse_model(trainer.ref_model) is None) == (kind == "plain")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kto_begins_at_one_half(kind, folder, rows, tokenizer, tmp_path):
+    dataset = Dataset.from_list([{**row, "label": number % 2 == 0} for number, row in enumerate(rows)])
+    args = KTOConfig(**common(tmp_path), max_length=1024)
+    trainer = KTOTrainer(load(kind, folder), args=args, train_dataset=dataset, processing_class=tokenizer)
+    first = first_of(trainer)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-4)
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_sampling_trainers_begin_without_divergence(method, kind, folder, rows, tokenizer, tmp_path):
+    config, trainer = {"GRPO": (GRPOConfig, GRPOTrainer), "RLOO": (RLOOConfig, RLOOTrainer)}[method]
+    args = config(**common(tmp_path), num_generations=2, max_completion_length=200, beta=0.04)
+    dataset = Dataset.from_list(rows).select_columns(["prompt"])
+    first = first_of(
+        trainer(load(kind, folder), reward_funcs=rewards, args=args, train_dataset=dataset, processing_class=tokenizer)
+    )
+    assert first["kl"] == pytest.approx(0, abs=1e-4)
+    assert first["completions/clipped_ratio"] == 0
+
+
+def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(folder, rows, tokenizer, tmp_path, monkeypatch):
+    """The limit bounds the length of an answer: two cut answers may hold different numbers of tokens."""
+    seen = []
+    compute = GRPOTrainer._compute_loss
+
+    def look(self, model, inputs):
+        mask = inputs["completion_mask"].bool()
+        seen.append((mask.sum(1).tolist(), (inputs["completion_ids"][mask] == tokenizer.pad_token_id).sum().item()))
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", look)
+    args = GRPOConfig(
+        **(common(tmp_path) | {"per_device_train_batch_size": 4}), num_generations=2, max_completion_length=60
+    )
+    dataset = Dataset.from_list(rows).select_columns(["prompt"])
+    trainer = GRPOTrainer(
+        load("class", folder), reward_funcs=rewards, args=args, train_dataset=dataset, processing_class=tokenizer
+    )
+    first = first_of(trainer)
+    assert first["completions/clipped_ratio"] == 1
+    lengths, padding = zip(*seen, strict=True)
+    assert len(set(lengths[0])) == 2, "one answer is longer, so the other one was padded"
+    assert padding == (0, 0)
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_folders_name_gives_the_multiverse_class_whose_run_loads_again(trust, folder, rows, tokenizer, tmp_path):
+    losses = []
+    for model in (str(folder), load("class", folder), load("remote", folder), load("plain", folder)):
+        args = SFTConfig(**common(tmp_path), max_length=1024, trust_remote_code=trust)
+        trainer = SFTTrainer(model, args=args, train_dataset=Dataset.from_list(rows[:2]), processing_class=tokenizer)
+        losses.append(first_of(trainer)["loss"])
+        if isinstance(model, str):
+            trainer.save_model(str(tmp_path / "sft"))
+    assert losses[0] == losses[1] == losses[2]
+    assert abs(losses[3] - losses[0]) > 0.1 * losses[0], "the plain class is causal: it does not follow the layout"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", trust_remote_code=True)
+    assert multiverse_model(again) is not None
+    assert json.loads((tmp_path / "sft/config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+
+
+def test_an_architecture_that_the_caller_names_is_taken(folder, tmp_path):
+    from transformers import Qwen3ForCausalLM
+    from trl.trainer.utils import create_model_from_path
+
+    assert type(create_model_from_path(str(folder), Qwen3ForCausalLM)) is Qwen3ForCausalLM
+    assert multiverse_model(create_model_from_path(str(folder))) is not None
+
+
+BY_NAME = """
+import sys
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+assert not any("multiverse" in name for name in sys.modules)
+rows = Dataset.from_list([{"prompt": "A=5+6;", "chosen": "B", "rejected": "C"}] * 2)
+args = DPOConfig("run", use_cpu=True, bf16=False, report_to=[], save_strategy="no", trust_remote_code=True)
+trainer = DPOTrainer(sys.argv[1], args=args, train_dataset=rows)
+assert "multiverse_hf" not in sys.modules
+for model in (trainer.model, trainer.ref_model):
+    print(type(model).__mro__[1].__module__.split(".")[-1], model.config.architectures)
+trainer.save_model("saved")
+"""
+
+
+@pytest.mark.slow
+def test_where_nothing_of_ours_is_imported_trust_remote_code_gives_the_multiverse_class(folder, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", BY_NAME, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-2:] == ["modeling_multiverse ['Qwen3ForCausalLM']"] * 2
+    assert json.loads((tmp_path / "saved/config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
+    assert (tmp_path / "saved/modeling_multiverse.py").is_file()
