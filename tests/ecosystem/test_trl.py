@@ -120,7 +120,7 @@ def rewards(completions, **kwargs) -> list[float]:
     return [float(number) for number in range(len(completions))]
 
 
-KINDS = ["class", "remote", "lora"]
+KINDS = ["class", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("remote", "lora"))]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "plain"])
@@ -135,6 +135,7 @@ def test_dpo_begins_at_log_two(kind, folder, rows, tokenizer, tmp_path):
         assert (multiverse_model(trainer.ref_model) is None) == (kind == "plain")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kto_begins_at_one_half(kind, folder, rows, tokenizer, tmp_path):
     dataset = Dataset.from_list([{**row, "label": number % 2 == 0} for number, row in enumerate(rows)])
@@ -183,7 +184,7 @@ def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(folder, row
     assert padding == (0, 0)
 
 
-@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("trust", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folders_name_gives_the_multiverse_class_whose_run_loads_again(trust, folder, rows, tokenizer, tmp_path):
     losses = []
     for model in (str(folder), load("class", folder), load("remote", folder), load("plain", folder)):
