@@ -145,6 +145,9 @@ def _change_peft(module: ModuleType, door: Any) -> None:
             return (door if holds_tags(path) else AutoModelForCausalLM).from_pretrained(path, *args, **kwargs)
 
     kind._target_class = Base
+    # An adapter without a task type names the module of its base's class, and peft imports modules that it knows only.
+    allowed, package = module.get_default_import_allowlist, door.__module__.rpartition(".")[0]
+    module.get_default_import_allowlist = lambda: [*allowed(), package]
 
 
 _CHANGES = {

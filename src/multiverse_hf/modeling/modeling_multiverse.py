@@ -5,12 +5,14 @@ from .requirements import TRANSFORMERS  # noqa: F401 - first: what an older tran
 # isort: split
 import copy
 import functools
+import importlib
 import json
 import logging
 import os
 from typing import Any
 
 import torch
+import transformers
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -186,10 +188,20 @@ class MultiverseForCausalLM:
         if config.multiverse == stored and base is not None:
             _check_tokenizer(used, base, hub)
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        try:
+            model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
+        except (ValueError, NotImplementedError) as err:
+            if base == path:
+                raise
+            raise ValueError(
+                f"{path} is an adapter that transformers cannot load by itself ({err}); use "
+                "peft.AutoPeftModelForCausalLM.from_pretrained, which loads its base as a Multiverse model"
+            ) from err
+        if base != path and info["missing_keys"]:
+            info["missing_keys"] = _load_with_peft(model, path, hub, info["missing_keys"])
         if wants_info:
             return model, info
-        if missing := sorted(info["missing_keys"]):
+        if (missing := sorted(info["missing_keys"])) and "state_dict" not in kwargs:
             raise ValueError(
                 f"{path} lacks {len(missing)} weights of {model_class.__name__}, {missing[0]} among them, which would "
                 "be random; save the whole model again, or pass output_loading_info=True to see what is there"
@@ -285,6 +297,14 @@ def multiverse_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (MultiverseForCausalLM, base), {"__module__": __name__, "_base_class": base})
 
 
+def __getattr__(name: str) -> type[PreTrainedModel]:
+    """Give the class that was made of a causal LM, by its name: an adapter's config names the class of its base so."""
+    base = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return multiverse_class(base)
+
+
 def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
     """Give an instance without state, for pickle to fill."""
     made = multiverse_class(base)
@@ -337,6 +357,25 @@ def _adapted(path: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
         raise ImportError(f"{path} is a LoRA adapter; pip install peft")
     with open(file, encoding="utf-8") as stream:
         return json.load(stream)["base_model_name_or_path"]
+
+
+def _load_with_peft(
+    model: PreTrainedModel, path: str | os.PathLike[str], hub: dict[str, Any], missing: set[str]
+) -> set[str]:
+    """Load an adapter's weights by peft itself: transformers leaves out some, such as DoRA's magnitudes.
+
+    Returns:
+        Names of the weights that are still missing.
+    """
+    peft = importlib.import_module("peft")  # named here, it would be taken for a requirement of every checkpoint
+    (name,) = model.peft_config
+    where = {key: value for key, value in hub.items() if value is not None}
+    weights = peft.load_peft_weights(str(path), device="cpu", **where)
+    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
+    peft.set_peft_model_state_dict(model, weights, name)
+    wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    of_base = {key for key in missing if name not in key.split(".")}
+    return of_base | (set(wanted) - set(weights))
 
 
 def _read_config(

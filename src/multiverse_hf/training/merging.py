@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -9,12 +10,16 @@ from transformers import AutoTokenizer
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.training.models import load_base, load_tokens
 
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_NO_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "ADAPTION_PROMPT")
+
 
 def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a base, give it the tags as training did, and add the adapter's weights to its own.
 
     Args:
-        adapter: folder that ``recipes/sft.py`` wrote with ``--use_peft``: adapter, tokenizer, tags.
+        adapter: folder of an adapter, as ``recipes/sft.py --use_peft`` or PEFT's ``save_pretrained`` writes it. If it
+            holds no tokenizer, the base's is taken.
         base: folder or repository of the base model, if it has moved since.
         dtype: of the merged weights; "auto" is the base checkpoint's own.
 
@@ -22,11 +27,12 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
         The merged model and its tokenizer.
 
     Raises:
-        ValueError: if the folder holds no adapter, or another base than it was trained on.
+        ValueError: if the folder holds no adapter or one that cannot be merged, if neither it nor its base has the
+            tags, or if it was trained on another base.
         OSError: if there is no base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    from safetensors import SafetensorError
 
     file = adapter / "adapter_config.json"
     if not file.is_file():
@@ -35,26 +41,36 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
     for name in ("peft_type", "base_model_name_or_path"):
         if name not in settings:
             raise ValueError(f"{file} does not name its {name}; save the adapter again")
-    stored = adapter / "adapter_model.safetensors"
-    if not stored.is_file():
-        raise ValueError(f"{adapter} holds no {stored.name}; save the adapter again")
+    if settings["peft_type"] in _NO_WEIGHTS:
+        raise ValueError(
+            f"{adapter} is a {settings['peft_type']} adapter, which adds to the prompt and nothing to the weights; "
+            "load it with peft.AutoPeftModelForCausalLM"
+        )
+    stored = next((adapter / name for name in _WEIGHTS if (adapter / name).is_file()), None)
+    if stored is None:
+        raise ValueError(f"{adapter} holds no {_WEIGHTS[0]}; save the adapter again")
     try:
-        with safe_open(stored, "pt") as tensors:
-            found = set(tensors.keys())
-    except SafetensorError as err:
+        found = set(load_peft_weights(str(adapter), device="cpu"))
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as err:
         raise ValueError(f"{stored} is damaged ({err}); save the adapter again, or copy it again") from err
     if base is not None and not base.strip():
         raise ValueError("the base's name is empty; leave it out, or give a folder or repository")
-    tokenizer = AutoTokenizer.from_pretrained(adapter)
-    tags = TagSet.from_tokenizer(tokenizer)
     source = base or settings["base_model_name_or_path"]
-    revision = settings.get("revision") or "main"
+    if not source:
+        raise ValueError(f"{file} does not name its base_model_name_or_path; name the base with --base")
+    revision = (settings.get("revision") or "main") if base is None else "main"
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    names = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(adapter)).names if has_tokenizer else None
     try:
-        revision = revision if base is None else "main"
-        tokens = load_tokens(source, revision, tags.names, str(adapter))
+        tokens = load_tokens(source, revision, names, str(adapter) if has_tokenizer else None)
+        if not has_tokenizer and tokens.new:
+            raise ValueError(
+                f"its tokenizer lacks {tokens.new[0]}, and {adapter} holds no tokenizer: copy there that of the run"
+            )
         loaded = load_base(source, revision, tokens, dtype=dtype)
     except (OSError, ValueError) as err:
         raise ValueError(f"cannot read the base {source} ({err}); if it has moved, name it with --base") from err
+    tokenizer = tokens.tokenizer
     record = adapter / "run.json"
     trained_on = json.loads(record.read_bytes())["model"].get("model_type") if record.is_file() else None
     if trained_on not in (None, loaded.model.config.model_type):

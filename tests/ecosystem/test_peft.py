@@ -1,0 +1,149 @@
+"""PEFT as its users call it: adapters of every kind made, saved, loaded in each way there is, and merged."""
+
+import os
+
+import pytest
+import torch
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    BOFTConfig,
+    HRAConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
+from multiverse_hf.modeling.integrations import multiverse_model
+from multiverse_hf.training.merging import merge_adapter
+
+DOCUMENT = (
+    "<Parallel>\n<Goal><Outline>1: A</Outline><Outline>2: B</Outline></Goal>\n<Path>\n1: 5+6=11\n</Path>\n"
+    "<Path>\n2: 7+8=15\n</Path>\n<Conclusion>\n"
+)
+LINEAR, CAUSAL = {"target_modules": ["q_proj", "v_proj"]}, {"task_type": "CAUSAL_LM"}
+LORA = {"r": 4, "init_lora_weights": False} | LINEAR
+KINDS = {
+    "lora": LoraConfig(**LORA, **CAUSAL),
+    "no task type": LoraConfig(**LORA),
+    "dora": LoraConfig(**LORA, use_dora=True, **CAUSAL),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"],
+        feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+        **CAUSAL,
+    ),
+}
+RARER = {
+    "rslora": LoraConfig(**LORA, use_rslora=True, **CAUSAL),
+    "trained tokens": LoraConfig(**LORA, trainable_token_indices=[5, 6], **CAUSAL),
+    "saved head": LoraConfig(**LORA, modules_to_save=["lm_head"], **CAUSAL),
+    "loha": LoHaConfig(r=4, init_weights=False, **LINEAR, **CAUSAL),
+    "lokr": LoKrConfig(r=4, init_weights=False, **LINEAR, **CAUSAL),
+    "adalora": AdaLoraConfig(total_step=10, **LORA, **CAUSAL),
+    "oft": OFTConfig(r=0, oft_block_size=4, init_weights=False, **LINEAR, **CAUSAL),
+    "boft": BOFTConfig(boft_block_size=4, init_weights=False, **LINEAR, **CAUSAL),
+    "hra": HRAConfig(r=4, init_weights=False, **LINEAR, **CAUSAL),
+    "norms": LNTuningConfig(target_modules=["input_layernorm"], **CAUSAL),
+    "vera": VeraConfig(r=4, init_weights=False, **LINEAR, **CAUSAL),
+}
+ALL = KINDS | RARER
+NAMES = [*KINDS, *(pytest.param(name, marks=pytest.mark.slow) for name in RARER)]
+
+
+@pytest.fixture(scope="module")
+def ids():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    prompt = encode_prompt(tokenizer, "A=5+6; B=7+8; total?")
+    return torch.tensor([prompt + tokenizer.encode(DOCUMENT, add_special_tokens=False)])
+
+
+@torch.no_grad()
+def logits(model, ids) -> torch.Tensor:
+    return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_an_adapter_gives_the_same_logits_however_it_is_loaded_and_merged(kind, ids, tmp_path):
+    torch.manual_seed(0)
+    base = MultiverseForCausalLM.from_pretrained(embedded_model())
+    before = logits(base, ids)
+    adapted = get_peft_model(base, ALL[kind])
+    for name, weight in adapted.named_parameters():
+        if weight.requires_grad and "ranknum" not in name:
+            weight.data += 0.02 * torch.randn_like(weight)
+    expected = logits(adapted, ids)
+    assert (expected - before).abs().max() > 0.1
+    adapted.save_pretrained(tmp_path)
+    assert not os.path.exists(tmp_path / "tokenizer_config.json"), "the folder is PEFT's own"
+
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert multiverse_model(loaded) is not None
+    assert torch.equal(logits(loaded, ids), expected)
+    again = PeftModel.from_pretrained(MultiverseForCausalLM.from_pretrained(embedded_model()), tmp_path)
+    assert torch.equal(logits(again, ids), expected)
+    if kind == "vera":
+        with pytest.raises(ValueError, match=r"cannot load by itself .* use peft.AutoPeftModelForCausalLM"):
+            MultiverseForCausalLM.from_pretrained(tmp_path)
+    else:
+        assert torch.equal(logits(MultiverseForCausalLM.from_pretrained(tmp_path), ids), expected)
+    merged, tokenizer = merge_adapter(tmp_path)
+    torch.testing.assert_close(logits(merged, ids), expected, atol=1e-3, rtol=1e-3)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(embedded_model()).get_vocab()
+
+
+def test_weights_that_an_adapter_lacks_are_told_also_of_dora(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    get_peft_model(MultiverseForCausalLM.from_pretrained(embedded_model()), ALL["dora"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    save_file({name: weight for name, weight in weights.items() if "0.self_attn.v_proj.lora_mag" not in name}, file)
+    with pytest.raises(ValueError, match=r"lacks 1 weights .*layers\.0\.self_attn\.v_proj\.lora_magnitude_vector"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_base_that_is_no_multiverse_checkpoint_stays_plain_in_auto_peft(tmp_path):
+    from helpers import tiny_config
+
+    AutoModelForCausalLM.from_config(tiny_config("qwen3")).save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(plain, ALL["lora"]).save_pretrained(tmp_path / "adapter")
+    assert multiverse_model(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")) is None
+    with pytest.raises(ValueError, match=r"cannot read the base .*base"):
+        merge_adapter(tmp_path / "adapter")
+
+
+def test_an_adapter_of_the_prompt_is_refused_by_merge_and_from_pretrained(tmp_path):
+    adapted = get_peft_model(
+        MultiverseForCausalLM.from_pretrained(embedded_model()), PromptTuningConfig(num_virtual_tokens=4, **CAUSAL)
+    )
+    adapted.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PROMPT_TUNING adapter, which adds to the prompt and nothing to the weights"):
+        merge_adapter(tmp_path)
+    with pytest.raises(ValueError, match=r"use peft.AutoPeftModelForCausalLM"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+    assert multiverse_model(AutoPeftModelForCausalLM.from_pretrained(tmp_path)) is not None
+
+
+def test_a_base_without_tags_and_an_adapter_without_tokenizer_are_told_what_is_missing(tmp_path):
+    from helpers import tiny_config
+    from test_tags import plain_tokenizer
+
+    tokenizer = plain_tokenizer()
+    config = tiny_config("qwen3", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(plain, ALL["lora"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"its tokenizer lacks <Think>, and .*adapter holds no tokenizer"):
+        merge_adapter(tmp_path / "adapter")
