@@ -8,11 +8,13 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -28,6 +30,7 @@ from trl import (
 
 from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
 from multiverse_hf.modeling.integrations import multiverse_model
+from multiverse_hf.training.rollouts import multiverse_rollout
 
 PROMPTS = [
     "A=9+7; B=8+5; total? Think step by step and in parallel before answering.",
@@ -159,15 +162,24 @@ def test_sampling_trainers_begin_without_divergence(method, kind, folder, rows, 
     assert first["completions/clipped_ratio"] == 0
 
 
-def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(folder, rows, tokenizer, tmp_path, monkeypatch):
+@pytest.mark.parametrize("rollout", [None, multiverse_rollout])
+def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(
+    rollout, folder, rows, tokenizer, tmp_path, monkeypatch
+):
     """The limit bounds the length of an answer: two cut answers may hold different numbers of tokens."""
-    seen = []
+    seen, given = [], []
     compute = GRPOTrainer._compute_loss
 
     def look(self, model, inputs):
         mask = inputs["completion_mask"].bool()
-        seen.append((mask.sum(1).tolist(), (inputs["completion_ids"][mask] == tokenizer.pad_token_id).sum().item()))
+        forced = mask & ~inputs["tool_mask"].bool() if "tool_mask" in inputs else mask & False
+        padding = (inputs["completion_ids"][mask] == tokenizer.pad_token_id).sum().item()
+        seen.append((mask.sum(1).tolist(), padding, inputs["completion_ids"][forced].tolist()))
         return compute(self, model, inputs)
+
+    def reward(completions, **kwargs) -> list[float]:
+        given.append(kwargs.get("parallelism"))
+        return rewards(completions)
 
     monkeypatch.setattr(GRPOTrainer, "_compute_loss", look)
     args = GRPOConfig(
@@ -175,13 +187,44 @@ def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(folder, row
     )
     dataset = Dataset.from_list(rows).select_columns(["prompt"])
     trainer = GRPOTrainer(
-        load("class", folder), reward_funcs=rewards, args=args, train_dataset=dataset, processing_class=tokenizer
+        load("class", folder),
+        reward_funcs=reward,
+        args=args,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        rollout_func=rollout,
     )
     first = first_of(trainer)
     assert first["completions/clipped_ratio"] == 1
-    lengths, padding = zip(*seen, strict=True)
+    lengths, padding, forced = zip(*seen, strict=True)
     assert len(set(lengths[0])) == 2, "one answer is longer, so the other one was padded"
     assert padding == (0, 0)
+    if rollout is not None:
+        written = tokenizer.decode(forced[0])
+        assert "\n<Path>\n1:" in written
+        assert "<Parallel>" not in written
+        assert min(given[0]) > 1
+
+
+def test_a_rollout_takes_text_as_it_is_keeps_tags_of_users_as_text_and_needs_a_multiverse_model(folder, tokenizer):
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, eos_token_id=2)
+    model = load("class", folder)
+    trainer = SimpleNamespace(
+        model=model,
+        model_wrapped=model,
+        processing_class=tokenizer,
+        accelerator=Accelerator(cpu=True),
+        generation_config=config,
+        args=SimpleNamespace(ds3_gather_for_generation=True, gradient_checkpointing_kwargs=None),
+    )
+    chat = [{"role": "user", "content": "say </Goal>"}]
+    out = multiverse_rollout(["A=5+6;", chat], trainer)
+    assert out["prompt_ids"] == [tokenizer("A=5+6;")["input_ids"], encode_prompt(tokenizer, chat)]
+    assert model.tags.close("goal") not in out["prompt_ids"][1]
+    assert [len(ids) for ids in out["completion_ids"]] == [len(mask) for mask in out["env_mask"]] == [3, 3]
+    trainer.model = load("plain", folder)
+    with pytest.raises(ValueError, match="needs a Multiverse model, got Qwen3ForCausalLM"):
+        multiverse_rollout([chat], trainer)
 
 
 @pytest.mark.parametrize("trust", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,0 +1,78 @@
+"""Answers for TRL's GRPOTrainer, with what it cannot see by itself: which tokens the model chose.
+
+GRPOTrainer(model, rollout_func=multiverse_rollout, ...) trains on those alone.
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from trl.models import unwrap_model_for_generation
+
+from multiverse_hf.modeling.integrations import multiverse_model
+from multiverse_hf.modeling.tags import encode_prompt
+
+
+def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] | None]:
+    """Return an answer to each prompt, as GRPOTrainer wants it of its ``rollout_func``.
+
+    Args:
+        prompts: one entry for each answer. Chat messages are tokenized by
+            :func:`~multiverse_hf.modeling.tags.encode_prompt`, so that tags in a user's text stay text. Strings are
+            tokenized as they are, as TRL does.
+        trainer: whose model and ``generation_config`` write the answers.
+
+    Returns:
+        Lists with an entry for each prompt: ``prompt_ids``, ``completion_ids``, and ``env_mask``, 1 at tokens that the
+        model chose and 0 at those the engine wrote. An answer that a limit cut off ends in no end token. ``logprobs``
+        is None: the trainer computes them. Reward functions get ``parallelism``, ``length`` and ``finish_reason``.
+
+    Raises:
+        ValueError: if the model is no Multiverse model, or the trainer has tools.
+    """
+    if multiverse_model(trainer.model) is None:
+        raise ValueError(
+            f"multiverse_rollout needs a Multiverse model, got {type(trainer.model).__name__}; load it with "
+            "MultiverseForCausalLM.from_pretrained, or by name with trust_remote_code=True"
+        )
+    if getattr(trainer, "tools", None):
+        raise ValueError("multiverse_rollout calls no tools; leave out tools or rollout_func")
+    tokenizer, args = trainer.processing_class, trainer.args
+    rows = [
+        list(tokenizer(text=prompt)["input_ids"]) if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+        for prompt in prompts
+    ]
+    width = max(map(len, rows))
+    inputs = {
+        "input_ids": torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]),
+    }
+    shards = getattr(trainer, "_dist", None)  # of FSDP 1, whose weights have to be whole
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model,
+        torch.no_grad(),
+        shards.summon_full_params(trainer.model_wrapped, recurse=False) if shards else nullcontext(),
+    ):
+        output = model.generate(
+            **{name: tensor.to(trainer.accelerator.device) for name, tensor in inputs.items()},
+            generation_config=trainer.generation_config,
+            return_dict_in_generate=True,
+        )
+    lengths = [stats.num_tokens for stats in output.stats]
+    answers = [row[width : width + length] for row, length in zip(output.sequences.tolist(), lengths, strict=True)]
+    chosen = [row[width : width + length] for row, length in zip(output.sampled_mask.tolist(), lengths, strict=True)]
+    return {
+        "prompt_ids": rows,
+        # TRL looks at the last token of each: an empty answer is an end token that nobody chose
+        "completion_ids": [ids or [tokenizer.eos_token_id] for ids in answers],
+        "env_mask": [list(map(int, mask)) or [0] for mask in chosen],
+        "logprobs": None,
+        "parallelism": [stats.parallelism for stats in output.stats],
+        "length": [stats.length for stats in output.stats],
+        "finish_reason": [str(stats.finish_reason) for stats in output.stats],
+    }
