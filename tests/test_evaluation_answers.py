@@ -9,12 +9,14 @@ import pytest
 
 from multiverse_hf.data.chains import document, parse_problem
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, judge, last_boxed, normalize
+from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, judge, last_boxed
+from multiverse_hf.evaluation.checker import find_folder, is_here
+from multiverse_hf.evaluation.latex import clean, compact
 from multiverse_hf.evaluation.tasks import TASKS, Mode, load_problems, row_id
 from multiverse_hf.evaluation.verifier import Verifier
 
 NEEDS_EVAL = pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("math_verify", "pyarrow", "matplotlib"))),
+    not all(map(importlib.util.find_spec, ("pyarrow", "matplotlib"))) or not (is_here() or find_folder()),
     reason="needs multiverse_hf[eval]",
 )
 pytestmark = NEEDS_EVAL
@@ -121,7 +123,7 @@ ADVERSARIAL = [
     ("3", r"\boxed{\neq 3}", False, Rule.DIFFERENT),
     ("3", r"\boxed{\ge 3}", False, Rule.DIFFERENT),
     ("3", r"\boxed{4=3}", False, Rule.DIFFERENT),
-    ("3", r"\boxed{2+1=3}", True, Rule.MATH_VERIFY),
+    ("3", r"\boxed{2+1=3}", True, Rule.NUMBER),
     ("2516_8", r"\boxed{2516_{8}}", True, Rule.TEXT),
     ("2516_8", r"\boxed{2516_9}", False, Rule.DIFFERENT),
     ("2516_8", r"\boxed{2516}", False, Rule.DIFFERENT),
@@ -134,7 +136,7 @@ ADVERSARIAL = [
     # intervals: their ends count
     ("[1,2)", r"\boxed{[1, 2)}", True, Rule.TEXT),
     ("(1,2)", r"\boxed{[1,2]}", False, Rule.DIFFERENT),
-    (r"(-\infty,3)\cup(5,\infty)", r"\boxed{(5,\infty) \cup (-\infty, 3)}", True, Rule.MATH_VERIFY),
+    (r"(-\infty,3)\cup(5,\infty)", r"\boxed{(5,\infty) \cup (-\infty, 3)}", True, Rule.PARTS),
     # numbers nobody can write down
     ("5", r"\boxed{9^{9^{9^{9}}}}", False, Rule.TIMEOUT),
     ("5", r"\boxed{99999999999!}", False, Rule.TIMEOUT),
@@ -175,7 +177,7 @@ def test_the_end_of_an_answer_is_read_where_it_is_documented_to_be() -> None:
     assert final_answer("So the answer is: 3") is None  # it does not begin the line
     assert final_answer("<Think>a</Think>\n\nAnswer: It follows that\n$$\\boxed{7}$$") == "7"
     assert last_boxed(r"\boxed{\frac{1}{2}} and $\boxed{\{1, 2\}}$") == r"\frac{1}{2}, \{1, 2\}"
-    assert normalize(r" $\text{Evelyn}$. ") == "Evelyn"
+    assert compact(clean(r" $\text{Evelyn}$. ")) == "Evelyn"
 
 
 def test_rows_that_cannot_be_had_are_told_with_the_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

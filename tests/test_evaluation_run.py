@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from multiverse_hf import embedded_model
 from multiverse_hf.cli import run
 from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.answers import RULES_VERSION
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
 
@@ -200,6 +201,12 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(
     assert "begun with --mode parallel, now it is zero" in refused("--mode", "zero")
     assert "another model (multiverse-tiny)" in refused("--model", "multiverse-tiny-sequential")
     assert "begun with --n 2, now it is 4" in refused("--n", "4")
+    shutil.copytree(whole, tmp_path / "older")
+    begun = json.loads((whole / "run.json").read_text())
+    assert begun.pop("rules") == RULES_VERSION
+    (tmp_path / "older/run.json").write_text(json.dumps(begun))
+    message = error_of(capfd, "eval", *SMALL, "--n", "2", "--output", str(tmp_path / "older"))
+    assert f"judged by version 1 of the rules for answers, this is version {RULES_VERSION}" in message
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/00000.parquet").touch()
     assert "holds samples, but no run.json" in error_of(capfd, "eval", *SMALL, "--output", str(tmp_path))
@@ -342,6 +349,23 @@ def test_a_comparison_pairs_problems_and_lists_who_changed_sides(whole: Path, tm
     assert hurt in page
     assert helped in page
     assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_that_other_rules_judged_are_judged_again(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = changed_run(
+        whole, tmp_path / "other", lambda samples: [replace(s, correct=not s.correct, rule="old") for s in samples]
+    )
+    results = json.loads((whole / "results.json").read_text())
+    assert results.pop("rules") == RULES_VERSION
+    (other / "results.json").write_text(json.dumps(results))
+    assert run(["compare", str(whole), str(other), "--output", str(tmp_path / "out")]) == 0
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())
+    assert comparison["judged_again"] == ["b"]
+    assert comparison["tasks"]["mv:chains"]["helped"] == comparison["tasks"]["mv:chains"]["hurt"] == []
+    assert f"judged again by version {RULES_VERSION} of the rules for answers: B" in capfd.readouterr().err
+    assert "- B was judged again" in (tmp_path / "out/comparison.md").read_text()
 
 
 def test_problems_that_only_one_run_has_are_left_out_and_counted(whole: Path, tmp_path: Path) -> None:

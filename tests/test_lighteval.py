@@ -3,6 +3,7 @@
 The commands are slow: the environment is made with pip, from the network's package index, as the README says.
 """
 
+import importlib.util
 import json
 import os
 import re
@@ -20,8 +21,10 @@ from multiverse_hf import embedded_model
 from multiverse_hf.evaluation.lighteval_measures import find_tags, measure, strip
 from multiverse_hf.evaluation.tasks import TASKS, Mode
 
-pytest.importorskip("lighteval", reason="needs multiverse_hf[eval]")
 pytestmark = [pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
+NEEDS_LIGHTEVAL = pytest.mark.skipif(
+    importlib.util.find_spec("lighteval") is None, reason="needs multiverse_hf[lighteval]; a slow test runs it there"
+)
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT.parent / "shared/data/benchmarks"
@@ -34,6 +37,7 @@ METRICS |= {"parallel rate": "parallel_rate", "well-formed": "well_formed"}
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory):
     """The module of tasks, with one made-up row for each that is not made here."""
+    pytest.importorskip("lighteval", reason="needs multiverse_hf[lighteval]; a slow test runs it there")
     folder = tmp_path_factory.mktemp("rows")
     for name in ("aime24", "aime25", "math_500"):
         (folder / f"{name}.jsonl").write_text(json.dumps({"problem": f"{name}: 1+1?", "answer": "2"}))
@@ -95,6 +99,7 @@ def test_ids_without_their_padding_measure_what_the_engine_counted(tmp_path: Pat
     assert measure(text, None) == {"num_tokens": len(text), "length": len(text), "parallelism": 1.0, "num_forks": 0}
 
 
+@NEEDS_LIGHTEVAL
 def test_options_follow_the_models_name() -> None:
     from multiverse_hf.evaluation.lighteval_model import read_name
 
@@ -106,6 +111,7 @@ def test_options_follow_the_models_name() -> None:
         read_name("a/b,seed=x")
 
 
+@NEEDS_LIGHTEVAL
 def test_the_repair_reaches_a_process_that_never_heard_of_it(tmp_path: Path) -> None:
     from multiverse_hf.evaluation.lighteval_repair import BROKEN, LINE
 
@@ -141,7 +147,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extra = os.environ.get("TORCH_PIP_ARGS", "").split()
     constraints = ["-c", ROOT / "constraints.txt"]
     subprocess.run([*install, *constraints, *extra, "torch"], check=True, timeout=1200)
-    subprocess.run([*install, *constraints, "-e", f"{ROOT}[eval]"], check=True, timeout=1800)
+    subprocess.run([*install, *constraints, "-e", f"{ROOT}[lighteval]"], check=True, timeout=1800)
     repair = [folder / "bin/python", "-m", "multiverse_hf.evaluation.lighteval_repair", "install"]
     subprocess.run(repair, check=True)
     return folder
@@ -155,6 +161,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines = (BENCHMARKS / source).read_text().splitlines()[:5]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.mark.slow
+def test_the_tasks_judge_as_the_evaluation_does_beside_lighteval(environment: Path, tmp_path: Path) -> None:
+    install = [environment / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    tools = ("pytest", "pytest-xdist", "hypothesis")
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", *tools], check=True, timeout=600)
+    files = [ROOT / "tests" / name for name in ("test_lighteval.py", "test_evaluation_answers.py")]
+    command = [environment / "bin/python", "-m", "pytest", "-n", "0", "-q", "-rs", "-m", "not slow", *files]
+    variables = clean_variables(tmp_path)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "needs multiverse_hf" not in done.stdout, done.stdout[-3000:]
 
 
 @pytest.mark.slow

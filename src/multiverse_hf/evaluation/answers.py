@@ -1,31 +1,38 @@
 """What an answer says in the end, and whether that is right. Every verdict names the rule that gave it.
 
-Where the answer is read: after the thinking (``</Think>``); all of it where there is no thinking; nowhere where the
+Where the answer is read: after the thinking (``</Think>``, and the tags of other models: ``<think>``, ``<thinking>``,
+``<thought>``, ``<reasoning>``, ``[THINK]``, in any case); all of it where there is no thinking; nowhere where the
 thinking is not closed, so that an answer that was cut off is wrong in every mode. There: the last ``\\boxed{...}``,
 else what follows the last ``Answer:`` that begins a line.
 
 Mathematical answers are right if one of these rules accepts them, and the first that does is recorded:
 
 =============== ====================================================================================================
-``text``        the same text as the right answer, apart from spaces, ``\\left``, ``\\text{}``, a unit after a number,
-                and the like (:func:`normalize`)
+``text``        the same text as the right answer, apart from spaces, fonts, ``\\left``, a name (``x =``), and a unit
+                that is spelled differently or left out
 ``integer``     both are integers and equal, whatever their leading zeros and thousands separators
-``math-verify`` math-verify holds them to be the same, in a process with a clock
+``number``      both are rational numbers, times or ratios, and exactly equal; ``0.333333`` is one third: a decimal of
+                six digits or more may be the rounded value of a number that has no last digit
+``parts``       both are lists, tuples, intervals, sets or matrices whose parts are right, each by a rule above
+``math-verify`` math-verify holds them, or parts of them, to be the same, in a process with a clock
 =============== ====================================================================================================
 
 and wrong by one of these:
 
 =================== ================================================================================================
 ``no answer``       there is no box and no ``Answer:`` where the answer is read
-``several answers`` it hedges, "3 or 4", "3 (or 5)", where the right answer has no "or"
+``several answers`` it hedges, "3 or 4", "3 (or 5)", where the right answer is one
 ``timeout``         math-verify took too long
 ``unreadable``      math-verify cannot read it
 ``different``       it says something else
 =================== ================================================================================================
 
+Lists may come in any order, tuples and vectors may not. A unit that differs is wrong (10 cm, 10 m, 10 cm^2), one that
+one side leaves out is not. A percentage is the number before the sign, or a hundredth of it.
 Several boxes: the last one counts; boxes joined by nothing but "or" are alternatives, a hedge; boxes joined by
-nothing but "and" or a comma are one list. Letters are right as the one letter that is boxed or follows
-``Answer:`` (rule ``letter``), chains if the last line is ``Answer:`` and exactly the number (rule ``last line``).
+nothing but "and" or a comma are one list. Letters are right as the one letter that is boxed or follows ``Answer:``,
+alone or before the option's text (rule ``letter``), chains if the last line is ``Answer:`` and exactly the number
+(rule ``last line``).
 """
 
 import re
@@ -33,9 +40,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from multiverse_hf.data.chains import read_answer
-from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
+from multiverse_hf.evaluation.equality import Rule, compare
+from multiverse_hf.evaluation.verifier import Verifier
 
-MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
+# Raised with each change of a verdict: recorded with every run. 1 was math-verify 0.5.2 on whole answers.
+RULES_VERSION = 2
 
 
 class AnswerKind(StrEnum):
@@ -44,21 +53,6 @@ class AnswerKind(StrEnum):
     MATH = "math"
     LETTER = "letter"
     CHAINS = "chains"
-
-
-class Rule(StrEnum):
-    """What a verdict was given by."""
-
-    TEXT = "text"
-    INTEGER = "integer"
-    MATH_VERIFY = "math-verify"
-    LETTER = "letter"
-    LAST_LINE = "last line"
-    NO_ANSWER = "no answer"
-    SEVERAL = "several answers"
-    TIMEOUT = "timeout"
-    UNREADABLE = "unreadable"
-    DIFFERENT = "different"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +80,14 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
         verifier: for mathematical answers.
     """
     if kind is AnswerKind.CHAINS:
-        said = read_answer(document)
+        said = None if after_thinking(document) is None else read_answer(document)
         if said is None:
             return Verdict(False, Rule.NO_ANSWER, None)
         return Verdict(str(said) == gold, Rule.LAST_LINE if str(said) == gold else Rule.DIFFERENT, str(said))
     answer = final_answer(document)
     if answer is None:
         return Verdict(False, Rule.NO_ANSWER, None)
-    correct, rule = _compare_letters(gold, answer) if kind is AnswerKind.LETTER else _compare(gold, answer, verifier)
+    correct, rule = _compare_letters(gold, answer) if kind is AnswerKind.LETTER else compare(gold, answer, verifier)
     return Verdict(correct, rule, answer)
 
 
@@ -102,15 +96,21 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _ANSWER_LINE = re.compile(
-    r"^[ \t]*\**(?:the )?(?:final )?answer(?: is)?\**[ \t]*:[ \t]*\**[ \t]*", re.I | re.MULTILINE
+    r"^[ \t]*#*[ \t]*\**(?:the )?(?:final |correct )?answer(?: is)?\**[ \t]*:[ \t]*\**[ \t]*", re.I | re.MULTILINE
+)
+# The tags of thinking, as Multiverse and other models write them
+_THINKING = re.compile(
+    r"<\s*(?P<close>/?)\s*(?:think|thinking|thoughts?|reasoning)(?:\s+\w+=[^<>\n]{0,40})?\s*>"
+    r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷",
+    re.I,
 )
 _BETWEEN_BOXES = re.compile(r"[\s$,;.]*(or|and|,)?[\s$,;.]*", re.I)
 
 
 def final_answer(document: str) -> str | None:
-    """Give what an answer says in the end, None if nothing; see this module's description."""
-    _, thought, text = document.rpartition("</Think>")
-    if not thought and "<Think>" in document:
+    """Return what an answer says in the end, None if nothing; see this module's description."""
+    text = after_thinking(document)
+    if text is None:
         return None
     if (boxed := last_boxed(text)) is not None:
         return boxed or None
@@ -118,6 +118,14 @@ def final_answer(document: str) -> str | None:
         return None
     rest = text[lines[-1].end() :].strip()
     return rest.splitlines()[0].strip().strip("*").strip() or None if rest else None
+
+
+def after_thinking(document: str) -> str | None:
+    """Return what follows the thinking, all of it where there is none; None if the thinking is not closed."""
+    marks = list(_THINKING.finditer(document))
+    if not marks:
+        return document
+    return document[marks[-1].end() :] if any(marks[-1].groups()) else None
 
 
 def last_boxed(text: str) -> str | None:
@@ -146,104 +154,53 @@ def _closing_braces(text: str) -> dict[int, int]:
     return closes
 
 
-# Whether it is right
+# Whether a letter is right
 
-_UNIT_WORDS = (
-    "mm|cm|dm|m|km|in|inch|inches|ft|foot|feet|yd|yards?|miles?|meters?|metres?|centimeters?|centimetres?|kilometers?|"
-    "millimeters?|units?|degrees?|deg|radians?|rad|percent|dollars?|cents?|euros?|pounds?|ounces?|oz|lbs?|kg|g|grams?|"
-    "s|sec|seconds?|min|minutes?|h|hrs?|hours?|days?|weeks?|months?|years?|mph|km/h|m/s|liters?|litres?|l|ml|gallons?|"
-    "people|ways|points?|sides?|times"
+_FONT = re.compile(r"\\(?:text\w*|mbox|math\w+|boldsymbol|bm)\s*\{([^{}]*)\}")
+_OPTIONS = "A-H"
+_BEFORE_LETTER = re.compile(
+    r"(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both)\s*(?:is|:|-)?\s*", re.I
 )
-_UNIT_TEXT = rf"(?:(?:square|cubic|sq\.?|cu\.?)\s+)?(?:{_UNIT_WORDS})(?:\s+(?:squared|cubed))?\.?"
-# after a number: a word for a unit, in \text{} or not, with its power; or degrees
-_UNIT = re.compile(
-    rf"(?<=[\d}})])\s*(?:\\[,;!: ]\s*)?"
-    rf"(?:\\(?:text|mbox|mathrm)\{{\s*(?P<text>{_UNIT_TEXT})\s*\}}|(?P<word>(?<=[\d\s]){_UNIT_TEXT}))"
-    rf"(?:\^\{{?\d\}}?)?$|(?<=[\d}})])\s*(?:\^\{{?\\circ\}}?|°)$",
-    re.I,
-)
-_TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\{([^{}]*)\}")
-_THOUSANDS = re.compile(r"(?<=\d)(?:\\[,! ]|\{,\}|~| )(?=\d{3}(?!\d))")
-_SPACES = r"\\(?:left|right|displaystyle|,|;|!|:|quad|qquad)(?![a-zA-Z])|\\ |~|\s"
-_APART = re.compile(rf"(?<=\d)(?:{_SPACES})+(?=\d)")  # digits that something parts are no number
-_SPACING = re.compile(_SPACES)
-_BASE = re.compile(r"\d_\{?\d+\}?$")
-_RELATION = re.compile(r"\\(?:neq?|geq?|leq?|gt|lt|approx|sim)(?![a-zA-Z])|[<>≠≤≥≈]")
-_NAME = re.compile(r"^[a-zA-Z]\w{0,2}=(?=.)")
-_INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
-_HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
-
-
-def normalize(answer: str) -> str:
-    """Take from an answer what does not change its meaning: spaces, ``\\left``, ``\\text{}``, a unit after a number,
-    ``x=`` before a value, ``\\dfrac`` for ``\\frac``, braces of single digits, a percent or dollar sign, a full stop.
-    """
-    text = answer.strip().removesuffix(".").strip("$ \n").removesuffix(".").strip()
-    text = _UNIT.sub("", text)
-    text = _TEXT.sub(r"\1", text)
-    text = text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac").replace("\\$", "$").strip("$ \n")
-    text = re.sub(r"\s*\\?%$", "", text)
-    text = _SPACING.sub("", _APART.sub(";", _THOUSANDS.sub("", text)))
-    text = re.sub(r"\\(frac|sqrt)(\d)(?=[\d{]|$)", r"\\\1{\2}", text)  # \frac12 is \frac{1}2
-    text = re.sub(r"(\\frac\{[^{}]*\})(\d)", r"\1{\2}", text)
-    text = re.sub(r"_\{(\w+)\}$", r"_\1", text)
-    return _NAME.sub("", text)
-
-
-def unit_of(answer: str) -> str | None:
-    """Give the unit that an answer ends in, without its number; None if it has none."""
-    match = _UNIT.search(answer.strip().strip("$ .\n"))
-    unit = match and (match["text"] or match["word"])
-    return unit.lower().rstrip("s.") if unit else None
-
-
-def _compare(gold: str, answer: str, verifier: Verifier) -> tuple[bool, Rule]:
-    """Go through the rules for mathematical answers."""
-    if len(answer) > MAX_CHARACTERS:
-        return False, Rule.UNREADABLE
-    ours, theirs = normalize(gold), normalize(answer)
-    units = {unit_of(gold), unit_of(answer)} - {None}
-    if len(units) > 1:
-        return False, Rule.DIFFERENT
-    if ours == theirs:
-        return True, Rule.TEXT
-    if _INTEGER.fullmatch(ours) and _INTEGER.fullmatch(theirs):
-        same = int(ours.replace(",", "")) == int(theirs.replace(",", ""))
-        return same, Rule.INTEGER if same else Rule.DIFFERENT
-    if _HEDGE.search(answer) and not _HEDGE.search(gold):
-        return False, Rule.SEVERAL
-    if _says_otherwise(ours, theirs):
-        return False, Rule.DIFFERENT
-    try:
-        same = verifier.is_same(gold, answer)
-    except VerifierTimeout:
-        return False, Rule.TIMEOUT
-    except VerifierError:
-        return False, Rule.UNREADABLE
-    return same, Rule.MATH_VERIFY if same else Rule.DIFFERENT
-
-
-def _says_otherwise(gold: str, answer: str) -> bool:
-    """Say whether an answer differs in what math-verify passes over: a relation, a base, one side of an equation."""
-    if _BASE.search(gold) or _BASE.search(answer):
-        return True  # and the texts differ
-    if _RELATION.search(answer) and not _RELATION.search(gold) and "(" not in gold and "[" not in gold:
-        return True
-    if "=" in gold or not _INTEGER.fullmatch(gold):
-        return False
-    sides = [side for side in answer.split("=") if _INTEGER.fullmatch(side)]
-    return any(int(side.replace(",", "")) != int(gold.replace(",", "")) for side in sides)
-
-
-_LETTER = re.compile(r"\(?([A-Z])(?:[).:,].*)?", re.DOTALL)
+_ONE = rf"[(\[{{<`]?\s*(?P<letter>[{_OPTIONS}])(?:\s*[)\]}}>`])?"
+_SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b)\s*)+"
+_LIST = re.compile(rf"(?:{_SEPARATOR}{_ONE.replace('?P<letter>', '')}(?![\w']))+(?=\s*(?:[.:;!?,()\n]|$))", re.I)
+_OR = re.compile(rf"\s+(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]?(?P<letter>(?-i:[{_OPTIONS}]))(?![\w'])", re.I)
+_LATER = re.compile(rf"\b(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]\s*(?P<letter>[{_OPTIONS}])\s*[)\]]", re.I)
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:
     """Accept the one letter that is named, alone or before the option's text."""
-    text = _TEXT.sub(r"\1", answer).strip().strip("$*").strip()
-    letter = _LETTER.fullmatch(text)
-    if letter is None:
-        return False, Rule.UNREADABLE
-    if re.match(r"\(?[A-Z]\)?[\s,/]*(?:(?:or|and)\b|[,/&])[\s(]*[A-Z]\b", text):
+    text = _FONT.sub(r"\1", _FONT.sub(r"\1", answer))
+    text = re.sub(r"\*\*|[$`\\]", "", re.sub(r"~|\\[,;: ]|\\q?quad\b", " ", text)).strip(" .*")
+    text = _BEFORE_LETTER.sub("", text, count=1) if _BEFORE_LETTER.match(text) else text
+    letters = _read_letters(text)
+    if len(letters) > 1:
         return False, Rule.SEVERAL
-    return letter[1] == gold, Rule.LETTER if letter[1] == gold else Rule.DIFFERENT
+    if not letters:
+        return False, Rule.UNREADABLE
+    return (True, Rule.LETTER) if letters == {gold.upper()} else (False, Rule.DIFFERENT)
+
+
+def _read_letters(text: str) -> set[str]:
+    """Return the options that a text names at its beginning; what follows a letter may be the option's text.
+
+    A word may be one letter: in "(B), A reagent" and in "B, a reagent" the second letter is an article. It is an
+    option only if nothing that reads on follows it, or if it stands in brackets.
+    """
+    first = re.match(_ONE, text, re.I)
+    if first is None:
+        return set()
+    rest = text[first.end() :]
+    bare = first[0].strip() == first["letter"]
+    is_set_off = not bare or re.match(r"\s*(?:$|[.:,;/&+\-–—−(=])|\s+(?:or|and|is|because)\b", rest, re.I)
+    # "B polygenic score" names B; "A reagent", "a reagent" and "Both" name nothing
+    if not is_set_off and not (re.match(r"\s", rest) and first["letter"] in "BCDEFGH"):
+        return set()
+    letters = {first["letter"].upper()}
+    if joined := _LIST.match(rest):
+        letters |= {
+            letter.upper() for letter in re.findall(rf"(?<![a-zA-Z'])[{_OPTIONS}](?![a-zA-Z'])", joined[0], re.I)
+        }
+    elif joined := _OR.match(rest):
+        letters.add(joined["letter"])
+    return letters | {match["letter"].upper() for match in _LATER.finditer(rest)}

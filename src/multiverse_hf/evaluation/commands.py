@@ -16,10 +16,13 @@ from multiverse_hf.checkpoints import quiet
 from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
+from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
+from multiverse_hf.evaluation.checker import get_checker
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.tasks import TASKS
 from multiverse_hf.outputs import check_output, output_folder, write_output
 
 
@@ -31,6 +34,8 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C; what is finished is kept.
     """
     check_packages()
+    if any(TASKS[name].kind is AnswerKind.MATH for name in evaluation.tasks):
+        get_checker()  # now, not at the first answer
     quiet()
     title = f"{evaluation.model or 'multiverse-tiny'}, {evaluation.mode}"
     with progress_bar(title) as (advance, state):
@@ -70,10 +75,10 @@ def warn_of_refusals(samples: Sequence[Sample]) -> None:
 
 
 def check_packages() -> None:
-    """Say now if a package is missing that the end of a run needs."""
+    """Check now that the packages are there that the end of a run needs."""
     import importlib.util
 
-    for module in ("pyarrow", "matplotlib", "math_verify"):
+    for module in ("pyarrow", "matplotlib"):
         if importlib.util.find_spec(module) is None:
             raise CommandError(f"{module} is missing; pip install 'multiverse_hf[eval]'", FAILURE)
 
@@ -129,6 +134,12 @@ def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
     check_packages()
     check_output(output, is_folder=True)
     comparison = comparing.compare_runs(first, second)
+    if again := comparison["judged_again"]:
+        print(
+            f"judged again by version {RULES_VERSION} of the rules for answers: {', '.join(again).upper()}; its own "
+            "results.json has the verdicts of an older version",
+            file=sys.stderr,
+        )
     comparing.write_comparison(output, comparison)
     return comparison
 

@@ -2,16 +2,19 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.answers import RULES_VERSION, judge
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
 from multiverse_hf.evaluation.report import describe_sampling, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
 from multiverse_hf.evaluation.samples import Sample, read_samples
+from multiverse_hf.evaluation.tasks import TASKS
+from multiverse_hf.evaluation.verifier import Verifier
 from multiverse_hf.outputs import output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
@@ -42,9 +45,11 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Compare two runs on the problems that both have answered.
 
     Returns:
-        ``{"schema": 1, "a": results of A, "b": ..., "tasks": {name: {...}}}``; of each task ``problems`` (those in
-        both), ``only_a``, ``only_b``, ``differences`` (B - A by metric: value, low, high), ``helped`` and ``hurt``
-        (lists of :class:`Flip`), and ``by_forking``: pass@1 of both on the problems B forks at and on the others.
+        ``{"schema": 1, "a": results of A, "b": ..., "judged_again": [...], "tasks": {name: {...}}}``;
+        ``judged_again`` holds ``a`` or ``b`` where another version of the rules had judged. Of each task
+        ``problems`` (those in both), ``only_a``, ``only_b``, ``differences`` (B - A by metric: value, low, high),
+        ``helped`` and ``hurt`` (lists of :class:`Flip`), and ``by_forking``: pass@1 of both on the problems B forks
+        at and on the others.
 
     Raises:
         CommandError: if a folder holds no finished run, or they have no problem in common.
@@ -55,7 +60,12 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
         if results is None:
             raise CommandError(f"{folder} holds no results.json; finish it with multiverse eval, then compare")
         runs.append((results, read_samples(folder / "samples")))
-    (a, samples_a), (b, samples_b) = runs
+    heads = dict(zip("ab", (results for results, _ in runs), strict=True))
+    again = [side for side, results in heads.items() if results.get("rules", 1) != RULES_VERSION]
+    (a, samples_a), (b, samples_b) = (
+        (results, judge_again(samples) if side in again else samples)
+        for side, (results, samples) in zip("ab", runs, strict=True)
+    )
     names = [name for name in a["tasks"] if name in b["tasks"]]
     tasks = {name: _compare_task(name, samples_a, samples_b, a["seed"]) for name in names}
     if not any(task["problems"] for task in tasks.values()):
@@ -63,8 +73,20 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
             f"{first} and {second} have no problem in common: tasks {', '.join(a['tasks'])} and "
             f"{', '.join(b['tasks'])}; evaluate both on the same tasks and rows"
         )
-    heads = {"a": a, "b": b}
-    return {"schema": 1, **{name: _head(results) for name, results in heads.items()}, "tasks": tasks}
+    sides = {name: _head(results) for name, results in heads.items()}
+    return {"schema": 1, **sides, "judged_again": again, "tasks": tasks}
+
+
+def judge_again(samples: Sequence[Sample]) -> list[Sample]:
+    """Return samples with the verdicts of this version's rules; those of tasks it does not know as they are."""
+    judged = []
+    with Verifier() as verifier:
+        for sample in samples:
+            if sample.task in TASKS and sample.error is None:
+                verdict = judge(TASKS[sample.task].kind, sample.gold, sample.document, verifier)
+                sample = replace(sample, answer=verdict.answer, correct=verdict.correct, rule=verdict.rule.value)
+            judged.append(sample)
+    return judged
 
 
 def _head(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,6 +154,8 @@ def write_page(comparison: Mapping[str, Any]) -> str:
             f"- {side.upper()}: `{run['model']['name']}`, {run['mode']}; prompt `{run['prompts']['template']}`; "
             f"{describe_sampling(run)}; commit {run['commit']}"
         )
+    for side in comparison["judged_again"]:
+        lines.append(f"- {side.upper()} was judged again, by version {RULES_VERSION} of the rules for answers")
     lines += ["", "Differences are B - A, paired by problem; in brackets 95 % intervals, bootstrap over problems.", ""]
     lines += ["![Shares of right answers, and where parallel writing helped or hurt](comparison.svg)", ""]
     header = ["pass@1, points", "# parallel", "length", "tokens", "well formed, points"]

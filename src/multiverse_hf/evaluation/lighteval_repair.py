@@ -9,6 +9,9 @@ before that, so ``install`` writes a file that Python reads at its start, ``mult
 modules are then empty, their tasks are not there, and text is encoded before it is hashed. Nothing happens in a
 program that does not use LightEval's tasks. Upstream, in huggingface/lighteval: issue 1330 (xxhash), issue 802 (what
 is downloaded where there is no network); none was found for ``list_models``. All of this can go when they are mended.
+
+It also pins latex2sympy2_extended, which holds math-verify at an older version than the one that judges here:
+``install`` puts that into a folder of its own (:mod:`~multiverse_hf.evaluation.checker`).
 """
 
 import importlib.abc
@@ -56,6 +59,13 @@ def hook() -> Path:
 
 def main() -> None:
     if sys.argv[1:] == ["install"]:
+        from multiverse_hf.errors import CommandError
+        from multiverse_hf.evaluation.checker import get_checker
+
+        try:
+            get_checker()  # LightEval's pin holds back the version of this environment
+        except CommandError as err:
+            sys.exit(f"error: {err}")
         hook().write_text(LINE)
         print(f"wrote {hook()}; lighteval now runs in this environment")
     elif sys.argv[1:] == ["remove"]:

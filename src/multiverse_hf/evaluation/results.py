@@ -33,6 +33,7 @@ Names are stable within a ``schema``; one that goes or changes its meaning raise
           "finish_reasons": {"stop": int, ...}
         }, ...
       },
+      "rules": int,                                 version of the rules that judged; 1 where it is not said
       "confidence": 0.95,                           of low and high: bootstrap over problems
       "versions": {"multiverse_hf": str, "python": str, "torch": str, ...},
       "hardware": {"device": str, "cores": int, "threads": int, "load_average": float | null} | null,
@@ -56,6 +57,8 @@ from typing import Any
 
 from multiverse_hf.checkpoints import Dtype
 from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.answers import RULES_VERSION
+from multiverse_hf.evaluation.checker import JUDGES
 from multiverse_hf.evaluation.metrics import CONFIDENCE, avg_at_n, bootstrap, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.run import Finished
 from multiverse_hf.evaluation.samples import Sample
@@ -64,7 +67,7 @@ from multiverse_hf.evaluation.tasks import ProblemSet
 from multiverse_hf.provenance import commit, hardware, versions
 
 SCHEMA = 1
-PACKAGES = ("math-verify", "latex2sympy2_extended", "sympy", "numpy")
+PACKAGES = ("sympy", "numpy")
 Samples = Sequence[Sample]
 
 
@@ -121,8 +124,9 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
         "n": evaluation.num_samples,
         "seed": evaluation.seed,
         "tasks": {each.task.name: _describe_task(finished, each) for each in finished.problem_sets},
+        "rules": RULES_VERSION,
         "confidence": CONFIDENCE,
-        "versions": versions(*PACKAGES),
+        "versions": versions(*PACKAGES) | JUDGES,
         "hardware": None if finished.device is None else hardware(finished.device),
         "commit": commit(),
         "command": command,

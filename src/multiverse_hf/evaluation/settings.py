@@ -9,6 +9,7 @@ from typing import Any
 
 from multiverse_hf.checkpoints import Attention, Checkpoint, Dtype
 from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.evaluation.answers import RULES_VERSION
 from multiverse_hf.evaluation.tasks import (
     MAX_NEW_TOKENS,
     MAX_NUM_SEQS,
@@ -119,7 +120,11 @@ def settle(
         for name, value in asdict(evaluation).items()
         if name not in HOW
     }
-    asked |= {"weights": weights, "problems": {each.task.name: each.fingerprint for each in problem_sets}}
+    asked |= {
+        "weights": weights,
+        "rules": RULES_VERSION,
+        "problems": {each.task.name: each.fingerprint for each in problem_sets},
+    }
     if not path.exists():
         if any((path.parent / "samples").glob("*.parquet")):
             raise CommandError(f"{path.parent} holds samples, but no run.json; name another folder")
@@ -134,6 +139,11 @@ def settle(
     for name, value in asked.items():
         if value == (there := stored.get(name)):
             continue
+        if name == "rules":
+            raise CommandError(
+                f"{path.parent} was judged by version {there or 1} of the rules for answers, this is version {value}; "
+                "name another --output"
+            )
         way_out = "give the same again to go on, or another --output"
         if name == "weights":
             raise CommandError(f"{path.parent} was begun with another model ({stored.get('model')}); {way_out}")

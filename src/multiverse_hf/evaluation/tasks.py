@@ -86,7 +86,7 @@ class Task:
     split: str
     kind: AnswerKind
     read: Callable[[Mapping[str, Any]], Problem]
-    version: int = 1
+    version: int = 2
     is_gated: bool = False
 
     @property

@@ -1,8 +1,8 @@
 """math-verify in a process with a clock: some strings keep sympy busy for ever, or make it eat all memory."""
 
 import contextlib
-import importlib.util
 import json
+import os
 import selectors
 import subprocess
 import sys
@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.checker import get_checker
 
 TIMEOUT_S = 5.0
 START_S = 120.0  # sympy alone takes a second to import, on a busy machine many
@@ -43,7 +44,7 @@ class Verifier:
         Raises:
             VerifierError: if it cannot read one of them, takes too long, or fails; a :class:`VerifierTimeout` where
                 it took too long.
-            CommandError: if math-verify is not installed.
+            CommandError: if math-verify is not there and cannot be installed.
         """
         with self._lock:
             process = self._start()
@@ -72,11 +73,14 @@ class Verifier:
     def _start(self) -> "subprocess.Popen[str]":
         if self._process is not None and self._process.poll() is None:
             return self._process
-        if importlib.util.find_spec("math_verify") is None:
-            raise CommandError("math-verify is missing; pip install 'multiverse_hf[eval]'", FAILURE)
+        environment = dict(os.environ)
+        if (folder := get_checker()) is not None:
+            paths = [str(folder), environment.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        # -P: the modules beside the worker do not stand in for others of their names
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, bufsize=1,
+            [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, bufsize=1, env=environment,
         )  # fmt: skip
         try:
             self._read(self._process, START_S)

@@ -1,0 +1,112 @@
+"""Where math-verify is, of the one version that judges: in this environment, or in a folder of its own.
+
+    python -m multiverse_hf.evaluation.checker       install it where it is missing, and say where it is
+
+Verdicts depend on the version. ``multiverse_hf[eval]`` brings it. But LightEval 0.13 pins an older
+latex2sympy2_extended, so beside LightEval there is either none or another: there pip installs it, with what it
+imports, into a folder of its own, from where only the process that compares answers reads it. The folder is in the
+environment, or in the Hugging Face cache where the environment cannot be written to.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.outputs import new_folder
+
+JUDGES = {"math-verify": "0.9.0", "latex2sympy2_extended": "1.11.0"}
+IMPORTS = {"antlr4-python3-runtime": "4.13.2", "sympy": "1.14.0", "mpmath": "1.3.0"}
+COMMAND = "python -m multiverse_hf.evaluation.checker"
+INSTALL_S = 600
+
+
+def is_here() -> bool:
+    """Check that this environment has math-verify of the version that judges."""
+    try:
+        return all(version(name) == wanted for name, wanted in JUDGES.items())
+    except PackageNotFoundError:
+        return False
+
+
+def find_folder() -> Path | None:
+    """Return the folder that math-verify was installed into, None if there is none yet."""
+    return next((folder for folder in _places() if folder.is_dir()), None)
+
+
+def _places() -> list[Path]:
+    """Return where the folder may be, the best place last."""
+    from huggingface_hub.constants import HF_HOME
+
+    name = "-".join(("checker", *JUDGES.values(), *IMPORTS.values()))
+    places = [Path(HF_HOME, "multiverse_hf", name)]
+    if os.access(sys.prefix, os.W_OK):
+        places.append(Path(sys.prefix, "share", "multiverse_hf", name))
+    return places
+
+
+def get_checker() -> Path | None:
+    """Return the folder to read math-verify from, None if this environment has it. Install it if it is nowhere.
+
+    Raises:
+        CommandError: if pip cannot install it.
+    """
+    if is_here():
+        return None
+    if (folder := find_folder()) is None:
+        folder = _places()[-1]
+        install(folder)
+    return folder
+
+
+def install(folder: Path) -> None:
+    """Install math-verify and what it imports into a folder, which is there once all of it is.
+
+    Raises:
+        CommandError: if pip cannot.
+    """
+    print(f"installing math-verify {JUDGES['math-verify']}, which judges answers, into {folder}", file=sys.stderr)
+    packages = [f"{name}=={wanted}" for name, wanted in (JUDGES | IMPORTS).items()]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--no-compile",
+    ]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with new_folder(folder) as part:
+            done = subprocess.run(
+                [*command, "--target", str(part), *packages], capture_output=True, text=True, timeout=INSTALL_S
+            )
+            if done.returncode:
+                lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
+                raise CommandError(
+                    f"cannot install math-verify: {one_line(lines[-1], 200)}; with a network, run {COMMAND} once, "
+                    "or pip install 'multiverse_hf[eval]' in an environment without LightEval",
+                    FAILURE,
+                )
+    except subprocess.TimeoutExpired as err:
+        raise CommandError(f"pip took more than {INSTALL_S} s; run {COMMAND} again", FAILURE) from err
+    except CommandError:
+        if not folder.is_dir():  # another process was quicker, and its folder is as good
+            raise
+
+
+def main() -> None:
+    """Install math-verify where it is missing, and print where it is."""
+    try:
+        folder = get_checker()
+    except CommandError as err:
+        sys.exit(f"error: {err}")
+    print(f"math-verify {JUDGES['math-verify']} is in {folder or 'this environment'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,370 @@
+"""Whether two mathematical answers say the same: taken apart here, and only single expressions go to math-verify.
+
+math-verify takes an answer as a whole, and where it cannot read it, it takes a part of it: so ``n=2, 3, 4`` was
+``n=1, 2, 3`` to it. Here lists, tuples, intervals, sets, matrices and times are split, and compared part by part;
+rational numbers are compared exactly; units by their meaning. :mod:`~multiverse_hf.evaluation.answers` has the rules.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from fractions import Fraction
+
+from multiverse_hf.evaluation.exact import exact_value, same_number
+from multiverse_hf.evaluation.latex import clean, compact, find_matrix, split_top, unwrap_text, words_of
+from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_unit
+from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
+
+MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
+MAX_PARTS = 60  # of a list whose parts may come in any order: each is compared with each
+
+
+class Rule(StrEnum):
+    """What a verdict was given by."""
+
+    TEXT = "text"
+    INTEGER = "integer"
+    NUMBER = "number"
+    PARTS = "parts"
+    MATH_VERIFY = "math-verify"
+    LETTER = "letter"
+    LAST_LINE = "last line"
+    NO_ANSWER = "no answer"
+    SEVERAL = "several answers"
+    TIMEOUT = "timeout"
+    UNREADABLE = "unreadable"
+    DIFFERENT = "different"
+
+
+Outcome = tuple[bool, Rule]
+DIFFERENT: Outcome = (False, Rule.DIFFERENT)
+
+_INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
+_HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
+_OR = re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<![a-zA-Z\\{])or(?![a-zA-Z}])|\\lor(?![a-zA-Z])|\\vee(?![a-zA-Z])")
+_RELATION = re.compile(r"\\(?:neq?|geq?|leq?|geqslant|leqslant|gt|lt|approx|sim|equiv)(?![a-zA-Z])|[<>]")
+_BASE = re.compile(r"\(?(\w+)\)?_\{?(\d+)\}?$|(\w+)\(?base(\d+)\)?$")
+_NAME = (
+    r"(?:\\(?:angle|triangle|overline|vec|hat|bar|mathbf|mathcal|mathbb|Delta|measuredangle)\s*)?"
+    r"(?:\{?(?:[a-zA-Z]|[A-Z]{2,4})'?\}?|\\(?:alpha|beta|gamma|theta|phi|lambda|mu|sigma|rho|ell)(?![a-z]))"
+    r"(?:_\{?\w{1,4}\}?)?(?:\^\{-1\})?(?:\([\w,+\- ]{1,8}\))?"
+)
+_NAMED = re.compile(
+    rf"\s*(?P<name>{_NAME}|\\text\s*\{{[^{{}}]*\}}|\([a-zA-Z](?:\s*,\s*[a-zA-Z])+\))\s*(?::?=|\\in(?![a-z]))(?!=)"
+)
+_TIME = re.compile(r"(\d{1,2})\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?([ap]m)?(?:o'clock)?")
+_RATIO = re.compile(r"(\d+)((?:\s*:\s*\d+)+)")
+_SET = r"\{"
+
+
+def compare(gold: str, answer: str, verifier: Verifier) -> Outcome:
+    """Compare an answer with the right one, and say by which rule."""
+    if len(answer) > MAX_CHARACTERS:
+        return False, Rule.UNREADABLE
+    ours, theirs = clean(gold), clean(answer)
+    if compact(ours) == compact(theirs):
+        return True, Rule.TEXT
+    items = _items(ours)
+    if len(items) == 1 and _HEDGE.search(theirs) and not _HEDGE.search(ours):
+        return False, Rule.SEVERAL  # where there are two right ones, "3 or 4" lists them
+    try:
+        return _Comparison(verifier).lists(items, _items(theirs))
+    except VerifierTimeout:
+        return False, Rule.TIMEOUT
+    except VerifierError:
+        return False, Rule.UNREADABLE
+
+
+def _items(text: str) -> list[str]:
+    """Return what a list names, one item where it is none; an item with a sign of two meanings is two."""
+    found = []
+    for item in split_top(_OR.sub(",", text), ",;"):
+        found += _signs(item) if item.strip() else []
+    if len(found) > 1 and (match := _NAMED.match(found[0])) and not any(_NAMED.match(item) for item in found[1:]):
+        found[0] = found[0][match.end() :]  # "n = 2, 3, 4" is a list with a name
+    return found or [text]
+
+
+def _signs(item: str) -> list[str]:
+    """Return an item with plus for plus or minus, and with minus."""
+    if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", item):
+        return [item]
+    both = (("+", "-"), ("-", "+"))
+    return [re.sub(r"\\mp(?![a-zA-Z])", lower, re.sub(r"\\pm(?![a-zA-Z])", upper, item)) for upper, lower in both]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A tuple, an interval, a set or a matrix.
+
+    Attributes:
+        kind: its brackets, ``()``, ``[)``, ...; ``\\{`` of a set, ``matrix`` or ``determinant``.
+        items: as text, those of a matrix row by row.
+        columns: of a matrix.
+    """
+
+    kind: str
+    items: tuple[str, ...]
+    columns: int = 0
+
+    @property
+    def is_vector(self) -> bool:
+        """It may be a vector: a matrix of one row or column, a tuple, no interval."""
+        if self.kind == "matrix":
+            return self.columns in (1, len(self.items))
+        return self.kind == "()" or (self.kind == "[]" and len(self.items) > 2)
+
+
+_OPEN = re.compile(r"\\\{|\\lbrace|\\langle|[(\[]")
+_CLOSE = re.compile(r"(?:\\\}|\\rbrace|\\rangle|[)\]])$")
+_BRACKETS = {r"\lbrace": r"\{", r"\langle": "(", r"\rangle": ")"}
+
+
+def _parts(text: str) -> Parts | None:
+    """Return what a text that is one bracket holds, None if it is something else."""
+    text = text.strip()
+    if (matrix := find_matrix(text)) is not None:
+        name, rows = matrix
+        if len({len(row) for row in rows}) > 1:
+            return None
+        return Parts(name, tuple(item for row in rows for item in row), len(rows[0]))
+    opened, closed = _OPEN.match(text), _CLOSE.search(text)
+    if opened is None or closed is None or len(split_top(text, None)) != 1:
+        return None
+    begin, end = _BRACKETS.get(opened[0], opened[0]), _BRACKETS.get(closed[0], closed[0])
+    inside = text[opened.end() : closed.start()]
+    items = split_top(inside, ",;", thousands=", " in inside)
+    if begin == r"\{":
+        return Parts(_SET, tuple(items)) if not re.search(r"\\mid|\||:", text) else None
+    if len(items) == 1:
+        return None
+    return Parts(begin + end, tuple(items))
+
+
+class _Comparison:
+    """The rules, from lists down to single expressions.
+
+    Args:
+        verifier: for the expressions that no rule here decides.
+    """
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+
+    def lists(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+        """Compare lists: in any order, unless one side is a tuple or the other has the names of its items."""
+        if len(ours) == len(theirs) == 1:
+            return self.value(ours[0], theirs[0])
+        for one, others in ((ours, theirs), (theirs, ours)):
+            if len(one) == 1 and (parts := _parts(_without_name(one[0])[1])) is not None:
+                if parts.kind == "()" and one is ours:  # "1, 2" for the point (1, 2)
+                    return self.in_order(parts.items, others)
+                if parts.kind in ("()", _SET):
+                    return self.in_any_order(*((parts.items, others) if one is ours else (others, parts.items)))
+        if len(ours) != len(theirs) or len(ours) > MAX_PARTS:
+            return DIFFERENT
+        names = [[_without_name(item)[0] for item in items] for items in (ours, theirs)]
+        if any(all(each) and len(set(each)) > 1 for each in names) and not all(map(any, names)):
+            return self.in_order(ours, theirs)  # "x = 1, y = 2" and "1, 2"
+        return self.in_any_order(ours, theirs)
+
+    def in_order(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+        """Compare the first with the first, and so on."""
+        if len(ours) != len(theirs):
+            return DIFFERENT
+        return _together(self.lists(_signs(a), _signs(b)) for a, b in zip(ours, theirs, strict=True))
+
+    def in_any_order(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+        """Find for each part one of the other side that is the same; each is found once."""
+        ours, theirs = ([sign for item in items for sign in _signs(item)] for items in (ours, theirs))
+        if len(ours) != len(theirs) or len(ours) > MAX_PARTS:
+            return DIFFERENT
+        left = list(theirs)
+        rest, rule = [], Rule.PARTS
+        for item in ours:  # those that are the same text cost nothing
+            same = next((each for each in left if compact(each) == compact(item)), None)
+            if same is None:
+                rest.append(item)
+            else:
+                left.remove(same)
+        for item in rest:
+            for each in left:
+                same, by = self.value(item, each)
+                if same:
+                    rule = Rule.MATH_VERIFY if by is Rule.MATH_VERIFY else rule
+                    left.remove(each)
+                    break
+            else:
+                return DIFFERENT
+        return True, rule
+
+    def value(self, ours: str, theirs: str) -> Outcome:
+        """Compare two things that are no lists: names, units, then what is left."""
+        if compact(ours) == compact(theirs):
+            return True, Rule.TEXT
+        (our_name, our_value), (their_name, their_value) = _without_name(ours), _without_name(theirs)
+        if our_name and their_name and _differ(our_name, their_name):
+            if exact_value(our_value) is not None:
+                return DIFFERENT
+            return self.single(ours, theirs, None)  # equations may be solved for another variable
+        if not (bool(our_name) != bool(their_name) and "=" in (theirs if our_name else ours)):
+            ours, theirs = our_value, their_value
+        if (times := _pair(_time, ours, theirs)) is not None:
+            return times
+        if words_of(ours) is not None:
+            ours, theirs = words_of(ours), words_of(theirs) or compact(theirs).strip("()")
+            return (True, Rule.TEXT) if ours == (theirs.lower() if len(ours) > 1 else theirs) else DIFFERENT
+        has_unit = split_unit(ours, letters=False).unit is not None
+        letters = has_unit or exact_value(ours) is not None
+        return self.quantities(split_unit(ours, letters=False), split_unit(theirs, letters=letters))
+
+    def quantities(self, ours: Quantity, theirs: Quantity) -> Outcome:
+        """Compare units, then values."""
+        if not same_unit(ours.unit, theirs.unit):
+            return DIFFERENT
+        percent = (("percent", 1),)
+        if percent in (ours.unit, theirs.unit) and ours.unit != theirs.unit:
+            return self.percent(ours, theirs)
+        return self.expression(ours.value, theirs.value)
+
+    def percent(self, ours: Quantity, theirs: Quantity) -> Outcome:
+        """Compare a percentage with a number: 50 % is 50 where percents are asked for, and a half."""
+        a, b = exact_value(ours.value), exact_value(theirs.value)
+        if a is None or b is None or (a == b and abs(a) >= 1):
+            return self.expression(ours.value, theirs.value)
+        if ours.unit is not None:
+            same = b in (a, a / 100)
+        else:
+            same = b / 100 == a
+        return (True, Rule.NUMBER) if same else DIFFERENT
+
+    def expression(self, ours: str, theirs: str) -> Outcome:
+        """Compare values without units."""
+        flat_ours, flat_theirs = compact(ours), compact(theirs)
+        if flat_ours == flat_theirs:
+            return True, Rule.TEXT
+        if _INTEGER.fullmatch(flat_ours) and _INTEGER.fullmatch(flat_theirs):
+            same = int(flat_ours.replace(",", "")) == int(flat_theirs.replace(",", ""))
+            return (True, Rule.INTEGER) if same else DIFFERENT
+        parts = _parts(ours), _parts(theirs)
+        if all(parts):
+            return self.parts(*parts)
+        a, b = (
+            None if part else exact_value(unwrap_text(text)) for part, text in zip(parts, (ours, theirs), strict=True)
+        )
+        if a is not None and b is not None:
+            return (True, Rule.NUMBER) if same_number(ours, theirs, a, b) else DIFFERENT
+        for read in (_base, _ratio):
+            if (outcome := _pair(read, ours, theirs)) is not None:
+                return outcome
+        if (unions := [split_top(text, (r"\cup",)) for text in (ours, theirs)]) and max(map(len, unions)) > 1:
+            return self.in_any_order(*unions)
+        return self.single(ours, theirs, a)
+
+    def parts(self, ours: Parts, theirs: Parts) -> Outcome:
+        """Compare two brackets."""
+        if len(ours.items) != len(theirs.items):
+            return DIFFERENT
+        if ours.kind == theirs.kind == _SET:
+            return self.in_any_order(ours.items, theirs.items)
+        if _SET in (ours.kind, theirs.kind) or (ours.kind == theirs.kind and ours.columns != theirs.columns):
+            return DIFFERENT
+        # a vector has any brackets, but two items in square ones are the ends of an interval
+        if ours.kind != theirs.kind and not (ours.is_vector and theirs.is_vector):
+            return DIFFERENT
+        return self.in_order(ours.items, theirs.items)
+
+    def single(self, ours: str, theirs: str, number: Fraction | None) -> Outcome:
+        """Compare two expressions that no rule here reads."""
+        if _says_otherwise(ours, theirs, number):
+            return DIFFERENT
+        if number is not None and "=" in theirs and len(sides := theirs.split("=")) > 1:
+            values = [exact_value(side) for side in sides]
+            if all(value is not None for value in values):
+                return (True, Rule.NUMBER) if set(values) == {number} else DIFFERENT
+        same = self.verifier.is_same(unwrap_text(ours), unwrap_text(theirs))
+        return (True, Rule.MATH_VERIFY) if same else DIFFERENT
+
+
+def _together(outcomes: Iterator[Outcome]) -> Outcome:
+    """Return the outcome of parts that must all be the same, up to the first that is not."""
+    rule = Rule.PARTS
+    for same, by in outcomes:
+        if not same:
+            return DIFFERENT
+        rule = Rule.MATH_VERIFY if by is Rule.MATH_VERIFY else rule
+    return True, rule
+
+
+def _without_name(text: str) -> tuple[str | None, str]:
+    """Return the name that a value has (``x =``, ``f(x) =``, ``D =``), None if it has none, and the value."""
+    match = _NAMED.match(text)
+    if match is None or not match["name"].strip() or not text[match.end() :].strip():
+        return None, text
+    return compact(match["name"]), text[match.end() :].strip()
+
+
+def _differ(ours: str, theirs: str) -> bool:
+    """Check that two names are of two things; a function may be called y."""
+    plain = [re.sub(r"^(?:y|[a-zA-Z]\(\w\))$", "f(x)", name).lower() for name in (ours, theirs)]
+    return plain[0] != plain[1]
+
+
+def _pair(read: Callable[[str], object], ours: str, theirs: str) -> Outcome | None:
+    """Compare what a reader makes of both; None if it reads neither."""
+    a, b = read(ours), read(theirs)
+    if a is None and b is None:
+        return None
+    return (True, Rule.NUMBER) if a == b else DIFFERENT
+
+
+class _Time(tuple):
+    """Hours, minutes, seconds, and whether it is before noon; what is not said agrees with both."""
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Time) and self[:3] == other[:3] and (None in (self[3], other[3]) or self[3] == other[3])
+        )
+
+    __hash__ = None
+
+
+def _time(text: str) -> _Time | None:
+    flat = re.sub(r"\\text|[{}.\s]", "", unwrap_text(text)).lower()
+    match = _TIME.fullmatch(flat)
+    if match is None or int(match[2]) > 59 or int(match[1]) > 24:
+        return None
+    return _Time((int(match[1]), int(match[2]), int(match[3] or 0), match[4]))
+
+
+def _ratio(text: str) -> tuple[Fraction, ...] | None:
+    """Return a ratio's numbers over its first, and the number that a fraction is: 3:2 is 3/2."""
+    flat = compact(text)
+    if _RATIO.fullmatch(flat):
+        numbers = [int(each) for each in flat.split(":")]
+        return tuple(Fraction(each, numbers[0]) for each in numbers[1:]) if numbers[0] else None
+    return None
+
+
+def _base(text: str) -> tuple[str, str] | None:
+    """Return digits and base."""
+    match = _BASE.fullmatch(compact(unwrap_text(text)))
+    return (match[1] or match[3], match[2] or match[4]) if match else None
+
+
+def _says_otherwise(gold: str, answer: str, number: Fraction | None) -> bool:
+    """Check what math-verify passes over: a relation, one side of an equation."""
+    has_relation = bool(_RELATION.search(answer)), bool(_RELATION.search(gold))
+    if has_relation[0] != has_relation[1] and not re.search(r"[(\[]|\\infty", gold + answer):
+        return True
+    if "@" in gold + answer:  # digits that something parts
+        return True
+    if all(len(compact(text)) == 1 for text in (gold, answer)):  # A and a
+        return True
+    if [len(CHANGES.findall(unwrap_text(text))) > 0 for text in (gold, answer)] in ([True, False], [False, True]):
+        return True
+    if "=" in gold or number is None:
+        return False
+    values = [exact_value(side) for side in answer.split("=")]
+    return any(value is not None and value != number for value in values)
