@@ -18,13 +18,14 @@ PYTEST_ARGS ?=
 TORCH := $(VENV)/.stamp-torch
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
+ECOSYSTEM := $(VENV)/.stamp-ecosystem
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow style quality train-tiny evaluate-tiny paper-tiny clean
+.PHONY: help venv demo test test-slow test-ecosystem style quality train-tiny evaluate-tiny paper-tiny clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(DEV)  ## make .venv with all that development needs
 
@@ -36,6 +37,9 @@ test: $(DEV)  ## run the default tests (offline, CPU)
 
 test-slow: $(DEV)  ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-ecosystem: $(ECOSYSTEM)  ## run the tests of other people's tools, slow ones too
+	$(BIN)/python -m pytest -m "not gpu and not network" tests/ecosystem $(PYTEST_ARGS)
 
 style: $(DEV)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff format
@@ -81,3 +85,9 @@ $(CORE): $(TORCH) pyproject.toml
 $(DEV): $(TORCH) pyproject.toml
 	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev]'
 	@touch $(CORE) $@
+
+# xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
+$(ECOSYSTEM): $(DEV)
+	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev,ecosystem]' apache-tvm-ffi
+	$(PIP) install -q -c constraints.txt --no-deps xgrammar
+	@touch $@
