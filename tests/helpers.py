@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from transformers import AutoConfig, LogitsProcessor, PreTrainedModel
 
-from multiverse_hf.modeling.layout import Event, Scanner, build_layout
+from multiverse_hf.modeling.layout import Event, Scanner, build_layout, has_block
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
@@ -249,7 +249,7 @@ def replay_error(model: PreTrainedModel, output, prompt_width: int, attention_ma
         answers[row, : stats.num_tokens] = 1
     mask = torch.cat([attention_mask, answers], dim=1)
     options = {}
-    if not (sequences == model.tags.close("goal")).any():
+    if not any(has_block(row[keep != 0], model.tags) for row, keep in zip(sequences, mask, strict=True)):
         # The base model alone counts padding as positions, and its rotary angles are float32 whatever the dtype.
         options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():

@@ -53,11 +53,11 @@ class DocumentCollator:
         batch = self._padded(packs)
         if not has_blocks and all(len(pack) == 1 for pack in packs):
             # No real token sees padding on its right, so no mask is needed: it is all ones, and transformers then
-            # takes the causal kernel, at half the price. Positions are given, so that tags in a plain row are not
-            # laid out.
+            # takes the causal kernel, at half the price. A layout of one segment says that tags in a plain row are
+            # text.
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(packs), 1)
-            return batch
+            return batch | self._one_segment(packs, batch["input_ids"])
         size = max(sum(len(layout.visible) for layout in pack) for pack in layouts)
         if self.multiple > 1:
             size = 1 << (size - 1).bit_length()
@@ -73,6 +73,16 @@ class DocumentCollator:
                 batch["visible"][row, segment:last, segment:last] = layout.visible
                 begin, segment = end, last
         return batch
+
+    def _one_segment(self, packs: list[list[Row]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the layout of a batch of plain text, where the model would find a block otherwise."""
+        goal_end = self.tags.close("goal")
+        if not any(row.get("plain") and goal_end in row["input_ids"] for pack in packs for row in pack):
+            return {}
+        return {
+            "segment_ids": torch.zeros_like(ids),
+            "visible": torch.ones(len(ids), 1, 1, dtype=torch.bool),
+        }
 
     def _padded(self, packs: list[list[Row]]) -> dict[str, torch.Tensor]:
         """Join the rows of each pack and pad them."""
@@ -99,13 +109,17 @@ class DocumentCollator:
         batch = {name: torch.tensor([values]) for name, values in joined.items()}
         if "kinds" in batch:
             batch["kinds"] = batch["kinds"].to(torch.int8)
-        return batch | {
-            "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-            "cu_seq_lens_q": begins,
-            "cu_seq_lens_k": begins,
-            "max_length_q": max(lengths),
-            "max_length_k": max(lengths),
-        }
+        return (
+            batch
+            | self._one_segment([rows], batch["input_ids"])
+            | {
+                "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+                "cu_seq_lens_q": begins,
+                "cu_seq_lens_k": begins,
+                "max_length_q": max(lengths),
+                "max_length_k": max(lengths),
+            }
+        )
 
     def _layout(self, row: Row) -> Layout:
         if row.get("plain"):

@@ -7,11 +7,8 @@ from typing import Any
 
 from multiverse_hf.data.records import Form, Reason, Record, RowError
 from multiverse_hf.data.suffixes import Suffix
-from multiverse_hf.modeling.interpreter import Structure
-from multiverse_hf.modeling.layout import Event
+from multiverse_hf.modeling.labels import IGNORE, find_forced
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
-
-IGNORE = -100
 
 
 class TokenKind(IntEnum):
@@ -50,20 +47,9 @@ def document_labels(ids: list[int], tags: TagSet) -> list[int]:
     Returns:
         As many labels as ids, :data:`IGNORE` where nothing is to be learnt.
     """
-    labels, structure = list(ids), Structure(tags)
-    for index, token in enumerate(ids):
-        event = structure.feed(token)
-        if event is Event.TEXT:
-            continue
-        if event is Event.REDUCE:
-            prefix = tags.conclusion_prefix()
-        else:
-            prefix = structure.path_prefix(structure.scanner.open_blocks[-1].path)
-        length = 1
-        while length < len(prefix) and ids[index + 1 : index + 2 + length] == prefix[: length + 1]:
-            length += 1
-        for forced in range(index + 1, min(index + 1 + length, len(ids))):
-            labels[forced] = IGNORE
+    labels = list(ids)
+    for run in find_forced(ids, tags):
+        labels[run.start : run.stop] = [IGNORE] * len(run)
     return labels
 
 

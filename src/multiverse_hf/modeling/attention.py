@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .chunked import CHUNKED, carry, chunk_rows, is_worthwhile
-from .layout import build_layout
+from .layout import Layout, build_layout
 from .tags import TagSet
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -32,7 +32,10 @@ def layer_kinds(config: Any) -> set[str]:
 
 
 def pad_layouts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, tags: TagSet
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    tags: TagSet,
+    position_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Lay out every row of a batch.
 
@@ -40,23 +43,89 @@ def pad_layouts(
         input_ids: (B, L) token ids.
         attention_mask: (B, L), nonzero at real tokens, or None if all are real.
         tags: the control tags.
+        position_ids: (B, L) or (1, L) positions of a caller. Where they restart at 0, a new document begins: it is
+            laid out by itself, and sees nothing of the others. None for one document a row.
 
     Returns:
         position_ids (B, L) int64 (0 at padding), segment_ids (B, L) int64 (0 at padding), visible (B, S, S) bool; on
         the device of ``input_ids``.
+
+    Raises:
+        ValueError: if positions are given that neither count up from 0 nor restart there.
     """
-    ids = input_ids.cpu()
-    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
-    layouts = [build_layout(row[keep], tags) for row, keep in zip(ids, real, strict=True)]
-    position_ids, segment_ids = torch.zeros_like(ids), torch.zeros_like(ids)
-    size = max(len(layout.visible) for layout in layouts)
-    visible = torch.zeros(len(ids), size, size, dtype=torch.bool)
-    for row, (layout, keep) in enumerate(zip(layouts, real, strict=True)):
-        position_ids[row, keep] = layout.position_ids
-        segment_ids[row, keep] = layout.segment_ids
-        visible[row, : len(layout.visible), : len(layout.visible)] = layout.visible
+    layouts = lay_out_rows(input_ids, attention_mask, tags, position_ids)
+    positions = torch.zeros(input_ids.shape, dtype=torch.long)
+    segments = torch.zeros_like(positions)
+    size = max(1, *(sum(len(layout.visible) for _, layout in parts) for parts in layouts))
+    visible = torch.zeros(len(layouts), size, size, dtype=torch.bool)
+    for row, parts in enumerate(layouts):
+        begin = 0
+        for columns, layout in parts:
+            end = begin + len(layout.visible)
+            positions[row, columns] = layout.position_ids
+            segments[row, columns] = layout.segment_ids + begin
+            visible[row, begin:end, begin:end] = layout.visible
+            begin = end
     device = input_ids.device
-    return position_ids.to(device), segment_ids.to(device), visible.to(device)
+    return positions.to(device), segments.to(device), visible.to(device)
+
+
+def lay_out_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    tags: TagSet,
+    position_ids: torch.Tensor | None = None,
+) -> list[list[tuple[torch.Tensor, Layout]]]:
+    """Return for each row the columns and the layout of each document in it. Arguments as for :func:`pad_layouts`."""
+    ids = input_ids.cpu()
+    rows = zip(ids, split_rows(ids, attention_mask, position_ids), strict=True)
+    return [[(columns, build_layout(row[columns], tags)) for columns in parts] for row, parts in rows]
+
+
+def split_rows(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> list[list[torch.Tensor]]:
+    """Return the columns of each document in each row: one document a row, or several where positions restart.
+
+    Args:
+        input_ids, attention_mask, position_ids: as for :func:`pad_layouts`.
+
+    Returns:
+        For each row the documents in it, each as its columns, int64, on the CPU. Padding is in none.
+
+    Raises:
+        ValueError: if positions are given that neither count up from 0 nor restart there.
+    """
+    batch, length = input_ids.shape
+    real = torch.ones(batch, length, dtype=torch.bool) if attention_mask is None else attention_mask.cpu() != 0
+    columns = [row.nonzero().flatten() for row in real]
+    if position_ids is None:
+        return [[row] for row in columns]
+    if position_ids.ndim != 2 or position_ids.shape[1] != length:
+        raise ValueError(
+            f"position_ids of shape {tuple(position_ids.shape)} cannot be laid out with input_ids "
+            f"{(batch, length)}; leave them out"
+        )
+    given = position_ids.cpu().expand(batch, length)
+    rows = []
+    for row, (keep, positions) in enumerate(zip(columns, given, strict=True)):
+        own = positions[keep]
+        steps = own.diff()
+        restarts = (own[1:] == 0).nonzero().flatten() + 1
+        starts_well = not len(own) or own[0] == 0 or own[0] == keep[0]  # counted from the row's begin, padding too
+        if not starts_well or bool(((steps != 1) & (own[1:] != 0)).any()):
+            raise ValueError(
+                f"row {row} holds a parallel block, and its position_ids {_shorten(own)} neither count up from 0 nor "
+                "restart there for packed documents; leave position_ids out, and the model lays the row out itself"
+            )
+        rows.append(list(keep.tensor_split(restarts)))
+    return rows
+
+
+def _shorten(values: torch.Tensor) -> str:
+    """Return the first values as text for an error."""
+    shown = values[:12].tolist()
+    return f"[{', '.join(map(str, shown))}{', ...' if len(values) > 12 else ''}]"
 
 
 def dense_mask(
@@ -206,40 +275,3 @@ def document_masks(
             mask = dense_mask(position_ids, segment_ids, visible, attention_mask, window)
             masks[kind] = to_additive(mask, dtype) if implementation == "eager" else mask
     return masks if len(masks) > 1 else masks.popitem()[1]
-
-
-class LayoutHook:
-    """Forward pre-hook of a backbone: given ids alone, it lays them out.
-
-    Sits on the backbone, not on the causal LM, because trainers call the backbone directly for their fused loss.
-    Rows without a closed goal go through untouched: exactly the base model, with any attention kernel.
-    """
-
-    def __init__(self, tags: TagSet) -> None:
-        self.tags = tags
-        self._goal_end = tags.close("goal")
-
-    def __call__(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-        kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-        segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
-        input_ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-            return (), kwargs  # the caller brought its own mask
-        if segment_ids is None:
-            cache = kwargs.get("past_key_values")
-            goes_on = cache is not None and cache.get_seq_length() > 0
-            if input_ids is None or kwargs.get("position_ids") is not None or goes_on:
-                return (), kwargs
-            if not bool((input_ids == self._goal_end).any()):
-                return (), kwargs
-            kwargs["position_ids"], segment_ids, visible = pad_layouts(input_ids, mask, self.tags)
-        if visible is None or kwargs.get("position_ids") is None:
-            raise ValueError("a layout is position_ids, segment_ids and visible together; pass all three or none")
-        dtype = next(module.parameters()).dtype
-        kwargs["attention_mask"] = document_masks(
-            module.config, dtype, kwargs["position_ids"], segment_ids, visible, mask
-        )
-        return (), kwargs

@@ -78,6 +78,18 @@ class Scanner:
         return Event.TEXT
 
 
+def has_block(ids: torch.Tensor, tags: TagSet) -> bool:
+    """Return whether a row forks anywhere: whether it holds a goal with outlines that is closed.
+
+    Args:
+        ids: (L,) token ids.
+        tags: the control tags.
+    """
+    scanner = Scanner(tags)
+    control = torch.isin(ids, torch.tensor(tags.control_ids, device=ids.device))
+    return any(scanner.feed(token) is Event.FORK for token in ids[control].tolist())
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Layout of one document.

@@ -26,10 +26,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .arguments import check_streamer, reject
-from .attention import LayoutHook, layer_kinds
+from .attention import layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
+from .hooks import follow_layouts
 from .integrations import integrate
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
@@ -50,6 +51,8 @@ class MultiverseForCausalLM:
     """
 
     _base_class: type[PreTrainedModel]  # of a class that was made: the class of transformers beneath it
+    # Forced tokens have probability one in the logits of a document; True leaves the network's own logits there.
+    raw_forced_logits: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if type(self) is MultiverseForCausalLM:
@@ -68,7 +71,7 @@ class MultiverseForCausalLM:
         self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
         self.base_model.register_forward_pre_hook(take_turn)
         self.base_model.register_forward_hook(end_turn, always_call=True)
-        self.base_model.register_forward_pre_hook(LayoutHook(self.tags), with_kwargs=True)
+        follow_layouts(self, self.tags)
 
     @classmethod
     def adopt(cls, model: PreTrainedModel) -> PreTrainedModel:

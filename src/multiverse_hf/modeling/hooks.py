@@ -1,0 +1,238 @@
+"""Hooks by which a model follows the layout: on its backbone, and on the causal LM around it.
+
+The backbone's hook gives a row with parallel blocks its positions and its mask. It sits on the backbone, since
+trainers call the backbone directly for their fused loss. The causal LM's hooks see to forced tokens: labels are
+ignored there, and logits give them probability one.
+
+A call that the hooks cannot serve raises. They never let a row with a complete block through as causal text.
+"""
+
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from .attention import document_masks, pad_layouts
+from .labels import IGNORE, IMPOSSIBLE, forced_mask
+from .layout import has_block
+from .tags import TagSet
+
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar(f"{__name__}.plain", default=False)
+_BACKBONE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+_MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
+
+
+@contextlib.contextmanager
+def plain_layout() -> Iterator[None]:
+    """Have tags be text inside the context: every row is read as by the base class. For ``structure="off"``."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a call brings that the layout depends on.
+
+    Attributes:
+        ids: (B, L) int64 token ids. Rows that came as embeddings have the ids of tags and of forced text, else 0.
+        attention_mask: (B, L), or None.
+        position_ids: (B, L) or (1, L), or None.
+    """
+
+    ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+
+
+def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
+    """Return the rows of a call if the layout has to be applied to them, None if they go through untouched.
+
+    Args:
+        module: the backbone or the causal LM.
+        kwargs: of its forward.
+        tags: the control tags.
+
+    Raises:
+        ValueError: if a row holds ``</Goal>`` and comes after a cache, or a cache with laid-out rows is gone on with.
+    """
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    if _PLAIN.get() or kwargs.get("segment_ids") is not None:
+        return None
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
+        return None  # the caller brought its own mask
+    if getattr(cache, _MARK, False):
+        raise ValueError(
+            "this cache holds a document with parallel paths, which only the engine can go on from; call "
+            "model.generate, or pass the whole text without past_key_values"
+        )
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        embeds = kwargs.get("inputs_embeds")
+        ids = None if embeds is None else recover_ids(module, embeds, tags)
+    if ids is None or not bool((ids == tags.close("goal")).any()):
+        return None
+    if cache is not None and int(cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"{tags.names.close('goal')} comes after past_key_values, whose text the layout cannot see; pass the "
+            "whole text as input_ids, or call model.generate. Prefix tuning brings such a cache: use LoRA or prompt "
+            "tuning"
+        )
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    if not any(has_block(row[keep], tags) for row, keep in zip(ids, real, strict=True)):
+        return None
+    return Rows(ids, mask, kwargs.get("position_ids"))
+
+
+def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor | None:
+    """Return the ids that a layout needs from rows that came as embeddings, None if no ``</Goal>`` is among them.
+
+    Args:
+        module: has ``get_input_embeddings``.
+        embeds: (B, L, H), made by that module; others, such as a tuned prompt, may stand beside them.
+        tags: the control tags.
+
+    Returns:
+        (B, L) int64; 0 where the token is none that the layout or a forced text needs.
+    """
+    table = module.get_input_embeddings()
+    goal_end = tags.close("goal")
+    texts = [*tags.newline, *tags.colon, *(token for ids in tags.digits.values() for token in ids)]
+    tokens = list(dict.fromkeys([goal_end, *tags.control_ids, *texts, *tags.label_pieces]))
+
+    with torch.no_grad():
+        vectors = table(torch.tensor(tokens, device=embeds.device)).to(embeds.dtype)
+        if not bool((embeds == vectors[0]).all(-1).any()):
+            return None
+        other = next(token for token in range(len(tokens) + 1) if token not in tokens)
+        ids = torch.full(embeds.shape[:2], other, device=embeds.device)
+        for token, vector in zip(tokens, vectors, strict=True):
+            ids[(embeds == vector).all(-1)] = token
+    return ids
+
+
+class LayoutHook:
+    """Forward pre-hook of a backbone: lay out the rows it is given.
+
+    Rows without a complete block go through untouched: exactly the base model, with any attention kernel. Positions
+    that restart at 0 part a row into packed documents. A caller may bring the layout as ``position_ids``,
+    ``segment_ids`` and ``visible``; with a single segment that is plain causal text, whatever tags it holds.
+    """
+
+    def __init__(self, tags: TagSet) -> None:
+        self.tags = tags
+
+    def __call__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = {**dict(zip(_BACKBONE, args, strict=False)), **kwargs}
+        rows = read_rows(module, kwargs, self.tags)
+        segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
+        mask = kwargs.get("attention_mask")
+        if rows is not None:
+            layout = pad_layouts(rows.ids, rows.attention_mask, self.tags, rows.position_ids)
+            kwargs["position_ids"], segment_ids, visible = layout
+            self._mark_cache(module, kwargs)
+        if segment_ids is None and visible is None:
+            return (), kwargs
+        if segment_ids is None or visible is None or kwargs.get("position_ids") is None:
+            raise ValueError("a layout is position_ids, segment_ids and visible together; pass all three or none")
+        if visible.shape[-1] == 1:  # plain text
+            return (), kwargs
+        dtype = next(module.parameters()).dtype
+        kwargs["attention_mask"] = document_masks(
+            module.config, dtype, kwargs["position_ids"], segment_ids, visible, mask
+        )
+        return (), kwargs
+
+    def _mark_cache(self, module: Any, kwargs: dict[str, Any]) -> None:
+        """Mark the cache that this call fills, so that no later call goes on from it as if it held causal text."""
+        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        use_cache = module.config.use_cache if use_cache is None else use_cache
+        if cache is None and use_cache and not (module.training and getattr(module, "gradient_checkpointing", False)):
+            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)  # as the backbone would make it
+        if cache is not None:
+            setattr(cache, _MARK, True)
+
+
+class ForcedTokenHooks:
+    """Hooks of a causal LM for the tokens that the engine writes: labels are ignored there, logits are certain.
+
+    A call that brings its own mask or a filled cache is left alone: its labels and logits are its own affair.
+
+    Args:
+        names: of the positional arguments of the model's forward.
+        tags: the control tags.
+    """
+
+    def __init__(self, names: tuple[str, ...], tags: TagSet) -> None:
+        self.names, self.tags = names, tags
+
+    def _forced(self, module: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the ids of the rows and where they hold forced tokens, (B, L) each; None if nothing is to be done."""
+        segment_ids, visible = kwargs.get("segment_ids"), kwargs.get("visible")
+        if segment_ids is not None and visible is not None and visible.shape[-1] > 1:  # the caller laid them out
+            ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
+            if ids is None or positions is None or _PLAIN.get():
+                return None
+            return ids, forced_mask(ids, self.tags, kwargs.get("attention_mask"), positions, segment_ids)
+        rows = read_rows(module, kwargs, self.tags)
+        if rows is None:
+            return None
+        return rows.ids, forced_mask(rows.ids, self.tags, rows.attention_mask, rows.position_ids)
+
+    def before(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Ignore the labels of forced tokens."""
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
+        if (labels is None and shifted is None) or (found := self._forced(module, kwargs)) is None:
+            return (), kwargs
+        _, forced = found
+        if labels is not None:
+            kwargs["labels"] = labels.masked_fill(forced.to(labels.device), IGNORE)
+        if shifted is not None:  # of the next token
+            after = torch.nn.functional.pad(forced[:, 1:], (0, 1))
+            kwargs["shift_labels"] = shifted.masked_fill(after.to(shifted.device), IGNORE)
+        return (), kwargs
+
+    def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Give forced tokens probability one in the logits of the tokens before them, in place."""
+        if module.raw_forced_logits:
+            return
+        values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+        logits = next((each for each in values if isinstance(each, torch.Tensor) and each.ndim == 3), None)
+        if logits is None or (found := self._forced(module, kwargs)) is None:
+            return
+        ids, forced = found
+        keep = kwargs.get("logits_to_keep", 0)
+        columns = torch.arange(forced.shape[1], device=forced.device)
+        columns = columns[-keep:] if isinstance(keep, int) else columns[keep]
+        after = torch.nn.functional.pad(forced[:, 1:], (0, 1))[:, columns]
+        row, place = after.nonzero(as_tuple=True)
+        tokens = ids[row, columns[place] + 1]
+        with torch.no_grad() if not logits.requires_grad else contextlib.nullcontext():
+            logits[row, place] = IMPOSSIBLE
+            logits[row, place, tokens] = 0.0
+
+
+def follow_layouts(model: Any, tags: TagSet) -> None:
+    """Register the hooks on a causal LM and on its backbone.
+
+    Args:
+        model: a causal LM of transformers.
+        tags: the control tags.
+    """
+    model.base_model.register_forward_pre_hook(LayoutHook(tags), with_kwargs=True)
+    names = tuple(inspect.signature(model._base_class.forward).parameters)[1:]
+    hooks = ForcedTokenHooks(names, tags)
+    model.register_forward_pre_hook(hooks.before, with_kwargs=True)
+    model.register_forward_hook(hooks.after, with_kwargs=True)
