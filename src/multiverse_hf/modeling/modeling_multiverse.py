@@ -396,10 +396,12 @@ def _read_config(
         config, unused = AutoConfig.from_pretrained(
             path, return_unused_kwargs=True, trust_remote_code=False, **overrides
         )
-    except OSError as err:
+    except (OSError, ValueError) as err:
         if os.path.isdir(path):
-            if not kwargs.get("gguf_file") and (files := sorted(f for f in os.listdir(path) if f.endswith(".gguf"))):
+            files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
+            if files and not kwargs.get("gguf_file") and not os.path.isfile(os.path.join(path, "config.json")):
                 raise OSError(f"{path} holds no config.json but a GGUF file; pass gguf_file={files[0]!r}") from err
+        if os.path.isdir(path) or isinstance(err, ValueError):
             raise
         reason = " ".join(str(err).split())
         raise OSError(f"no checkpoint {str(path)!r}: there is no such folder, and on the Hub: {reason}") from err
