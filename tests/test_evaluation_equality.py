@@ -77,6 +77,7 @@ KINDS = [
     ("t=6", ["6"], ["s=6"]),
     ("y = 3x - 1", ["3x-1", "3x - y = 1", "f(x)=3x-1"], ["y=3x+1", "-3x-1"]),
     (r"\text{north}", ["North"], ["thorn", r"\text{south}"]),
+    (r"\text{Anna and Omar}", ["Anna and Omar", "Omar, Anna"], ["Anna", "Anna and Olga"]),
     (r"\text{(D)}", ["D", r"\text{D}"], ["d", "(A)"]),
     ("43_7", [r"43_{\text{seven}}", "43_{7}"], ["43_8", "43", "34_7"]),
     # units
@@ -101,6 +102,9 @@ KINDS = [
     (r"\$12", ["12 dollars", r"\$12.00", "12"], ["12 cents", "€12"]),
     (r"75^\circ", ["75", "75°", r"75 \text{ degrees}"], [r"75 \text{ rad}", r"75^\circ\text{C}"]),
     (r"8\pi \text{ m}^2", [r"8\pi", r"8\pi \text{ square meters}"], [r"8\pi \text{ m}", "8"]),
+    (r"2 \text{ hours and } 45 \text{ minutes}", ["2 hours 45 minutes", "2 h 45 min"], ["2 hours", "2 h 54 min"]),
+    (r"6 \text{ dollars per pound}", [r"\$6/\text{lb}", "6"], [r"\$6/\text{kg}", r"6 \text{ dollars}"]),
+    (r"\text{18 inches}", [r"18\text{ in}", "18", r"18 \text{ inches long}"], ["18 ft"]),
     (r"30 \text{ students}", ["30"], [r"30 \text{ kg}", "31"]),
 ]  # fmt: skip
 

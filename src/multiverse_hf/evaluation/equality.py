@@ -13,7 +13,7 @@ from fractions import Fraction
 
 from multiverse_hf.evaluation.exact import exact_value, same_number
 from multiverse_hf.evaluation.latex import clean, compact, find_matrix, split_top, unwrap_text, words_of
-from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_unit
+from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_compound, split_unit
 from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
 
 MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
@@ -80,7 +80,7 @@ def _items(text: str) -> list[str]:
     """Return what a list names, one item where it is none; an item with a sign of two meanings is two."""
     found = []
     for item in split_top(_OR.sub(",", text), ",;"):
-        found += _signs(item) if item.strip() else []
+        found += [each for part in split_compound(item) for each in _signs(part)] if item.strip() else []
     if len(found) > 1 and (match := _NAMED.match(found[0])) and not any(_NAMED.match(item) for item in found[1:]):
         found[0] = found[0][match.end() :]  # "n = 2, 3, 4" is a list with a name
     return found or [text]

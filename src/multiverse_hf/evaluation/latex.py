@@ -42,6 +42,9 @@ _SUBSTITUTIONS = [
         (r"(?<=\d)(?<![_^]\d)(?:\s|\\(?:quad|qquad)(?![a-zA-Z])|\\[,;: ]|~)+(?=\d)(?!\d+\s*/)", " @ "),
         (r"\\(?:quad|qquad)(?![a-zA-Z])|(?<!\\)\\[,;: ]|~", " "),
         (r"(\d)\s*\^\s*\{?\s*\\text\s*\{(?:st|nd|rd|th)\}\s*\}?", r"\1"),
+        (r"\\text\s*\{([^{}]*?\w)\s+and\s+(\w[^{}]*)\}", r"\\text{\1}, \\text{\2}"),
+        (r"\\text\s*\{([^{}]*?\w)\s+and\s*\}", r"\\text{\1}, "),
+        (r"\\text\s*\{\s*and\s+(\w[^{}]*)\}", r", \\text{\1}"),
         (r"\\text\s*\{\s*,?\s*and\s*\}|(?<![a-zA-Z\\])and(?![a-zA-Z])(?=[^{}]*(?:\{|$))", ","),
         (r",\s*(?:,\s*)+", ", "),
         (r"\s+", " "),
@@ -75,6 +78,7 @@ def clean(answer: str) -> str:
     for pattern, with_ in _DIGIT_PARTS:
         text = pattern.sub(with_, text)
     text = re.sub(r"_\{?\s*\\text\s*\{\s*(?:base\s*)?(\w+)\s*\}\s*\}?$", _base_word, text)
+    text = re.sub(r"^\s*\\text\s*\{\s*([-+\d.$][^{}]*)\}\s*$", r"\1", text)  # \text{5 cm}
     return text.strip().strip(",;").strip()
 
 

@@ -160,6 +160,7 @@ _MANY = (
     (re.compile(r"\bper\s+cent\b", re.I), " percent "),
     (re.compile(r"\bpercentage\s+points?\b", re.I), " percent "),
 )
+_EXTENT = re.compile(r"\b(?:long|tall|wide|high|deep|old|away|apart|in total|total)\s*$", re.I)
 _TOKEN = re.compile(r"\^-?\d|/|[%$°¢€£¥₹](?:[CF]\b)?|[^\W\d_]+")
 
 
@@ -171,7 +172,7 @@ def parse_unit(text: str) -> Unit | None:
     text = re.sub(r"(?<=\w)\.", " ", _MARKUP.sub(" ", text))  # full stops of abbreviations
     for pattern, with_ in _MANY:
         text = pattern.sub(with_, text)
-    tokens = list(_tokens(text))
+    tokens = list(_tokens(_EXTENT.sub(" ", text)))
     if not tokens or None in tokens:
         return None
     powers: Counter[str] = Counter()
@@ -208,7 +209,7 @@ def _tokens(text: str) -> Iterator[str | None]:
 
 _PIECE = r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}"
 _STARTS = re.compile(
-    rf"(?P<text>{_PIECE}|\\frac\s*\{{\s*{_PIECE})|(?P<sign>\^\s*\{{?\s*\\?(?:circ|degree|°)|\\degree|°|\\?%|¢|\\\$$|€$|£$)"
+    rf"(?P<text>(?:/\s*)?{_PIECE}|\\frac\s*\{{\s*{_PIECE})|(?P<sign>\^\s*\{{?\s*\\?(?:circ|degree|°)|\\degree|°|\\?%|¢|\\\$$|€$|£$)"
     r"|(?P<word>(?:(?<=[\d)}])\s*|(?<=[\w)}])\s+)[^\W\d_]+)"
 )
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\\$|[$€£¥₹]|Rs\.?(?=\s*\d))\s*(?=[-+.\d\\])")
@@ -246,6 +247,13 @@ def split_unit(text: str, *, letters: bool) -> Quantity:
         if match["word"] and words.lower() in _COUNTED.split():
             return Quantity(value, _times(currency, ((NOUN, 1),)))
     return Quantity(text, currency)
+
+
+def split_compound(text: str) -> list[str]:
+    """Return the parts of a quantity that has several units, ``3 hours 20 minutes``; the text alone if it has one."""
+    parts = re.split(r"(?<=[a-zA-Z}.])\s+(?=\d)", text)
+    units = [split_unit(part, letters=True).unit for part in parts]
+    return parts if len(parts) > 1 and None not in units and len(set(units)) == len(units) else [text]
 
 
 def _times(currency: Unit | None, unit: Unit) -> Unit:
