@@ -18,9 +18,10 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from multiverse_hf import embedded_model
 from multiverse_hf.cli import run
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import RULES_VERSION
+from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, judge
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
+from multiverse_hf.evaluation.verifier import Verifier
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "multiverse_hf.cli", "eval"]
@@ -297,6 +298,20 @@ def test_a_problem_too_long_for_the_context_is_wrong_and_stops_nothing(tmp_path:
     assert short.error is None
     assert (long.correct, long.finish_reason) == (False, "refused")
     assert "shorten the prompt" in long.error
+
+
+def test_thinking_that_the_chat_template_opens_is_thinking(tmp_path: Path) -> None:
+    model = save_plain_model(tmp_path / "plain")
+    template = model / "chat_template.jinja"
+    template.write_text(template.read_text() + "{% if add_generation_prompt %}<think>\n{% endif %}")
+    (tmp_path / "aime25.jsonl").write_text(json.dumps({"problem": "1 + 1", "answer": "2"}))
+    options = ["--model", str(model), "--mode", "autoregressive", "--max-new-tokens", "8", "--data-dir", str(tmp_path)]
+    assert run(["eval", "--task", "mv:aime25", *options, "--output", str(tmp_path / "run")]) == 0
+    (sample,) = read_samples(tmp_path / "run/samples")
+    assert sample.document.startswith("<think>\n")
+    with Verifier() as verifier:  # what it wrote is cut off in its thinking, whatever it holds
+        verdict = judge(AnswerKind.MATH, "2", sample.document + "\\boxed{2}", verifier)
+    assert verdict.rule is Rule.NO_ANSWER
 
 
 def test_the_report_of_a_gated_task_holds_none_of_its_questions(tmp_path: Path) -> None:

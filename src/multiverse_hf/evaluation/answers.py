@@ -128,6 +128,14 @@ def after_thinking(document: str) -> str | None:
     return document[marks[-1].end() :] if any(marks[-1].groups()) else None
 
 
+def opened_thinking(prompt: str) -> str:
+    """Return the tag of thinking that a prompt ends with, as chat templates of some models write it; "" if none."""
+    marks = list(_THINKING.finditer(prompt))
+    if not marks or any(marks[-1].groups()) or prompt[marks[-1].end() :].strip():
+        return ""
+    return prompt[marks[-1].start() :]
+
+
 def last_boxed(text: str) -> str | None:
     """Give what the last box holds, with the boxes that are joined to it; None if there is no box that closes."""
     closes = _closing_braces(text)

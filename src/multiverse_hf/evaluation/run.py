@@ -13,7 +13,7 @@ from typing import Any
 
 from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_checkpoint
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.evaluation.answers import judge
+from multiverse_hf.evaluation.answers import judge, opened_thinking
 from multiverse_hf.evaluation.chains import training_problems
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
@@ -138,7 +138,8 @@ class Answered:
     """What came of a job.
 
     Attributes:
-        document: the answer, tags included.
+        document: the answer, tags included, also the one of thinking that a chat template opens in the prompt: without
+            it, thinking that is cut off would be judged as an answer.
         ids: token ids of it, end token included.
         stats: ``GenerationStats`` of it.
         seconds: from its submission to its end.
@@ -178,14 +179,14 @@ def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs
                 except (CommandError, ValueError) as err:  # of this one, as a rule: too long for the context
                     yield Answered(job, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
                     continue
-                running.append((job, handle, time.perf_counter()))
+                running.append((job, handle, time.perf_counter(), opened_thinking(checkpoint.decode(ids[-16:]))))
             still = []
-            for job, handle, begin in running:
+            for job, handle, begin, opened in running:
                 if not handle.done:
-                    still.append((job, handle, begin))
+                    still.append((job, handle, begin, opened))
                     continue
                 result, seconds = handle.result(), time.perf_counter() - begin
-                yield Answered(job, checkpoint.decode(result.ids), result.ids, result.stats, seconds)
+                yield Answered(job, opened + checkpoint.decode(result.ids), result.ids, result.stats, seconds)
             if running and len(still) == len(running):
                 time.sleep(POLL_S)
             running = still

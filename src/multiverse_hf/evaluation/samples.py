@@ -29,7 +29,7 @@ class Sample:
         sample: number of the answer among the problem's, from 0.
         seed: of its noise.
         prompt: what was asked, without chat template.
-        document: the answer as generated, tags included.
+        document: the answer as generated, tags included, after the tag of thinking that the prompt's template opened.
         gold: the right answer.
         answer: what the document says in the end; None if nothing.
         correct, rule: the verdict (:mod:`~multiverse_hf.evaluation.answers`).
