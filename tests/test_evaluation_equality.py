@@ -176,6 +176,34 @@ def test_what_is_no_rational_number_or_too_large_is_left_alone(text: str) -> Non
     assert exact_value(text) is None
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "(a," * 450 + ")" * 450,
+        "1," * 900 + "2",
+        r"\pm " * 400 + "1",
+        "5" + " cm/" * 400,
+        "1/3^{9}" + "+1/7^{99}" * 200,
+        "and " * 490,
+        r"\text{ and }" * 150,
+        r"\frac{" * 300 + "}" * 300,
+        "x=" * 900 + "7",
+        "(2x+1," + "x+x," * 40 + "3)",
+        ", ".join(f"x+{k}+x" for k in range(30)),
+    ],
+    ids=lambda said: said[:12],
+)
+def test_long_answers_are_wrong_and_take_no_long_time(said: str, verifier: Verifier) -> None:
+    for gold in ("5", "1, 2", "(5, 6)", r"5\text{ cm}", ", ".join(f"3x+{k}" for k in range(30))):
+        assert not judge(AnswerKind.MATH, gold, f"\\boxed{{{said}}}", verifier).correct
+
+
+def test_long_lists_of_letters_are_read_at_once(verifier: Verifier) -> None:
+    for tail, rule in (("z", Rule.LETTER), ("B", Rule.SEVERAL)):  # each way to part the spaces would take hours
+        text = "Answer: A" + ",  or  " * 200 + tail
+        assert judge(AnswerKind.LETTER, "A", text, verifier).rule is rule
+
+
 def test_a_unit_has_one_name_in_all_its_spellings() -> None:
     for spellings, unit in {
         ("inches", "in.", r"\text{ inch}"): (("in", 1),),

@@ -170,7 +170,7 @@ _BEFORE_LETTER = re.compile(
     r"(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both)\s*(?:is|:|-)?\s*", re.I
 )
 _ONE = rf"[(\[{{<`]?\s*(?P<letter>[{_OPTIONS}])(?:\s*[)\]}}>`])?"
-_SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b)\s*)+"
+_SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b))+\s*"
 _LIST = re.compile(rf"(?:{_SEPARATOR}{_ONE.replace('?P<letter>', '')}(?![\w']))+(?=\s*(?:[.:;!?,()\n]|$))", re.I)
 _OR = re.compile(rf"\s+(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]?(?P<letter>(?-i:[{_OPTIONS}]))(?![\w'])", re.I)
 _LATER = re.compile(rf"\b(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]\s*(?P<letter>[{_OPTIONS}])\s*[)\]]", re.I)

@@ -12,12 +12,14 @@ from enum import StrEnum
 from fractions import Fraction
 
 from multiverse_hf.evaluation.exact import exact_value, same_number
-from multiverse_hf.evaluation.latex import clean, compact, find_matrix, split_top, unwrap_text, words_of
+from multiverse_hf.evaluation.latex import clean, compact, find_matrix, max_depth, split_top, unwrap_text, words_of
 from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_compound, split_unit
 from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
 
 MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
 MAX_PARTS = 60  # of a list whose parts may come in any order: each is compared with each
+MAX_DEPTH = 30  # of brackets in brackets, for the same reason
+MAX_CALLS = 300  # of math-verify for one answer
 
 
 class Rule(StrEnum):
@@ -65,6 +67,8 @@ def compare(gold: str, answer: str, verifier: Verifier) -> Outcome:
     ours, theirs = clean(gold), clean(answer)
     if compact(ours) == compact(theirs):
         return True, Rule.TEXT
+    if max_depth(theirs) > MAX_DEPTH:
+        return False, Rule.UNREADABLE
     items = _items(ours)
     if len(items) == 1 and _HEDGE.search(theirs) and not _HEDGE.search(ours):
         return False, Rule.SEVERAL  # where there are two right ones, "3 or 4" lists them
@@ -151,6 +155,7 @@ class _Comparison:
 
     def __init__(self, verifier: Verifier) -> None:
         self.verifier = verifier
+        self.calls = 0
 
     def lists(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
         """Compare lists: in any order, unless one side is a tuple or the other has the names of its items."""
@@ -283,6 +288,9 @@ class _Comparison:
             values = [exact_value(side) for side in sides]
             if all(value is not None for value in values):
                 return (True, Rule.NUMBER) if set(values) == {number} else DIFFERENT
+        self.calls += 1
+        if self.calls > MAX_CALLS:
+            raise VerifierTimeout(f"more than {MAX_CALLS} parts to compare")
         same = self.verifier.is_same(unwrap_text(ours), unwrap_text(theirs))
         return (True, Rule.MATH_VERIFY) if same else DIFFERENT
 

@@ -104,7 +104,7 @@ class _Reader:
         sign = -1 if self.take("-", "+") == "-" else 1
         value = sign * self.product()
         while sign := self.take("+", "-"):
-            value += self.product() if sign == "+" else -self.product()
+            value = bounded(value + (self.product() if sign == "+" else -self.product()))
         return value
 
     def product(self) -> Fraction:
@@ -113,7 +113,7 @@ class _Reader:
             if self.take("*", r"\cdot", r"\times"):
                 value = bounded(value * self.signed())
             elif self.take("/", r"\div"):
-                value /= self.signed()
+                value = bounded(value / self.signed())
             elif self.kind() == "scale":
                 value *= _SCALES[self.tokens[self.place][1]]
                 self.place += 1

@@ -158,6 +158,15 @@ def split_top(text: str, at: str | tuple[str, ...] | None, *, thousands: bool = 
     return [piece.strip() for piece in pieces]
 
 
+def max_depth(text: str) -> int:
+    """Return how many brackets stand in each other at most."""
+    depth = most = 0
+    for match in _NESTING.finditer(text):
+        depth += bool(match["open"]) - bool(match["close"])
+        most = max(most, depth)
+    return most
+
+
 _MATRIX = re.compile(
     r"\\begin\s*\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}(?:\s*\{[lcr|]+\})?(?P<body>.*)\\end\s*\{(?P=kind)\}",
     re.DOTALL,
