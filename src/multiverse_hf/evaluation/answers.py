@@ -41,6 +41,7 @@ from enum import StrEnum
 
 from multiverse_hf.data.chains import read_answer
 from multiverse_hf.evaluation.equality import Rule, compare
+from multiverse_hf.evaluation.letters import read_letters
 from multiverse_hf.evaluation.verifier import Verifier
 
 # Raised with each change of a verdict: recorded with every run. 1 was math-verify 0.5.2 on whole answers.
@@ -104,7 +105,7 @@ _THINKING = re.compile(
     r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷",
     re.I,
 )
-_BETWEEN_BOXES = re.compile(r"[\s$,;.]*(or|and|,)?[\s$,;.]*", re.I)
+_BETWEEN_BOXES = re.compile(r"[\s$;.]*(?:,[\s$]*)?(or|and|(?<=,)[\s$]*)[\s$,;.]*", re.I)
 
 
 def final_answer(document: str) -> str | None:
@@ -144,7 +145,7 @@ def last_boxed(text: str) -> str | None:
     if not boxes:
         return None
     begin, _, answer = boxes.pop()
-    while boxes and (joined := _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], begin)) and joined[1]:
+    while boxes and (joined := _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], begin)):
         begin, _, before = boxes.pop()
         answer = f"{before} or {answer}" if joined[1].lower() == "or" else f"{before}, {answer}"
     return answer
@@ -162,53 +163,11 @@ def _closing_braces(text: str) -> dict[int, int]:
     return closes
 
 
-# Whether a letter is right
-
-_FONT = re.compile(r"\\(?:text\w*|mbox|math\w+|boldsymbol|bm)\s*\{([^{}]*)\}")
-_OPTIONS = "A-H"
-_BEFORE_LETTER = re.compile(
-    r"(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both)\s*(?:is|:|-)?\s*", re.I
-)
-_ONE = rf"[(\[{{<`]?\s*(?P<letter>[{_OPTIONS}])(?:\s*[)\]}}>`])?"
-_SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b))+\s*"
-_LIST = re.compile(rf"(?:{_SEPARATOR}{_ONE.replace('?P<letter>', '')}(?![\w']))+(?=\s*(?:[.:;!?,()\n]|$))", re.I)
-_OR = re.compile(rf"\s+(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]?(?P<letter>(?-i:[{_OPTIONS}]))(?![\w'])", re.I)
-_LATER = re.compile(rf"\b(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]\s*(?P<letter>[{_OPTIONS}])\s*[)\]]", re.I)
-
-
 def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:
     """Accept the one letter that is named, alone or before the option's text."""
-    text = _FONT.sub(r"\1", _FONT.sub(r"\1", answer))
-    text = re.sub(r"\*\*|[$`\\]", "", re.sub(r"~|\\[,;: ]|\\q?quad\b", " ", text)).strip(" .*")
-    text = _BEFORE_LETTER.sub("", text, count=1) if _BEFORE_LETTER.match(text) else text
-    letters = _read_letters(text)
+    letters = read_letters(answer)
     if len(letters) > 1:
         return False, Rule.SEVERAL
     if not letters:
         return False, Rule.UNREADABLE
     return (True, Rule.LETTER) if letters == {gold.upper()} else (False, Rule.DIFFERENT)
-
-
-def _read_letters(text: str) -> set[str]:
-    """Return the options that a text names at its beginning; what follows a letter may be the option's text.
-
-    A word may be one letter: in "(B), A reagent" and in "B, a reagent" the second letter is an article. It is an
-    option only if nothing that reads on follows it, or if it stands in brackets.
-    """
-    first = re.match(_ONE, text, re.I)
-    if first is None:
-        return set()
-    rest = text[first.end() :]
-    bare = first[0].strip() == first["letter"]
-    is_set_off = not bare or re.match(r"\s*(?:$|[.:,;/&+\-–—−(=])|\s+(?:or|and|is|because)\b", rest, re.I)
-    # "B polygenic score" names B; "A reagent", "a reagent" and "Both" name nothing
-    if not is_set_off and not (re.match(r"\s", rest) and first["letter"] in "BCDEFGH"):
-        return set()
-    letters = {first["letter"].upper()}
-    if joined := _LIST.match(rest):
-        letters |= {
-            letter.upper() for letter in re.findall(rf"(?<![a-zA-Z'])[{_OPTIONS}](?![a-zA-Z'])", joined[0], re.I)
-        }
-    elif joined := _OR.match(rest):
-        letters.add(joined["letter"])
-    return letters | {match["letter"].upper() for match in _LATER.finditer(rest)}

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 from multiverse_hf.evaluation.exact import exact_value, same_number
 from multiverse_hf.evaluation.latex import clean, compact, find_matrix, max_depth, split_top, unwrap_text, words_of
+from multiverse_hf.evaluation.letters import read_letters
 from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_compound, split_unit
 from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
 
@@ -46,7 +47,7 @@ _INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
 _HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
 _OR = re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<![a-zA-Z\\{])or(?![a-zA-Z}])|\\lor(?![a-zA-Z])|\\vee(?![a-zA-Z])")
 _RELATION = re.compile(r"\\(?:neq?|geq?|leq?|geqslant|leqslant|gt|lt|approx|sim|equiv)(?![a-zA-Z])|[<>]")
-_BASE = re.compile(r"\(?(\w+)\)?_\{?(\d+)\}?$|(\w+)\(?base(\d+)\)?$")
+_BASE = re.compile(r"\(?(\w+)\)?_\{?\(?(?:base)?(\d+)\)?\}?$|(\w+)\(?base(\d+)\)?$")
 _NAME = (
     r"(?:\\(?:angle|triangle|overline|vec|hat|bar|mathbf|mathcal|mathbb|Delta|measuredangle)\s*)?"
     r"(?:\{?(?:[a-zA-Z]|[A-Z]{2,4})'?\}?|\\(?:alpha|beta|gamma|theta|phi|lambda|mu|sigma|rho|ell)(?![a-z]))"
@@ -55,7 +56,7 @@ _NAME = (
 _NAMED = re.compile(
     rf"\s*(?P<name>{_NAME}|\\text\s*\{{[^{{}}]*\}}|\([a-zA-Z](?:\s*,\s*[a-zA-Z])+\))\s*(?::?=|\\in(?![a-z]))(?!=)"
 )
-_TIME = re.compile(r"(\d{1,2})\s*:\s*(\d{2})(?:\s*:\s*(\d{2}))?([ap]m)?(?:o'clock)?")
+_TIME = re.compile(r"(\d{1,2})(?::(\d{2})(?::(\d{2}))?)?([ap]m)?")
 _RATIO = re.compile(r"(\d+)((?:\s*:\s*\d+)+)")
 _SET = r"\{"
 
@@ -91,7 +92,9 @@ def _items(text: str) -> list[str]:
 
 
 def _signs(item: str) -> list[str]:
-    """Return an item with plus for plus or minus, and with minus."""
+    """Return an item with plus for plus or minus, and with minus; a set has such items, it is not two sets."""
+    if (parts := _parts(item)) is not None and parts.kind == _SET:
+        return [item]
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", item):
         return [item]
     both = (("+", "-"), ("-", "+"))
@@ -218,6 +221,8 @@ class _Comparison:
         if (times := _pair(_time, ours, theirs)) is not None:
             return times
         if words_of(ours) is not None:
+            if read_letters(ours) and re.fullmatch(r"[\s(]*\w[)\s.]*", unwrap_text(ours)):  # \text{(C)}
+                return (True, Rule.LETTER) if read_letters(theirs) == read_letters(ours) else DIFFERENT
             ours, theirs = words_of(ours), words_of(theirs) or compact(theirs).strip("()")
             return (True, Rule.TEXT) if ours == (theirs.lower() if len(ours) > 1 else theirs) else DIFFERENT
         has_unit = split_unit(ours, letters=False).unit is not None
@@ -260,19 +265,22 @@ class _Comparison:
         )
         if a is not None and b is not None:
             return (True, Rule.NUMBER) if same_number(ours, theirs, a, b) else DIFFERENT
-        for read in (_base, _ratio):
-            if (outcome := _pair(read, ours, theirs)) is not None:
-                return outcome
+        if (bases := _pair(_base, ours, theirs)) is not None:
+            return bases
+        ratios = _ratio(ours), _ratio(theirs)
+        if any(ratios):  # 3:2 is 3/2
+            same = (ratios[0] or a) == (ratios[1] or b)
+            return (True, Rule.NUMBER) if same else DIFFERENT
         if (unions := [split_top(text, (r"\cup",)) for text in (ours, theirs)]) and max(map(len, unions)) > 1:
             return self.in_any_order(*unions)
         return self.single(ours, theirs, a)
 
     def parts(self, ours: Parts, theirs: Parts) -> Outcome:
         """Compare two brackets."""
-        if len(ours.items) != len(theirs.items):
-            return DIFFERENT
         if ours.kind == theirs.kind == _SET:
             return self.in_any_order(ours.items, theirs.items)
+        if len(ours.items) != len(theirs.items):
+            return DIFFERENT
         if _SET in (ours.kind, theirs.kind) or (ours.kind == theirs.kind and ours.columns != theirs.columns):
             return DIFFERENT
         # a vector has any brackets, but two items in square ones are the ends of an interval
@@ -341,18 +349,20 @@ class _Time(tuple):
 def _time(text: str) -> _Time | None:
     flat = re.sub(r"\\text|[{}.\s]", "", unwrap_text(text)).lower()
     match = _TIME.fullmatch(flat)
-    if match is None or int(match[2]) > 59 or int(match[1]) > 24:
+    if match is None or int(match[2] or 0) > 59 or int(match[1]) > 24 or not (match[2] or match[4]):
         return None
-    return _Time((int(match[1]), int(match[2]), int(match[3] or 0), match[4]))
+    return _Time((int(match[1]), int(match[2] or 0), int(match[3] or 0), match[4]))
 
 
-def _ratio(text: str) -> tuple[Fraction, ...] | None:
-    """Return a ratio's numbers over its first, and the number that a fraction is: 3:2 is 3/2."""
+def _ratio(text: str) -> Fraction | tuple[Fraction, ...] | None:
+    """Return the number that a ratio of two numbers is, of more the numbers over the last; None if it is none."""
     flat = compact(text)
-    if _RATIO.fullmatch(flat):
-        numbers = [int(each) for each in flat.split(":")]
-        return tuple(Fraction(each, numbers[0]) for each in numbers[1:]) if numbers[0] else None
-    return None
+    if not _RATIO.fullmatch(flat):
+        return None
+    *numbers, last = (int(each) for each in flat.split(":"))
+    if last == 0:
+        return None
+    return Fraction(numbers[0], last) if len(numbers) == 1 else tuple(Fraction(each, last) for each in numbers)
 
 
 def _base(text: str) -> tuple[str, str] | None:

@@ -23,6 +23,10 @@ _SUBSTITUTIONS = [
         (r"√\s*(\w+)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"(?<![\\a-zA-Z])(?:pi|Pi)(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
+        (r"(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands
+        (r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?o\}?\}?$", r"^\\circ"),  # degrees
+        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|to)\s*(?=\d)", ":"),
         (r"²", "^2"),
         (r"³", "^3"),
         (r"\\(?:left|right|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr)(?![a-zA-Z])\s*\.?(?=[(\[\])|\\{}.]|\s|$)", ""),
@@ -79,6 +83,8 @@ def clean(answer: str) -> str:
         text = pattern.sub(with_, text)
     text = re.sub(r"_\{?\s*\\text\s*\{\s*(?:base\s*)?(\w+)\s*\}\s*\}?$", _base_word, text)
     text = re.sub(r"^\s*\\text\s*\{\s*([-+\d.$][^{}]*)\}\s*$", r"\1", text)  # \text{5 cm}
+    if re.fullmatch(r"\{[^{}]*(?<!\\)\}", text.strip()):
+        text = text.strip()[1:-1]
     return text.strip().strip(",;").strip()
 
 
@@ -114,6 +120,7 @@ def words_of(text: str) -> str | None:
     if not (("\\text" in text and _WORDS.fullmatch(text)) or _BARE_WORDS.fullmatch(inside)):
         return None
     words = re.sub(r"[^\w\s]", "", inside).split()
+    words = words[1:] if len(words) > 1 and words[0].lower() in ("a", "an", "the") else words
     if not words or not any(char.isalpha() for char in inside):
         return None
     joined = "".join(words)

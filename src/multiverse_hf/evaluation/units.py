@@ -213,7 +213,7 @@ _STARTS = re.compile(
     r"|(?P<word>(?:(?<=[\d)}])\s*|(?<=[\w)}])\s+)[^\W\d_]+)"
 )
 _CURRENCY = re.compile(r"^([-+]?)\s*(\\\$|[$€£¥₹]|Rs\.?(?=\s*\d))\s*(?=[-+.\d\\])")
-_NOUN_TAIL = re.compile(r"(?:\s|\\(?:text|mbox|mathrm)\s*\{[\s\w.,'-]*\})+")
+_NOUN_TAIL = re.compile(r"(?:\s|\\(?:text|mbox|mathrm)\s*\{[\s\w.,'()-]*\})+")
 _PLAIN_NUMBER = re.compile(r"[-+]?(?:[\d.,/\s{}]|\\frac|\\pi(?![a-z])|\\sqrt|\\cdot|\\times)+")
 
 

@@ -27,8 +27,9 @@ _LONE_DECIMAL = re.compile(r"\s*([-+]?)\s*(\d*)\.(\d+)\s*")
 
 def read(text: str) -> Any:
     """Return the expression that a text writes, its decimals as fractions. Raise any error if it cannot be read."""
-    from latex2sympy2_extended.latex2sympy2 import NormalizationConfig, latex2sympy, normalize_latex
+    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
+    from sympy import Basic, I
 
     text = _DECIMAL.sub(lambda match: rf"{{\frac{{{int(match[1] + match[2])}}}{{{10 ** len(match[2])}}}}}", text)
     config = NormalizationConfig(
@@ -38,9 +39,13 @@ def read(text: str) -> Any:
     if len(parts) > 2 and not re.search("[,;]", text):
         text = parts[-1]
     text = normalize_latex(text, config)
-    return latex2sympy(
-        text, is_real=not should_treat_as_complex(text), convert_degrees=False, normalization_config=None
-    )
+    value = latex2sympy(
+        text, is_real=not should_treat_as_complex(text), convert_degrees=False, normalization_config=None,
+        conversion_config=ConversionConfig(lowercase_symbols=False),  # R and r are two
+    )  # fmt: skip
+    if isinstance(value, Basic):
+        value = value.subs({symbol: I for symbol in value.free_symbols if symbol.name == "i"})
+    return value
 
 
 def compare(gold: str, answer: str) -> tuple[bool, str | None]:
