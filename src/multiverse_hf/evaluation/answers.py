@@ -97,12 +97,12 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _ANSWER_LINE = re.compile(
-    r"^[ \t]*#*[ \t]*\**(?:the )?(?:final |correct )?answer(?: is)?\**[ \t]*:[ \t]*\**[ \t]*", re.I | re.MULTILINE
+    r"^[ \t]*#*[ \t]*\**(?:the )?(?:final |correct )?answer(?: is)?\**[ \t]*[:：][ \t]*\**[ \t]*", re.I | re.MULTILINE
 )
 # The tags of thinking, as Multiverse and other models write them
 _THINKING = re.compile(
     r"<\s*(?P<close>/?)\s*(?:think|thinking|thoughts?|reasoning)(?:\s+\w+=[^<>\n]{0,40})?\s*>"
-    r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷",
+    r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷|<\|(?:begin|(?P<ended>end))_of_thought\|>",
     re.I,
 )
 _BETWEEN_BOXES = re.compile(r"[\s$;.]*(?:,[\s$]*)?(or|and|(?<=,)[\s$]*)[\s$,;.]*", re.I)

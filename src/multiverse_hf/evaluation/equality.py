@@ -47,6 +47,7 @@ _INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
 _HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
 _OR = re.compile(r"\\text\s*\{\s*,?\s*or\s*\}|(?<![a-zA-Z\\{])or(?![a-zA-Z}])|\\lor(?![a-zA-Z])|\\vee(?![a-zA-Z])")
 _RELATION = re.compile(r"\\(?:neq?|geq?|leq?|geqslant|leqslant|gt|lt|approx|sim|equiv)(?![a-zA-Z])|[<>]")
+_ROUNDED = re.compile(r"(.*\S)\s*\\(?:approx|simeq|doteq)\s*[-+]?(?:\\\$)?\d[\d.,]*(?:[^\d=<>].*)?", re.DOTALL)
 _BASE = re.compile(r"\(?(\w+)\)?_\{?\(?(?:base)?(\d+)\)?\}?$|(\w+)\(?base(\d+)\)?$")
 _NAME = (
     r"(?:\\(?:angle|triangle|overline|vec|hat|bar|mathbf|mathcal|mathbb|Delta|measuredangle)\s*)?"
@@ -66,6 +67,8 @@ def compare(gold: str, answer: str, verifier: Verifier) -> Outcome:
     if len(answer) > MAX_CHARACTERS:
         return False, Rule.UNREADABLE
     ours, theirs = clean(gold), clean(answer)
+    if not _RELATION.search(ours) and (rounded := _ROUNDED.fullmatch(theirs)):
+        theirs = rounded[1]  # "1/3, which is about 0.333" says one third
     if compact(ours) == compact(theirs):
         return True, Rule.TEXT
     if max_depth(theirs) > MAX_DEPTH:

@@ -35,6 +35,8 @@ _SUBSTITUTIONS = [
         (r"\\(?:mbox|hbox|textbf|textit|textrm|textsf|texttt|textnormal)(?![a-zA-Z])", r"\\text"),
         (rf"{_FONT}\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
         (rf"{_FONT}\s*\{{\s*(\\?[a-zA-Z]+|\d+)\s*\}}", None),
+        (r"\{\s*\\rm\s+([^{}]*)\}", r"\\text{\1}"),
+        (r"^\(?(\d+)\)?_\{?10\}?$", r"\1"),  # base ten
         (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge "),
         (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le "),
         (r"\\ne(?![a-zA-Z])", r"\\neq "),

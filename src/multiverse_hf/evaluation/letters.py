@@ -3,13 +3,15 @@
 import re
 
 _FONT = re.compile(r"\\(?:text\w*|mbox|math\w+|boldsymbol|bm)\s*\{([^{}]*)\}")
-_OPTIONS = "A-H"
+_OPTIONS = "A-D"
 _BEFORE_LETTER = re.compile(
     r"^(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both)\s*(?:is|:|-)?\s*", re.I
 )
 _ONE = rf"[(\[{{<`]?\s*(?P<letter>[{_OPTIONS}])(?:\s*[)\]}}>`])?"
 _SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b))+\s*"
-_LIST = re.compile(rf"(?:{_SEPARATOR}{_ONE.replace('?P<letter>', '')}(?![\w']))+(?=\s*(?:[.:;!?,()\n]|$))", re.I)
+_LIST = re.compile(
+    rf"(?:{_SEPARATOR}{_ONE.replace('?P<letter>', '')}(?![\w']))+(?=\s*(?:[:;!?,()\n]|\.(?!\s*[a-z])|$))", re.I
+)
 _OR = re.compile(rf"\s+(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]?(?P<letter>(?-i:[{_OPTIONS}]))(?![\w'])", re.I)
 _LATER = re.compile(rf"\b(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]\s*(?P<letter>[{_OPTIONS}])\s*[)\]]", re.I)
 
@@ -30,7 +32,7 @@ def read_letters(answer: str) -> set[str]:
     bare = first[0].strip() == first["letter"]
     is_set_off = not bare or re.match(r"\s*(?:$|[.:,;/&+\-–—−(=])|\s+(?:or|and|is|because)\b", rest, re.I)
     # "B polygenic score" names B; "A reagent", "a reagent" and "Both" name nothing
-    if not is_set_off and not (re.match(r"\s", rest) and first["letter"] in "BCDEFGH"):
+    if not is_set_off and not (re.match(r"\s", rest) and first["letter"] in "BCD"):
         return set()
     letters = {first["letter"].upper()}
     if joined := _LIST.match(rest):

@@ -145,6 +145,7 @@ _WORDS = (
     (re.compile(r"\^\s*\{?\s*\\?(?:circ|degree)(?![a-z])\s*\}?|\\degree(?![a-z])|\^\s*\{?\s*°\s*\}?"), " ° "),
     (re.compile(r"\\([%$])"), r"\1"),
     (re.compile(r"\^\s*\{?\s*(-?\d)\s*\}?"), r" ^\1 "),
+    (re.compile(r"(?<=[A-Za-z])([23])\b"), r" ^\1 "),  # cm2
     (re.compile("²"), " ^2 "),
     (re.compile("³"), " ^3 "),
 )
