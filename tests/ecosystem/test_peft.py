@@ -69,6 +69,7 @@ def ids():
 
 @torch.no_grad()
 def logits(model, ids) -> torch.Tensor:
+    multiverse_model(model).raw_forced_logits = True  # some kinds of adapters go round what sets them
     return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 

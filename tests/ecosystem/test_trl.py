@@ -227,6 +227,29 @@ def test_a_rollout_takes_text_as_it_is_keeps_tags_of_users_as_text_and_needs_a_m
         multiverse_rollout([chat], trainer)
 
 
+@pytest.mark.parametrize("kind", ["class", pytest.param("remote", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("packing", [False, True])
+def test_sft_learns_what_the_model_chose_packed_or_not(packing, kind, folder, rows, tokenizer, tmp_path):
+    """The first loss is the mean over the completion, where tokens that the engine wrote have probability one."""
+    model = load(kind, folder)
+    batch = [encode_prompt(tokenizer, row["prompt"], return_tensors="pt") for row in rows[:2]]
+    total, count = 0.0, 0
+    for prompt, row in zip(batch, rows, strict=False):
+        out = model.generate(prompt, max_new_tokens=500, return_dict_in_generate=True)
+        text = tokenizer.apply_chat_template(row["prompt"] + row["completion"], return_tensors="pt").input_ids
+        assert text[:, : out.sequences.shape[1]].equal(out.sequences), "the same tokens as the trainer's"
+        chosen = torch.ones_like(text, dtype=torch.bool)  # what the template puts after the answer is learnt as well
+        chosen[:, : out.sequences.shape[1]] = out.sampled_mask
+        with torch.no_grad():
+            scores = model(text).logits[:, :-1].log_softmax(-1).gather(-1, text[:, 1:, None])[..., 0]
+        total -= scores[chosen[:, 1:]].sum().item()
+        count += text.shape[1] - prompt.shape[1]
+    args = SFTConfig(**(common(tmp_path) | {"per_device_train_batch_size": 1 if packing else 2}), packing=packing)
+    dataset = Dataset.from_list(rows[:2])
+    first = first_of(SFTTrainer(model, args=args, train_dataset=dataset, processing_class=tokenizer))
+    assert first["loss"] == pytest.approx(total / count, abs=1e-5)
+
+
 @pytest.mark.parametrize("trust", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_folders_name_gives_the_multiverse_class_whose_run_loads_again(trust, folder, rows, tokenizer, tmp_path):
     losses = []
@@ -249,6 +272,23 @@ def test_an_architecture_that_the_caller_names_is_taken(folder, tmp_path):
 
     assert type(create_model_from_path(str(folder), Qwen3ForCausalLM)) is Qwen3ForCausalLM
     assert multiverse_model(create_model_from_path(str(folder))) is not None
+
+
+@pytest.mark.slow
+def test_trainers_of_trl_that_are_experimental_load_by_name_too(folder, tokenizer, tmp_path):
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    data = Dataset.from_list([{"prompt": "A=5+6;", "chosen": "B", "rejected": "C"}] * 2)
+    args = ORPOConfig(**common(tmp_path), max_length=64)
+    trainer = ORPOTrainer(str(folder), args=args, train_dataset=data, processing_class=tokenizer)
+    assert multiverse_model(trainer.model) is not None
+
+
+def test_vllm_which_writes_no_branches_is_refused(folder):
+    trainer = SimpleNamespace(model=load("class", folder), use_vllm=True)
+    for kind in (GRPOTrainer, RLOOTrainer):
+        with pytest.raises(ValueError, match="use_vllm=True writes paths one after the other"):
+            kind._generate_single_turn(trainer, [[1]], None, {})
 
 
 BY_NAME = """

@@ -7,6 +7,7 @@ where they do, when they are imported, or at once if they have been. It imports 
 import functools
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -98,10 +99,15 @@ def _cut_to_length(original: Callable[..., Any]) -> Callable[..., Any]:
         model = multiverse_model(trainer.model)
         if model is None:
             return original(trainer, *args, **kwargs)
+        if getattr(trainer, "use_vllm", False):
+            raise ValueError(
+                "use_vllm=True writes paths one after the other, each seeing those before it, which is not what is "
+                "trained; leave it out, or pass rollout_func=multiverse_rollout"
+            )
         with counted(model) as lengths:
             result = original(trainer, *args, **kwargs)
         completions = result[0] if isinstance(result, tuple) else result
-        if len(lengths) == len(completions):  # else something else wrote them, such as vLLM
+        if len(lengths) == len(completions):  # none were counted where structure="off" was left to transformers
             # TRL's own mask ends at the first end token. Rows without one hold the padding behind them too.
             completions[:] = [ids[: max(1, length)] for ids, length in zip(completions, lengths, strict=True)]
         return result
@@ -130,6 +136,26 @@ def counted(model: Any) -> Iterator[list[int]]:
             model.generate = own
 
 
+def _change_trl_experimental(module: ModuleType, door: Any) -> None:
+    """Have trainers of TRL that load by ``AutoModelForCausalLM`` do it by the Multiverse class."""
+    if vars(module).get("AutoModelForCausalLM") is AutoModelForCausalLM:
+        module.AutoModelForCausalLM = _by_name(door)
+
+
+def _by_name(door: Any) -> Any:
+    """Return an ``AutoModelForCausalLM`` that loads Multiverse checkpoints by the Multiverse class."""
+
+    class ByName(AutoModelForCausalLM):
+        @classmethod
+        def from_pretrained(
+            cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+        ) -> Any:
+            kind = door if holds_tags(pretrained_model_name_or_path) else AutoModelForCausalLM
+            return kind.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    return ByName
+
+
 # PEFT: the base of an adapter
 
 
@@ -139,12 +165,7 @@ def _change_peft(module: ModuleType, door: Any) -> None:
     if getattr(kind, "_target_class", None) is not AutoModelForCausalLM:  # changed before, or another release
         return
 
-    class Base:
-        @classmethod
-        def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-            return (door if holds_tags(path) else AutoModelForCausalLM).from_pretrained(path, *args, **kwargs)
-
-    kind._target_class = Base
+    kind._target_class = _by_name(door)
     # An adapter without a task type names the module of its base's class, and peft imports modules that it knows only.
     allowed, package = module.get_default_import_allowlist, door.__module__.rpartition(".")[0]
     module.get_default_import_allowlist = lambda: [*allowed(), package]
@@ -156,6 +177,11 @@ _CHANGES = {
     "trl.trainer.rloo_trainer": _change_trl_rollout,
     "peft.auto": _change_peft,
 }
+_EXPERIMENTAL = re.compile(r"trl\.experimental\..*_trainer")
+
+
+def _change_of(name: str) -> Callable[[ModuleType, Any], None] | None:
+    return _CHANGES.get(name) or (_change_trl_experimental if _EXPERIMENTAL.fullmatch(name) else None)
 
 
 class _Finder:
@@ -168,7 +194,8 @@ class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name not in _CHANGES:
+        change = _change_of(name)
+        if change is None:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
@@ -177,7 +204,7 @@ class _Finder:
 
             def exec_module(module: ModuleType) -> None:
                 execute(module)
-                _CHANGES[name](module, self.door)
+                change(module, self.door)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -192,6 +219,6 @@ def integrate(door: Any) -> None:
     if any(hasattr(finder, _MARK) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder(door))
-    for name, change in _CHANGES.items():
-        if name in sys.modules:
-            change(sys.modules[name], door)
+    for name, module in list(sys.modules.items()):
+        if change := _change_of(name):
+            change(module, door)
