@@ -16,6 +16,7 @@ from peft import (
     LoraConfig,
     OFTConfig,
     PeftModel,
+    PrefixTuningConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -134,6 +135,44 @@ def test_an_adapter_of_the_prompt_is_refused_by_merge_and_from_pretrained(tmp_pa
     with pytest.raises(ValueError, match=r"use peft.AutoPeftModelForCausalLM"):
         MultiverseForCausalLM.from_pretrained(tmp_path)
     assert multiverse_model(AutoPeftModelForCausalLM.from_pretrained(tmp_path)) is not None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(num_virtual_tokens=4, **CAUSAL), PrefixTuningConfig(num_virtual_tokens=4, **CAUSAL)],
+    ids=["prompt", "prefix"],
+)
+def test_a_tuned_prompt_generates_with_structure_off_as_the_base_class_does_and_is_refused_with_branches(config):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    prompt = encode_prompt(tokenizer, "A=5+6; B=7+8; total?", return_tensors="pt")
+    asked = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), "max_new_tokens": 12, "do_sample": False}
+    answers = []
+    for load in (AutoModelForCausalLM, MultiverseForCausalLM):
+        torch.manual_seed(0)
+        model = get_peft_model(load.from_pretrained(embedded_model()), config).eval()
+        torch.nn.init.normal_(next(model.prompt_encoder.parameters()), 0, 10.0)
+        if load is MultiverseForCausalLM:
+            with pytest.raises(ValueError, match=r"_TUNING brings vectors .* structure='off', or train LoRA"):
+                model.generate(**asked)
+            asked["structure"] = "off"
+        answers.append(model.generate(**asked).tolist())
+    assert answers[0] == answers[1]
+    untuned = model.get_base_model().generate(**asked).tolist()
+    assert untuned != answers[1], "the prompt says something"
+
+
+@torch.no_grad()
+def test_a_tuned_prompt_is_read_as_the_tokens_whose_embeddings_it_holds(ids):
+    adapted = get_peft_model(
+        MultiverseForCausalLM.from_pretrained(embedded_model()), PromptTuningConfig(num_virtual_tokens=3, **CAUSAL)
+    ).eval()
+    model = adapted.get_base_model()
+    begin = torch.tensor([[300, 301, 302]])
+    adapted.prompt_encoder["default"].embedding.weight.copy_(model.get_input_embeddings()(begin)[0])
+    expected = model(torch.cat([begin, ids], 1)).logits[:, 3:]
+    assert torch.allclose(
+        adapted(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 3:], expected, atol=1e-5
+    )
 
 
 def test_a_base_without_tags_and_an_adapter_without_tokenizer_are_told_what_is_missing(tmp_path):

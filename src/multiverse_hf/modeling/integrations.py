@@ -171,6 +171,13 @@ def _change_peft(module: ModuleType, door: Any) -> None:
     module.get_default_import_allowlist = lambda: [*allowed(), package]
 
 
+def tuned_prompt(model: Any) -> str | None:
+    """Return the kind of PEFT adapter that calls ``generate`` with a tuned prompt or prefix; None if none does."""
+    caller = getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", model)  # PEFT puts its own there
+    config = None if caller is model else getattr(caller, "active_peft_config", None)
+    return config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
+
+
 _CHANGES = {
     "trl.trainer.utils": _change_trl_loader,
     "trl.trainer.grpo_trainer": _change_trl_rollout,

@@ -25,13 +25,13 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
-from .arguments import check_streamer, reject
+from .arguments import check_streamer, reject, split_options
 from .attention import layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
-from .hooks import follow_layouts
-from .integrations import integrate
+from .hooks import follow_layouts, plain_layout
+from .integrations import integrate, tuned_prompt
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
@@ -253,6 +253,16 @@ class MultiverseForCausalLM:
             TypeError: if an argument is of the wrong kind.
         """
         check_streamer(streamer)
+        if tuned := tuned_prompt(self):
+            if split_options(self, generation_config, kwargs).structure != "off":
+                raise ValueError(
+                    f"{tuned} brings vectors beside the tokens, which branches do not read; call generate with "
+                    "structure='off', or train LoRA"
+                )
+            with plain_layout():
+                return super().generate(
+                    inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
+                )
         return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
