@@ -2,12 +2,6 @@
 
 import functools
 import json
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -170,47 +164,6 @@ def test_a_text_generation_pipeline_branches(saved):
     pipe = pipeline("text-generation", model=str(saved), trust_remote_code=True)
     said = pipe(CHAT, max_new_tokens=600, do_sample=False)[0]["generated_text"][-1]["content"]
     assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
-
-
-@pytest.fixture(scope="module")
-def served(saved):
-    """Its address: multiverse-tiny behind ``transformers serve``, which is told to trust the checkpoint's code."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(saved), "--trust-remote-code"]
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(
-            [*command, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            for _ in range(600):
-                if server.poll() is not None:
-                    log.seek(0)
-                    pytest.fail(f"transformers serve ended: {log.read().decode()[-3000:]}")
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.2)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            server.kill()
-            server.wait()
-
-
-def test_transformers_serve_branches_whole_and_streamed(saved, served):
-    from openai import OpenAI
-
-    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
-    client = OpenAI(base_url=served, api_key="none")
-    asked = {"model": str(saved), "messages": CHAT, "max_tokens": 600, "temperature": 0}
-    whole = client.chat.completions.create(**asked)
-    assert whole.choices[0].message.content == expected
-    chunks = list(client.chat.completions.create(**asked, stream=True))
-    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(pieces) == expected
-    assert len([piece for piece in pieces if piece]) > 20
 
 
 def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):

@@ -2,6 +2,7 @@
 
 It is there for TRL, which takes the class of transformers that ``architectures`` names: the plain base class. For a
 name that transformers does not have, TRL turns to ``AutoModelForCausalLM`` and so to the code of the checkpoint.
+And for ``transformers serve``, which does likewise and finds :mod:`.serve`.
 """
 
 import os
@@ -9,6 +10,8 @@ import sys
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
+
+from .serve import SERVER, server_class
 
 NOT_IN_TRANSFORMERS = "MultiverseForCausalLM"  # no class of transformers is called this
 _LOADER = ("trl.trainer.utils", "create_model_from_path")
@@ -25,19 +28,23 @@ class MultiverseConfig:
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **kwargs: Any) -> Any:
         """Return the base architecture's config, as ``AutoConfig`` does without ``trust_remote_code``.
 
-        TRL alone gets a config whose ``architectures`` begins with a name that transformers does not have. TRL reads
-        the names from it and drops it. Others keep and save configs, or look the name up and fail.
+        TRL alone gets a config whose ``architectures`` begins with a name that transformers does not have, and
+        ``transformers serve`` one that begins with :class:`.serve.ServedModel`. They read the names from it and drop
+        it. Others keep and save configs, or look the name up and fail.
         """
         loaded = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        if isinstance(config, PretrainedConfig) and _called_by_trl():
-            config.architectures = [NOT_IN_TRANSFORMERS, *(config.architectures or [])]
+        if isinstance(config, PretrainedConfig):
+            caller = _caller()
+            if caller in (_LOADER, SERVER):
+                name = NOT_IN_TRANSFORMERS if caller == _LOADER else server_class()
+                config.architectures = [name, *(config.architectures or [])]
         return loaded
 
 
-def _called_by_trl() -> bool:
-    """Return whether it is TRL's loader that called ``AutoConfig``, to choose a class by the config."""
+def _caller() -> tuple[str, str] | None:
+    """Return the module and the function that called ``AutoConfig``."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__") in (__name__, AutoConfig.__module__):
         frame = frame.f_back
-    return frame is not None and (frame.f_globals.get("__name__"), frame.f_code.co_name) == _LOADER
+    return None if frame is None else (frame.f_globals.get("__name__", ""), frame.f_code.co_name)
