@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_evaluation_answers import BENCHMARKS, NEEDS_EVAL
 
-from multiverse_hf.evaluation import checker
 from multiverse_hf.evaluation.answers import AnswerKind, Rule, judge
-from multiverse_hf.evaluation.exact import exact_value
-from multiverse_hf.evaluation.units import parse_unit, split_unit
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging import checker
+from multiverse_hf.judging.exact import exact_value
+from multiverse_hf.judging.units import parse_unit, split_unit
+from multiverse_hf.judging.verifier import Verifier
 
 pytestmark = NEEDS_EVAL
 

@@ -21,7 +21,7 @@ from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, judge
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging.verifier import Verifier
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "multiverse_hf.cli", "eval"]

@@ -1,15 +1,13 @@
-"""The answer of a document against its original's: equal text, or equal to math-verify in a process of its own."""
+"""The answer of a document against its original's, by the rules that judge an evaluation."""
 
 import asyncio
-import contextlib
-import multiprocessing
 import re
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
+from multiverse_hf.judging.equality import compare
+from multiverse_hf.judging.verifier import Verifier, VerifierError
 
 # "the answer is 42", "Answer: 42"; up to the end of the sentence or line
 _STATED = re.compile(
@@ -52,27 +50,12 @@ def boxed(text: str) -> list[str]:
     return found
 
 
-def _equal(ours: str, theirs: str) -> bool:
-    """Compare two answers. Runs in a process of the pool, whose main thread math-verify's own timeouts need."""
-    from math_verify import parse, verify
-
-    gold, found = (parse(text if "\\boxed" in text or "$" in text else f"${text}$") for text in (ours, theirs))
-    return bool(gold and found and verify(gold, found))
-
-
-def _end_with(parent: int) -> None:
-    from multiverse_hf.jobs.processes import end_with
-
-    end_with(parent)
-
-
 class AnswerChecker:
     """Compares answers; what takes longer than ``timeout_s`` is not equal. To be closed."""
 
     def __init__(self, timeout_s: float = 15.0) -> None:
         self.timeout_s = timeout_s
-        self._pool: ProcessPoolExecutor | None = None
-        self._turn = asyncio.Lock()
+        self._verifier = Verifier()
 
     async def check(self, original: str, sequential: str, document: Document, answer: str | None = None) -> None:
         """Check that a document's sequential text has the original's answer, and that no conclusion states another.
@@ -86,47 +69,39 @@ class AnswerChecker:
         Raises:
             Refusal: if not, with both answers.
         """
-        await self._compare(final_answers(original), final_answers(sequential))
-        gold = stated_answers(original) or (answer and (stated_answers(answer) or [answer.strip()]))
+        are_stated = bool(stated_answers(original) and stated_answers(sequential))
+        await self._compare(final_answers(original), final_answers(sequential), is_prose=not are_stated)
+        stated = stated_answers(original) or (answer and stated_answers(answer))
+        gold = stated or (answer and [answer.strip()])
         if not gold:
             return
         texts = (piece.text for piece in document.walk() if isinstance(piece.node, Text))
         if found := stated_answers("".join(texts)):
-            await self._compare(gold, found)
+            await self._compare(gold, found, is_prose=not stated)
         for block, _ in document.blocks():  # conclusions are a model's own words
             for said in concluded_answers(block.conclusion.text):
-                await self._compare(gold, [said])
+                is_boxed = said in boxed(block.conclusion.text)
+                await self._compare(gold, [said], is_prose=not (stated and is_boxed))
 
-    async def _compare(self, gold: list[str], found: list[str]) -> None:
+    async def _compare(self, gold: list[str], found: list[str], *, is_prose: bool) -> None:
         if gold == found:
             return
         if len(gold) == len(found):
-            async with self._turn:
-                if all([await self._equal(one, other) for one, other in zip(gold, found, strict=True)]):
-                    return
+            pairs = list(zip(gold, found, strict=True))
+            if await asyncio.to_thread(lambda: all(self._equal(*pair, is_prose) for pair in pairs)):
+                return
         raise Refusal("answer", f"the answer is {', '.join(found)!r:.120}, in the original {', '.join(gold)!r:.120}")
 
-    async def _equal(self, ours: str, theirs: str) -> bool:
-        if ours == theirs:
+    def _equal(self, ours: str, theirs: str, is_prose: bool) -> bool:
+        """Compare two answers; of sentences, which say more than an answer, what math-verify finds in them."""
+        self._verifier.timeout_s = self.timeout_s
+        if ours == theirs or compare(ours, theirs, self._verifier)[0]:
             return True
-        if self._pool is None:
-            # spawned: a fork of a process with threads and open connections may hang
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                1, context, initializer=_end_with, initargs=(multiprocessing.current_process().pid,)
-            )
-        future = asyncio.get_running_loop().run_in_executor(self._pool, _equal, ours, theirs)
         try:
-            return await asyncio.wait_for(future, self.timeout_s)
-        except (TimeoutError, BrokenProcessPool):
-            self.close()
+            return is_prose and self._verifier.is_same(ours, theirs, search=True)
+        except VerifierError:
             return False
 
     def close(self) -> None:
-        """End the pool, whatever it is at."""
-        if self._pool is not None:
-            for process in list((self._pool._processes or {}).values()):
-                with contextlib.suppress(OSError):
-                    process.kill()
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
+        """End the process that compares, whatever it is at."""
+        self._verifier.close()

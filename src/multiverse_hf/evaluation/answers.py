@@ -40,9 +40,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from multiverse_hf.data.chains import read_answer
-from multiverse_hf.evaluation.equality import Rule, compare
-from multiverse_hf.evaluation.letters import read_letters
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging.equality import Rule, compare
+from multiverse_hf.judging.letters import read_letters
+from multiverse_hf.judging.verifier import Verifier
 
 # Raised with each change of a verdict: recorded with every run. 1 was math-verify 0.5.2 on whole answers.
 RULES_VERSION = 2

@@ -17,12 +17,12 @@ from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
-from multiverse_hf.evaluation.checker import get_checker
 from multiverse_hf.evaluation.report import describe_sampling, show, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import TASKS
+from multiverse_hf.judging.checker import get_checker
 from multiverse_hf.outputs import check_output, output_folder, write_output
 
 

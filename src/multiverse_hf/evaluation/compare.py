@@ -14,7 +14,7 @@ from multiverse_hf.evaluation.report import describe_sampling, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
 from multiverse_hf.evaluation.samples import Sample, read_samples
 from multiverse_hf.evaluation.tasks import TASKS
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")

@@ -11,7 +11,7 @@ program that does not use LightEval's tasks. Upstream, in huggingface/lighteval:
 is downloaded where there is no network); none was found for ``list_models``. All of this can go when they are mended.
 
 It also pins latex2sympy2_extended, which holds math-verify at an older version than the one that judges here:
-``install`` puts that into a folder of its own (:mod:`~multiverse_hf.evaluation.checker`).
+``install`` puts that into a folder of its own (:mod:`~multiverse_hf.judging.checker`).
 """
 
 import importlib.abc
@@ -60,7 +60,7 @@ def hook() -> Path:
 def main() -> None:
     if sys.argv[1:] == ["install"]:
         from multiverse_hf.errors import CommandError
-        from multiverse_hf.evaluation.checker import get_checker
+        from multiverse_hf.judging.checker import get_checker
 
         try:
             get_checker()  # LightEval's pin holds back the version of this environment

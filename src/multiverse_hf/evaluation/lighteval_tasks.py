@@ -30,7 +30,7 @@ from multiverse_hf.evaluation.answers import AnswerKind, judge
 from multiverse_hf.evaluation.lighteval_measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_rows
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import new_folder
 
 BUDGET = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", MAX_NEW_TOKENS))

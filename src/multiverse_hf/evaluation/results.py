@@ -58,12 +58,12 @@ from typing import Any
 from multiverse_hf.checkpoints import Dtype
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION
-from multiverse_hf.evaluation.checker import JUDGES
 from multiverse_hf.evaluation.metrics import CONFIDENCE, avg_at_n, bootstrap, parallel_rate, pass_at_k
 from multiverse_hf.evaluation.run import Finished
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import ProblemSet
+from multiverse_hf.judging.checker import JUDGES
 from multiverse_hf.provenance import commit, hardware, versions
 
 SCHEMA = 1

@@ -19,7 +19,7 @@ from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.settings import Evaluation, settle
 from multiverse_hf.evaluation.tasks import TASKS, Mode, Problem, ProblemSet, Task, load_problems
-from multiverse_hf.evaluation.verifier import Verifier
+from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import check_output
 
 POLL_S = 0.005

@@ -1,6 +1,6 @@
 """Where math-verify is, of the one version that judges: in this environment, or in a folder of its own.
 
-    python -m multiverse_hf.evaluation.checker       install it where it is missing, and say where it is
+    python -m multiverse_hf.judging.checker       install it where it is missing, and say where it is
 
 Verdicts depend on the version. ``multiverse_hf[eval]`` brings it. But LightEval 0.13 pins an older
 latex2sympy2_extended, so beside LightEval there is either none or another: there pip installs it, with what it
@@ -19,7 +19,7 @@ from multiverse_hf.outputs import new_folder
 
 JUDGES = {"math-verify": "0.9.0", "latex2sympy2_extended": "1.11.0"}
 IMPORTS = {"antlr4-python3-runtime": "4.13.2", "sympy": "1.14.0", "mpmath": "1.3.0"}
-COMMAND = "python -m multiverse_hf.evaluation.checker"
+COMMAND = "python -m multiverse_hf.judging.checker"
 INSTALL_S = 600
 
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fractions import Fraction
 
-from multiverse_hf.evaluation.exact import exact_value, same_number
-from multiverse_hf.evaluation.latex import clean, compact, find_matrix, max_depth, split_top, unwrap_text, words_of
-from multiverse_hf.evaluation.letters import read_letters
-from multiverse_hf.evaluation.units import CHANGES, Quantity, same_unit, split_compound, split_unit
-from multiverse_hf.evaluation.verifier import Verifier, VerifierError, VerifierTimeout
+from multiverse_hf.judging.exact import exact_value, same_number
+from multiverse_hf.judging.latex import clean, compact, find_matrix, max_depth, split_top, unwrap_text, words_of
+from multiverse_hf.judging.letters import read_letters
+from multiverse_hf.judging.units import CHANGES, Quantity, same_unit, split_compound, split_unit
+from multiverse_hf.judging.verifier import Verifier, VerifierError, VerifierTimeout
 
 MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
 MAX_PARTS = 60  # of a list whose parts may come in any order: each is compared with each

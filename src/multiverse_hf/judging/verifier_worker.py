@@ -1,7 +1,8 @@
 """Compares mathematical expressions in a process of its own, which may be killed at any time.
 
 Run as a script: it imports math-verify and nothing of this package, so it starts quickly. A line of standard input is
-``[gold, answer]``, the line it writes for it ``[is the same, why not]``.
+``[gold, answer, search]``, the line it writes for it ``[is the same, why not]``. ``search``: the two are prose, and
+math-verify looks for an expression in each.
 
 math-verify 0.9 reads and compares. Two things are stricter than its defaults. An expression is read as a whole or not
 at all: its own search takes a number out of what it cannot read, and drops units and single letters. And what it
@@ -68,6 +69,17 @@ def compare(gold: str, answer: str) -> tuple[bool, str | None]:
     return bool(same) and not differ(*read_), None
 
 
+def compare_prose(gold: str, answer: str) -> tuple[bool, str | None]:
+    """Say whether math-verify finds the same in two texts that say more than an answer."""
+    from math_verify import parse, verify
+
+    found = [
+        parse(text if "\\boxed" in text or "$" in text else f"${text}$", parsing_timeout=NEVER_S)
+        for text in (gold, answer)
+    ]
+    return bool(all(found) and verify(*found, timeout_seconds=NEVER_S)), None
+
+
 def is_rounded(text: str, value: Any) -> bool:
     """Check that a text is a decimal, and an irrational number rounded to it."""
     from sympy import Expr, Rational
@@ -122,7 +134,8 @@ def main() -> None:
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
         try:
-            reply = compare(*json.loads(line))
+            gold, answer, search = json.loads(line)
+            reply = compare_prose(gold, answer) if search else compare(gold, answer)
         except (Exception, RecursionError) as err:
             reply = (False, f"{type(err).__name__}: {err}"[:200])
         print(json.dumps(reply), file=out, flush=True)
