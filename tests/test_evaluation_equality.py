@@ -132,13 +132,13 @@ LETTERS = {
         "Answer: C – x", "Answer: C, not D", "Answer: C. A, B and D are wrong", "Answer: C (the third)",
         r"\boxed{\mathrm{C}}",
         "Answer: [C]", "### Answer: C: x", "Answer: C, A and B react", "Correct answer: C",
-        "Answer: C, D-glucose is formed", "Answer: C, D. melanogaster", "Answer：C", r"\boxed{C)}",
+        "Answer: C, D-glucose is formed", "Answer: C, D. melanogaster", "Answer：C", r"\boxed{C)}", "Answer: \"C\"",
     ],
     "several": [
         r"\boxed{C, D}", "Answer: C or D", "Answer: (C) or (D)", r"\boxed{C \text{ and } D}", "Answer: C/D",
         "Answer: c, d",
-        "Answer: C, D, and A", "Answer: both C and D", "Answer: C and D are right", "Answer: (C) x or (D) y",
-        r"\boxed{C \& D}",
+        "Answer: C, D, and A", "Answer: either C or D", "Answer: both C and D", "Answer: C and D are right",
+        "Answer: (C) x or (D) y", r"\boxed{C \& D}",
     ],
     "wrong": ["Answer: A catalyst", "Answer: a catalyst", "Answer: none", r"\boxed{CD}", "Answer: D"],
 }  # fmt: skip

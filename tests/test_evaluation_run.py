@@ -204,7 +204,7 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(
     assert "begun with --n 2, now it is 4" in refused("--n", "4")
     shutil.copytree(whole, tmp_path / "older")
     begun = json.loads((whole / "run.json").read_text())
-    assert begun.pop("rules") == RULES_VERSION
+    assert begun.pop("rules_version") == RULES_VERSION
     (tmp_path / "older/run.json").write_text(json.dumps(begun))
     message = error_of(capfd, "eval", *SMALL, "--n", "2", "--output", str(tmp_path / "older"))
     assert f"judged by version 1 of the rules for answers, this is version {RULES_VERSION}" in message
@@ -373,7 +373,7 @@ def test_answers_that_other_rules_judged_are_judged_again(
         whole, tmp_path / "other", lambda samples: [replace(s, correct=not s.correct, rule="old") for s in samples]
     )
     results = json.loads((whole / "results.json").read_text())
-    assert results.pop("rules") == RULES_VERSION
+    assert results.pop("rules_version") == RULES_VERSION
     (other / "results.json").write_text(json.dumps(results))
     assert run(["compare", str(whole), str(other), "--output", str(tmp_path / "out")]) == 0
     comparison = json.loads((tmp_path / "out/comparison.json").read_text())

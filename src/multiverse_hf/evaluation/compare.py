@@ -61,7 +61,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
             raise CommandError(f"{folder} holds no results.json; finish it with multiverse eval, then compare")
         runs.append((results, read_samples(folder / "samples")))
     heads = dict(zip("ab", (results for results, _ in runs), strict=True))
-    again = [side for side, results in heads.items() if results.get("rules", 1) != RULES_VERSION]
+    again = [side for side, results in heads.items() if results.get("rules_version", 1) != RULES_VERSION]
     (a, samples_a), (b, samples_b) = (
         (results, judge_again(samples) if side in again else samples)
         for side, (results, samples) in zip("ab", runs, strict=True)

@@ -62,7 +62,8 @@ def write_page(results: Mapping[str, Any]) -> str:
     for name, task in results["tasks"].items():
         if task["groups"]:
             lines += [f"## {name} by group", "", *_table(task["groups"], results["n"]), ""]
-    lines += ["## How answers were judged", "", "| task | " + "rule: answers | ended by: answers |", "|---|---|---|"]
+    lines += ["## How answers were judged", "", f"By version {results.get('rules_version', 1)} of the rules.", ""]
+    lines += ["| task | " + "rule: answers | ended by: answers |", "|---|---|---|"]
     for name, task in results["tasks"].items():
         counts = [", ".join(f"{key} {n}" for key, n in task[of].items()) for of in ("rules", "finish_reasons")]
         lines.append(f"| {name} | {' | '.join(counts)} |")

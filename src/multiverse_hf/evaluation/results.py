@@ -33,7 +33,7 @@ Names are stable within a ``schema``; one that goes or changes its meaning raise
           "finish_reasons": {"stop": int, ...}
         }, ...
       },
-      "rules": int,                                 version of the rules that judged; 1 where it is not said
+      "rules_version": int,                         of the rules that judged; 1 where it is not said
       "confidence": 0.95,                           of low and high: bootstrap over problems
       "versions": {"multiverse_hf": str, "python": str, "torch": str, ...},
       "hardware": {"device": str, "cores": int, "threads": int, "load_average": float | null} | null,
@@ -124,7 +124,7 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
         "n": evaluation.num_samples,
         "seed": evaluation.seed,
         "tasks": {each.task.name: _describe_task(finished, each) for each in finished.problem_sets},
-        "rules": RULES_VERSION,
+        "rules_version": RULES_VERSION,
         "confidence": CONFIDENCE,
         "versions": versions(*PACKAGES) | JUDGES,
         "hardware": None if finished.device is None else hardware(finished.device),

@@ -122,7 +122,7 @@ def settle(
     }
     asked |= {
         "weights": weights,
-        "rules": RULES_VERSION,
+        "rules_version": RULES_VERSION,
         "problems": {each.task.name: each.fingerprint for each in problem_sets},
     }
     if not path.exists():
@@ -139,7 +139,7 @@ def settle(
     for name, value in asked.items():
         if value == (there := stored.get(name)):
             continue
-        if name == "rules":
+        if name == "rules_version":
             raise CommandError(
                 f"{path.parent} was judged by version {there or 1} of the rules for answers, this is version {value}; "
                 "name another --output"

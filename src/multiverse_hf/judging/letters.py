@@ -5,7 +5,7 @@ import re
 _FONT = re.compile(r"\\(?:text\w*|mbox|math\w+|boldsymbol|bm)\s*\{([^{}]*)\}")
 _OPTIONS = "A-D"
 _BEFORE_LETTER = re.compile(
-    r"^(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both)\s*(?:is|:|-)?\s*", re.I
+    r"^(?:(?:the|my|final|correct|best|right)\s+)*(?:answer|option|choice|letter|both|either)\s*(?:is|:|-)?\s*", re.I
 )
 _ONE = rf"[(\[{{<`]?\s*(?P<letter>[{_OPTIONS}])(?:\s*[)\]}}>`])?"
 _SEPARATOR = r"(?:\s*(?:[,;/&+]|\bor\b|\band\b|\beither\b|\boption\b|\bchoice\b))+\s*"
@@ -23,7 +23,7 @@ def read_letters(answer: str) -> set[str]:
     option only if nothing that reads on follows it, or if it stands in brackets.
     """
     text = _FONT.sub(r"\1", _FONT.sub(r"\1", answer))
-    text = re.sub(r"\*\*|[$`\\]", "", re.sub(r"~|\\[,;: ]|\\q?quad\b", " ", text)).strip(" .*")
+    text = re.sub(r"\*\*|[$`\\]", "", re.sub(r"~|\\[,;: ]|\\q?quad\b", " ", text)).strip(" .*!?#\"'“”‘’")
     text = _BEFORE_LETTER.sub("", text, count=1)
     first = re.match(_ONE, text, re.I)
     if first is None:
