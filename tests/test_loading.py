@@ -163,6 +163,18 @@ def test_a_config_may_be_named_by_its_place_and_weights_be_handed_over(tmp_path)
         MultiverseForCausalLM.from_pretrained(None, state_dict=model.state_dict())
 
 
+def test_a_made_class_takes_tags_as_the_door_does(tmp_path):
+    plain = Qwen3ForCausalLM(tiny_config("qwen3"))
+    plain.save_pretrained(tmp_path)
+    made = multiverse_class(Qwen3ForCausalLM)
+    with pytest.raises(ValueError, match="is not a tag set"):
+        made.from_pretrained(tmp_path)
+    model = made.from_pretrained(tmp_path, tags=TAGS)
+    assert type(model) is made
+    assert model.tags == TAGS
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)
+
+
 def test_a_model_that_branches_already_is_adopted_as_it_is():
     model = new_tiny_model("qwen3")
     hooks = len(model.base_model._forward_pre_hooks)

@@ -64,7 +64,8 @@ def _change_trl_loader(module: ModuleType, door: Any) -> None:
     @functools.wraps(original)
     def create_model_from_path(model_id: Any, architecture: Any = None, **kwargs: Any) -> Any:
         if architecture is None:
-            policy = sys._getframe(1).f_locals.get("model")
+            caller = sys._getframe(1).f_locals  # a trainer's __init__, whose policy is a name until it is loaded
+            policy = caller.get("model", getattr(caller.get("self"), "model", None))
             config = getattr(policy, "config", None)
             if str(model_id) == getattr(config, "_name_or_path", None):  # a reference is what its policy is
                 policy = multiverse_model(policy)

@@ -172,14 +172,15 @@ class MultiverseForCausalLM:
             OSError: if there is no checkpoint at that place.
         """
         path = pretrained_model_name_or_path
-        if cls is not MultiverseForCausalLM:  # a class that was made: its base knows how
+        is_made = cls is not MultiverseForCausalLM
+        if is_made and tags is None and names is None:  # its base knows how
             return super().from_pretrained(path, *args, config=config, **kwargs)
         hub = {name: kwargs[name] for name in _HUB if name in kwargs}
         is_given = isinstance(config, PretrainedConfig)
         base = path if path is None and is_given else _adapted(path, hub) or path
         if not is_given:
             config, kwargs = _read_config(base if config is None else config, hub, kwargs)
-        model_class = multiverse_class(base_class(config))
+        model_class = cls if is_made else multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
             tags = _spelled_tags(path, base, hub, names, kwargs.get("gguf_file"))

@@ -61,15 +61,23 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
     revision = (settings.get("revision") or "main") if base is None else "main"
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     names = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(adapter)).names if has_tokenizer else None
+
+    def unreadable(err: Exception) -> ValueError:
+        return ValueError(f"cannot read the base {source} ({err}); if it has moved, name it with --base")
+
     try:
         tokens = load_tokens(source, revision, names, str(adapter) if has_tokenizer else None)
-        if not has_tokenizer and tokens.new:
-            raise ValueError(
-                f"its tokenizer lacks {tokens.new[0]}, and {adapter} holds no tokenizer: copy there that of the run"
-            )
+    except (OSError, ValueError) as err:
+        raise unreadable(err) from err
+    if not has_tokenizer and tokens.new:
+        raise ValueError(
+            f"{adapter} holds no tokenizer, and that of its base {source} lacks {tokens.new[0]}; copy the tokenizer "
+            "that it was trained with into its folder"
+        )
+    try:
         loaded = load_base(source, revision, tokens, dtype=dtype)
     except (OSError, ValueError) as err:
-        raise ValueError(f"cannot read the base {source} ({err}); if it has moved, name it with --base") from err
+        raise unreadable(err) from err
     tokenizer = tokens.tokenizer
     record = adapter / "run.json"
     trained_on = json.loads(record.read_bytes())["model"].get("model_type") if record.is_file() else None
