@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from .hooks import evaluating
+
 COPIES = 3  # outside the pool there is room for one copy in so many slots
 SCRATCH = 1  # slots before the first extent: padding queries write there and read there
 
@@ -257,7 +259,8 @@ def bytes_per_entry(model: Any) -> int:
     """Measure what one log entry takes, in bytes: keys and values of all layers, by reading one token."""
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
-    model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    with evaluating(model):
+        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     return sum(
         states.numel() * states.element_size() for layer in cache.layers for states in (layer.keys, layer.values)
     )

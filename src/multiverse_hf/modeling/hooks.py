@@ -236,3 +236,43 @@ def follow_layouts(model: Any, tags: TagSet) -> None:
     hooks = ForcedTokenHooks(names, tags)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)
+
+
+# The model's own mode, device and compiled code
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode for a pass: trainers generate between steps, and dropout or activation
+    checkpointing, which keeps no cache, would spoil the answer."""
+    # the engine asks at each step, so it looks at two modules only
+    is_training = model.training or model.base_model.training
+    modules = [each for each in model.modules() if each.training] if is_training else []
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+def uncompiled(model: Any, is_static: bool) -> contextlib.AbstractContextManager[Any]:
+    """Leave out a ``forward`` that a user compiled: each step has other shapes, for which it would compile anew.
+
+    Static decoding has fixed shapes, and compiles its own attention.
+    """
+    is_compiled = any(
+        "forward" in vars(each) or each._compiled_call_impl is not None for each in (model, model.base_model)
+    )
+    return torch.compiler.set_stance("force_eager") if is_compiled and not is_static else contextlib.nullcontext()
+
+
+def execution_device(model: Any) -> torch.device | None:
+    """Return where accelerate's hooks run an offloaded model, whose own weights are on the meta device; else None."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            if (device := getattr(each, "execution_device", None)) is not None:
+                return torch.device(device)
+    return None

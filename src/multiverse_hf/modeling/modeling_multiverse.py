@@ -30,8 +30,9 @@ from .attention import layer_kinds
 from .chunked import CHUNKED
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
-from .hooks import follow_layouts, plain_layout
+from .hooks import execution_device, follow_layouts
 from .integrations import integrate, tuned_prompt
+from .layout import plain_layout
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
@@ -72,6 +73,12 @@ class MultiverseForCausalLM:
         self.base_model.register_forward_pre_hook(take_turn)
         self.base_model.register_forward_hook(end_turn, always_call=True)
         follow_layouts(self, self.tags)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes: of a model that accelerate offloads, not the meta device of its weights."""
+        device = super().device
+        return (execution_device(self) or device) if device.type == "meta" else device
 
     @classmethod
     def adopt(cls, model: PreTrainedModel) -> PreTrainedModel:

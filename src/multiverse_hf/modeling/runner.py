@@ -13,6 +13,7 @@ from transformers.utils import logging
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
 from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
+from .hooks import evaluating, uncompiled
 from .pages import ROUND, choose_pages
 from .state import Sequence
 from .static import StaticRunner, can_capture
@@ -87,7 +88,7 @@ class ModelRunner:
         Returns:
             (N, V) logits, a row for each live branch of each sequence that :attr:`Reading.is_last`.
         """
-        with TURN, self._attention():
+        with TURN, self._attention(), evaluating(self.model), uncompiled(self.model, self.static is not None):
             if not self.is_packed:
                 return self._forward_simple(batch)
             if self.static is not None and self.static.fits(batch):
