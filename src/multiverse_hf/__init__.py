@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from multiverse_hf.documents import DocumentError, parse_document
     from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+    from multiverse_hf.modeling.labels import labels_for
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
     from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
@@ -23,6 +24,7 @@ __all__ = [
     "__version__",
     "embedded_model",
     "encode_prompt",
+    "labels_for",
     "parse_document",
 ]
 
@@ -33,6 +35,7 @@ _LAZY_EXPORTS = {
     "MultiverseForCausalLM": "multiverse_hf.modeling.modeling_multiverse",
     "TagSet": "multiverse_hf.modeling.tags",
     "encode_prompt": "multiverse_hf.modeling.tags",
+    "labels_for": "multiverse_hf.modeling.labels",
     "parse_document": "multiverse_hf.documents",
 }
 

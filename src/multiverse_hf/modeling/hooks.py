@@ -8,8 +8,8 @@ A call that the hooks cannot serve raises. They never let a row with a complete 
 """
 
 import contextlib
-import contextvars
 import inspect
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,24 +17,15 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from .attention import document_masks, pad_layouts
+from .attention import SLIDING, document_masks, layer_kinds, pad_layouts, to_additive
+from .chunked import CHUNKED
 from .labels import IGNORE, IMPOSSIBLE, forced_mask
-from .layout import has_block
+from .layout import has_block, is_plain
 from .tags import TagSet
+from .traced import lay_out, refuse_blocks
 
-_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar(f"{__name__}.plain", default=False)
 _BACKBONE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
-
-
-@contextlib.contextmanager
-def plain_layout() -> Iterator[None]:
-    """Have tags be text inside the context: every row is read as by the base class. For ``structure="off"``."""
-    token = _PLAIN.set(True)
-    try:
-        yield
-    finally:
-        _PLAIN.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +55,7 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
         ValueError: if a row holds ``</Goal>`` and comes after a cache, or a cache with laid-out rows is gone on with.
     """
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if _PLAIN.get() or kwargs.get("segment_ids") is not None:
+    if is_plain() or kwargs.get("segment_ids") is not None:
         return None
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         return None  # the caller brought its own mask
@@ -118,6 +109,16 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
     return ids
 
 
+def is_traced(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a tracer reads this call and the operators of :mod:`~.traced` can serve it."""
+    if not torch.compiler.is_compiling():
+        return False
+    mask = kwargs.get("attention_mask")
+    has_own = kwargs.get("segment_ids") is not None or (mask is not None and getattr(mask, "ndim", 4) != 2)
+    has_kernel = module.config._attn_implementation in ("sdpa", "eager", CHUNKED)
+    return has_kernel and not has_own and kwargs.get("input_ids") is not None
+
+
 class LayoutHook:
     """Forward pre-hook of a backbone: lay out the rows it is given.
 
@@ -128,11 +129,14 @@ class LayoutHook:
 
     def __init__(self, tags: TagSet) -> None:
         self.tags = tags
+        self.text = json.dumps(tags.to_dict())  # what the operators for tracing take
 
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**dict(zip(_BACKBONE, args, strict=False)), **kwargs}
+        if is_traced(module, kwargs):
+            return (), self._trace(module, kwargs)
         rows = read_rows(module, kwargs, self.tags)
         segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
         mask = kwargs.get("attention_mask")
@@ -152,14 +156,31 @@ class LayoutHook:
         )
         return (), kwargs
 
-    def _mark_cache(self, module: Any, kwargs: dict[str, Any]) -> None:
+    def _trace(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments under ``torch.compile`` or ``torch.export``."""
+        ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            mark = torch.as_tensor(getattr(cache, _MARK, False))
+            return {**kwargs, "input_ids": refuse_blocks(ids, mark, self.tags.close("goal"))}
+        positions, seen, _, found = lay_out(ids, mask, kwargs.get("position_ids"), self.text)
+        self._mark_cache(module, kwargs, found)
+        masks = {}
+        for kind in layer_kinds(module.config):
+            near = positions[:, None, :, None] - positions[:, None, None, :] < (module.config.sliding_window or 0)
+            masks[kind] = seen & near if kind == SLIDING else seen
+            if module.config._attn_implementation == "eager":
+                masks[kind] = to_additive(masks[kind], next(module.parameters()).dtype)
+        attention_mask = masks if len(masks) > 1 else masks.popitem()[1]
+        return {**kwargs, "position_ids": positions, "attention_mask": attention_mask}
+
+    def _mark_cache(self, module: Any, kwargs: dict[str, Any], mark: bool | torch.Tensor = True) -> None:
         """Mark the cache that this call fills, so that no later call goes on from it as if it held causal text."""
         cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
         use_cache = module.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not (module.training and getattr(module, "gradient_checkpointing", False)):
             cache = kwargs["past_key_values"] = DynamicCache(config=module.config)  # as the backbone would make it
         if cache is not None:
-            setattr(cache, _MARK, True)
+            setattr(cache, _MARK, mark)
 
 
 class ForcedTokenHooks:
@@ -174,13 +195,20 @@ class ForcedTokenHooks:
 
     def __init__(self, names: tuple[str, ...], tags: TagSet) -> None:
         self.names, self.tags = names, tags
+        self.text = json.dumps(tags.to_dict())
 
     def _forced(self, module: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the ids of the rows and where they hold forced tokens, (B, L) each; None if nothing is to be done."""
+        if is_traced(module, kwargs):
+            ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                return None
+            _, _, forced, _ = lay_out(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), self.text)
+            return ids, forced
         segment_ids, visible = kwargs.get("segment_ids"), kwargs.get("visible")
         if segment_ids is not None and visible is not None and visible.shape[-1] > 1:  # the caller laid them out
             ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
-            if ids is None or positions is None or _PLAIN.get():
+            if ids is None or positions is None or is_plain():
                 return None
             return ids, forced_mask(ids, self.tags, kwargs.get("attention_mask"), positions, segment_ids)
         rows = read_rows(module, kwargs, self.tags)
@@ -205,7 +233,10 @@ class ForcedTokenHooks:
         return (), kwargs
 
     def after(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Give forced tokens probability one in the logits of the tokens before them, in place."""
+        """Give forced tokens probability one in the logits of the tokens before them, in place.
+
+        Under a tracer the logits are copied instead.
+        """
         if module.raw_forced_logits:
             return
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
@@ -217,11 +248,14 @@ class ForcedTokenHooks:
         columns = torch.arange(forced.shape[1], device=forced.device)
         columns = columns[-keep:] if isinstance(keep, int) else columns[keep]
         after = torch.nn.functional.pad(forced[:, 1:], (0, 1))[:, columns]
+        if torch.compiler.is_compiling():
+            tokens = ids.roll(-1, 1)[:, columns, None]
+            certain = torch.full_like(logits, IMPOSSIBLE).scatter(-1, tokens, 0.0)
+            output.logits = torch.where(after[..., None], certain, logits)
+            return
         row, place = after.nonzero(as_tuple=True)
-        tokens = ids[row, columns[place] + 1]
-        with torch.no_grad() if not logits.requires_grad else contextlib.nullcontext():
-            logits[row, place] = IMPOSSIBLE
-            logits[row, place, tokens] = 0.0
+        logits[row, place] = IMPOSSIBLE
+        logits[row, place, ids[row, columns[place] + 1]] = 0.0
 
 
 def follow_layouts(model: Any, tags: TagSet) -> None:

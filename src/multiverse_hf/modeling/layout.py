@@ -5,7 +5,9 @@ right after each ``</Path>``; all its paths start at one position and never see 
 starts one past the greatest position any path reached and sees them all. It nests and repeats without special cases.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -175,3 +177,21 @@ def build_layout(ids: torch.Tensor | Sequence[int], tags: TagSet) -> Layout:
     for query, seen in enumerate(rows):
         visible[query, list(seen)] = True
     return Layout(position_ids, segment_ids, visible)
+
+
+_PLAIN: contextvars.ContextVar[bool] = contextvars.ContextVar(f"{__name__}.plain", default=False)
+
+
+@contextlib.contextmanager
+def plain_layout() -> Iterator[None]:
+    """Have tags be text inside the context: every row is read as by the base class. For ``structure="off"``."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def is_plain() -> bool:
+    """Return whether tags are text here, inside :func:`plain_layout`."""
+    return _PLAIN.get()
