@@ -80,6 +80,7 @@ KINDS = [
     (r"e^{i\pi/2}", ["i", r"\mathrm{i}", r"\sqrt{-1}"], ["-i", "1"]),
     (r"\text{parabola}", [r"\text{a parabola}", "Parabola."], ["hyperbola", "parabolic"]),
     ("4c", ["c \\cdot 4"], ["4", "4d", "4h"]),
+    (r"\frac{1}{4}z + 2", ["1/4 z + 2", r"\frac{z}{4} + 2"], ["4z+2", "1/4 + 2"]),
     ("0.3x", [r"\frac{3x}{10}"], ["0.30000001x", "0.3y", "0.3"]),
     ("t=6", ["6"], ["s=6"]),
     ("y = 3x - 1", ["3x-1", "3x - y = 1", "f(x)=3x-1"], ["y=3x+1", "-3x-1"]),
@@ -99,7 +100,7 @@ KINDS = [
         [r"40 \text{ cm}^2"],
     ),
     (r"9 \text{ yards}", [r"9 \text{ yd}", "9 yds"], [r"9 \text{ ft}", r"9\text{ m}"]),
-    (r"6 \text{ min}", ["6 minutes", r"6 \text{ mins}"], [r"6 \text{ h}", r"6\text{ m}"]),
+    (r"6 \text{ min}", ["6 minutes", r"6\mathrm{min}", r"6 \text{ mins}"], [r"6 \text{ h}", r"6\text{ m}"]),
     (
         r"7 \text{ m/s}",
         [r"7 \text{ meters per second}", r"7\ \frac{\text{m}}{\text{s}}", r"7\text{ m}\,\text{s}^{-1}"],

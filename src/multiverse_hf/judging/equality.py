@@ -59,6 +59,7 @@ _NAMED = re.compile(
 )
 _TIME = re.compile(r"(\d{1,2})(?::(\d{2})(?::(\d{2}))?)?([ap]m)?")
 _RATIO = re.compile(r"(\d+)((?:\s*:\s*\d+)+)")
+_SLASH = re.compile(r"(?<![\w})\]^])(\d+)\s*/\s*(\d+)\s*(?=[a-zA-Z\\(])")
 _SET = r"\{"
 
 
@@ -302,7 +303,10 @@ class _Comparison:
         self.calls += 1
         if self.calls > MAX_CALLS:
             raise VerifierTimeout(f"more than {MAX_CALLS} parts to compare")
-        same = self.verifier.is_same(unwrap_text(ours), unwrap_text(theirs))
+        ours, theirs = unwrap_text(ours), unwrap_text(theirs)
+        same = self.verifier.is_same(ours, theirs)
+        if not same and (half := _SLASH.sub(r"\\frac{\1}{\2} ", theirs)) != theirs:
+            same = self.verifier.is_same(ours, half)  # "1/2 x" is read in two ways, and either may be meant
         return (True, Rule.MATH_VERIFY) if same else DIFFERENT
 
 

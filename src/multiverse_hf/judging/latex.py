@@ -26,17 +26,18 @@ _SUBSTITUTIONS = [
         (r"(?<![\\a-zA-Z])infinity(?![a-zA-Z])", r"\\infty "),
         (r"(?<=\d),\s*\\!\s*(?=\d{3})", ""),  # thousands
         (r"(?<=\d)\s*\^\s*\{?\s*(?:\\(?:text|mathrm)\s*\{)?o\}?\}?$", r"^\\circ"),  # degrees
-        (r"(?<=\d)\s*(?:\\text\s*\{\s*to\s*\}|to)\s*(?=\d)", ":"),
         (r"²", "^2"),
         (r"³", "^3"),
         (r"\\(?:left|right|big|Big|bigg|Bigg|bigl|bigr|Bigl|Bigr)(?![a-zA-Z])\s*\.?(?=[(\[\])|\\{}.]|\s|$)", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![a-zA-Z])|\\!", ""),
         (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
         (r"\\(?:mbox|hbox|textbf|textit|textrm|textsf|texttt|textnormal)(?![a-zA-Z])", r"\\text"),
+        (rf"(?<=\d)([\s~]*){_FONT}\s*\{{[\s~]*(sec|min|deg)[\s~]*\}}", r"\1\\text{\2}"),  # units here
         (rf"{_FONT}\s*\{{\s*({_FUNCTIONS})\s*\}}", r"\\\1 "),
+        (rf"{_FONT}\s*\{{([^{{}}\\^_]*[a-zA-Z.][\s~.][^{{}}\\^_]*)\}}", r"\\text{\1}"),
+        (r"(?<=\d)\s*(?:\\[,;: ]|~)*(?:\\text\s*\{\s*to\s*\}|to)\s*(?=\d)", ":"),
         (rf"{_FONT}\s*\{{\s*(\\?[a-zA-Z]+|\d+)\s*\}}", None),
         (r"\{\s*\\rm\s+([^{}]*)\}", r"\\text{\1}"),
-        (r"^\(?(\d+)\)?_\{?10\}?$", r"\1"),  # base ten
         (r"\\(?:geqslant|geq)(?![a-zA-Z])", r"\\ge "),
         (r"\\(?:leqslant|leq)(?![a-zA-Z])", r"\\le "),
         (r"\\ne(?![a-zA-Z])", r"\\neq "),
@@ -87,7 +88,8 @@ def clean(answer: str) -> str:
     text = re.sub(r"^\s*\\text\s*\{\s*([-+\d.$][^{}]*)\}\s*$", r"\1", text)  # \text{5 cm}
     if re.fullmatch(r"\{[^{}]*(?<!\\)\}", text.strip()):
         text = text.strip()[1:-1]
-    return text.strip().strip(",;").strip()
+    text = re.sub(r"^\(?(\d+)\)?_\{?10\}?$", r"\1", text.strip())  # base ten
+    return text.strip(",;").strip()
 
 
 def _unfont(match: re.Match[str]) -> str:
