@@ -150,7 +150,7 @@ def test_kto_begins_at_one_half(kind, folder, rows, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+@pytest.mark.parametrize("method", ["GRPO", pytest.param("RLOO", marks=pytest.mark.slow)])
 def test_sampling_trainers_begin_without_divergence(method, kind, folder, rows, tokenizer, tmp_path):
     config, trainer = {"GRPO": (GRPOConfig, GRPOTrainer), "RLOO": (RLOOConfig, RLOOTrainer)}[method]
     args = config(**common(tmp_path), num_generations=2, max_completion_length=200, beta=0.04)
@@ -162,12 +162,14 @@ def test_sampling_trainers_begin_without_divergence(method, kind, folder, rows, 
     assert first["completions/clipped_ratio"] == 0
 
 
+@pytest.mark.parametrize("pad", ["<|endoftext|>", pytest.param("<|im_end|>", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("rollout", [None, multiverse_rollout])
 def test_answers_cut_off_are_counted_so_and_no_padding_is_trained_on(
-    rollout, folder, rows, tokenizer, tmp_path, monkeypatch
+    rollout, pad, folder, rows, tmp_path, monkeypatch
 ):
     """The limit bounds the length of an answer: two cut answers may hold different numbers of tokens."""
-    seen, given = [], []
+    seen, given, tokenizer = [], [], AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = pad
     compute = GRPOTrainer._compute_loss
 
     def look(self, model, inputs):
