@@ -2,6 +2,10 @@
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, jud
 from multiverse_hf.evaluation.tasks import TASKS, Mode, load_problems, row_id
 from multiverse_hf.judging.checker import find_folder, is_here
 from multiverse_hf.judging.latex import clean, compact
-from multiverse_hf.judging.verifier import Verifier
+from multiverse_hf.judging.verifier import WORKER, Verifier
 
 NEEDS_EVAL = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("pyarrow", "matplotlib"))) or not (is_here() or find_folder()),
@@ -172,6 +176,18 @@ def test_a_verifier_goes_on_after_its_process_is_killed_from_outside(verifier: V
     verifier._process.wait()
     assert verifier.is_same("1/2", "0.5")
     assert not verifier.is_same("1/2", "0.25")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="needs limits of processes")
+def test_a_comparison_ends_by_itself_where_nobody_is_left_to_end_it(verifier: Verifier) -> None:
+    assert not verifier.is_same("1", "2")  # math-verify is installed
+    code = "import verifier_worker as w; w.CPU_S = 1; w.main()"
+    paths = [str(WORKER.parent), str(find_folder() or "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    worker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, text=True, env=environment)
+    worker.stdin.write(json.dumps(["5", "9^{9^{9^{9}}}", False]) + "\n")
+    worker.stdin.flush()
+    assert worker.wait(60) == -signal.SIGXCPU
 
 
 def test_the_end_of_an_answer_is_read_where_it_is_documented_to_be() -> None:

@@ -12,11 +12,13 @@ holds to be the same must be the same to 30 digits, relative to its size: it com
 import json
 import re
 import sys
+import time
 from typing import Any
 
 # math-verify's own timeouts are signals, which long computations in C do not see, and what they cut off counts as
 # different. Here the process is killed.
 NEVER_S = 3600
+CPU_S = 120  # of one comparison: an end also where the process that would kill this one has been killed itself
 MEMORY = 4 << 30  # bytes; a tower of powers takes all there is before it takes long
 DIGITS = 40  # that numbers are worked out to
 SAME = 1e-30  # relative difference of two numbers that are the same
@@ -119,20 +121,28 @@ def differ(gold: Any, answer: Any) -> bool:
     return False
 
 
-def main() -> None:
+def limit(name: str, value: int) -> None:
+    """Limit what this process may use, where the system can."""
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        kind = getattr(resource, name)
+        resource.setrlimit(kind, (value, resource.getrlimit(kind)[1]))
     except (ImportError, ValueError, OSError):  # Windows and some systems have no such limit
         pass
+
+
+def main() -> None:
     import logging
+
+    limit("RLIMIT_AS", MEMORY)
 
     logging.disable(logging.WARNING)  # math-verify warns at each call without a timeout
     out, sys.stdout = sys.stdout, sys.stderr
     compare("x", "1")  # imports, before the first clock runs
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
+        limit("RLIMIT_CPU", int(time.process_time()) + CPU_S)
         try:
             gold, answer, search = json.loads(line)
             reply = compare_prose(gold, answer) if search else compare(gold, answer)
