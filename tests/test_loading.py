@@ -163,6 +163,24 @@ def test_a_config_may_be_named_by_its_place_and_weights_be_handed_over(tmp_path)
         MultiverseForCausalLM.from_pretrained(None, state_dict=model.state_dict())
 
 
+def test_a_checkpoint_is_recognized_by_its_config_or_its_tokenizer(tmp_path):
+    tokenizer = tiny_tokenizer()
+    config = tiny_config("qwen3", vocab_size=len(tokenizer))
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "published")
+    assert not MultiverseForCausalLM.recognizes(tmp_path / "published")
+    tokenizer.save_pretrained(tmp_path / "published")
+    assert MultiverseForCausalLM.recognizes(tmp_path / "published")
+    config.vocab_size -= 1  # the last tag has no embedding
+    config.save_pretrained(tmp_path / "published")
+    assert not MultiverseForCausalLM.recognizes(tmp_path / "published")
+    new_tiny_model("qwen3").save_pretrained(tmp_path / "saved")
+    assert MultiverseForCausalLM.recognizes(tmp_path / "saved")
+    AutoConfig.for_model("gpt2").save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    assert not MultiverseForCausalLM.recognizes(tmp_path / "gpt2")
+    assert not MultiverseForCausalLM.recognizes(tmp_path / "gone")
+
+
 def test_a_made_class_takes_tags_as_the_door_does(tmp_path):
     plain = Qwen3ForCausalLM(tiny_config("qwen3"))
     plain.save_pretrained(tmp_path)

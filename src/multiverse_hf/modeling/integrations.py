@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +35,6 @@ def multiverse_model(model: Any) -> Any | None:
             return None
         model = inner
     return None
-
-
-def holds_tags(path: Any) -> bool:
-    """Return whether ``path`` is a checkpoint whose config holds the control tags."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception:  # whoever loads it says what is wrong with it
-        return False
-    return getattr(config, "multiverse", None) is not None
 
 
 # TRL: models by name, and reference models, which TRL loads by the policy's name
@@ -71,7 +62,7 @@ def _change_trl_loader(module: ModuleType, door: Any) -> None:
                 policy = multiverse_model(policy)
                 if policy is not None:
                     architecture, kwargs["tags"] = door, policy.tags
-            elif holds_tags(model_id):
+            elif door.recognizes(model_id):
                 architecture = door
         return original(model_id, architecture, **kwargs)
 
@@ -151,7 +142,7 @@ def _by_name(door: Any) -> Any:
         def from_pretrained(
             cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
         ) -> Any:
-            kind = door if holds_tags(pretrained_model_name_or_path) else AutoModelForCausalLM
+            kind = door if door.recognizes(pretrained_model_name_or_path) else AutoModelForCausalLM
             return kind.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     return ByName
@@ -222,7 +213,7 @@ def integrate(door: Any) -> None:
     """Change what is imported, and have the rest changed once it is. Does nothing where another copy has done it.
 
     Args:
-        door: the class to load Multiverse checkpoints with.
+        door: the class to load Multiverse checkpoints with; its ``recognizes`` says which they are.
     """
     if any(hasattr(finder, _MARK) for finder in sys.meta_path):
         return

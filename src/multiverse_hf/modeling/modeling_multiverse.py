@@ -151,6 +151,25 @@ class MultiverseForCausalLM:
         return model_class._from_config(_with_tags(config, tags), **kwargs)
 
     @classmethod
+    def recognizes(cls, path: str | os.PathLike[str]) -> bool:
+        """Return whether a checkpoint is a Multiverse model: its config or its tokenizer holds the control tags.
+
+        Reads no weights. False for what cannot be read: whoever loads it says why.
+        """
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            if getattr(config, "multiverse", None) is not None:
+                return True
+            base_class(config)
+            added = _added_tokens(path, {})
+        except Exception:  # transformers raises errors of many kinds here
+            return False
+        return any(
+            max(added.get(tag, config.vocab_size) for tag in preset.tokens) < config.vocab_size
+            for preset in PRESETS.values()
+        )
+
+    @classmethod
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str] | None,
@@ -473,6 +492,17 @@ def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, 
     Raises:
         ValueError: if they differ: the model would write tags that the tokenizer takes for something else.
     """
+    added = _added_tokens(path, hub)
+    for tag in tags.names.tokens:
+        if added.get(tag, tags.ids[tag]) != tags.ids[tag]:
+            raise ValueError(
+                f"{path}: {tag} is token {added[tag]} of the tokenizer and {tags.ids[tag]} in config.multiverse; keep "
+                "config and tokenizer of one model together, or pass tags=TagSet.from_tokenizer(tokenizer)"
+            )
+
+
+def _added_tokens(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, int]:
+    """Return the ids of the tokens added to a fast tokenizer's vocabulary; none where it cannot be read."""
     file = cached_file(
         path,
         "tokenizer.json",
@@ -482,18 +512,12 @@ def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, 
         _raise_exceptions_for_connection_errors=False,
     )
     if file is None:  # no fast tokenizer: loading a slow one only to look would cost too much
-        return
+        return {}
     try:
         with open(file, encoding="utf-8") as stream:
-            added = {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
+            return {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
     except ValueError:  # damaged: whoever loads the tokenizer is told
-        return
-    for tag in tags.names.tokens:
-        if added.get(tag, tags.ids[tag]) != tags.ids[tag]:
-            raise ValueError(
-                f"{path}: {tag} is token {added[tag]} of the tokenizer and {tags.ids[tag]} in config.multiverse; keep "
-                "config and tokenizer of one model together, or pass tags=TagSet.from_tokenizer(tokenizer)"
-            )
+        return {}
 
 
 def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfig:
