@@ -125,6 +125,21 @@ def test_a_base_that_is_no_multiverse_checkpoint_stays_plain_in_auto_peft(tmp_pa
         merge_adapter(tmp_path / "adapter")
 
 
+def test_an_adapter_whose_training_added_the_tags_makes_its_base_a_multiverse_model(tmp_path):
+    from test_training import load_base, save_base, trainable_tokens
+
+    base = load_base(save_base(tmp_path / "base", "qwen3", tie_word_embeddings=False), dtype="float32")
+    tokens = trainable_tokens(base.model, base.new_ids)
+    adapted = get_peft_model(base.model, LoraConfig(**LORA, trainable_token_indices=tokens, **CAUSAL))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    base.tokenizer.save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert multiverse_model(loaded).tags == base.tags
+    ids = base.tokenizer.encode("Where?" + DOCUMENT, add_special_tokens=False, return_tensors="pt")
+    known = slice(len(base.tokenizer))  # beyond are rows that make the embeddings' size round
+    torch.testing.assert_close(logits(loaded, ids)[..., known], logits(adapted, ids)[..., known])
+
+
 def test_an_adapter_of_the_prompt_is_refused_by_merge_and_from_pretrained(tmp_path):
     adapted = get_peft_model(
         MultiverseForCausalLM.from_pretrained(embedded_model()), PromptTuningConfig(num_virtual_tokens=4, **CAUSAL)

@@ -158,6 +158,17 @@ def _change_peft(module: ModuleType, door: Any) -> None:
         return
 
     kind._target_class = _by_name(door)
+    original = kind.from_pretrained.__func__
+
+    @functools.wraps(original)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        model = original(cls, pretrained_model_name_or_path, *args, **kwargs)
+        if multiverse_model(model) is None:  # training may have added the tags: the adapter's tokenizer has them then
+            hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir") if name in kwargs}
+            door.adopt_spelled(model.get_base_model(), pretrained_model_name_or_path, **hub)
+        return model
+
+    kind.from_pretrained = classmethod(from_pretrained)
     # An adapter without a task type names the module of its base's class, and peft imports modules that it knows only.
     allowed, package = module.get_default_import_allowlist, door.__module__.rpartition(".")[0]
     module.get_default_import_allowlist = lambda: [*allowed(), package]

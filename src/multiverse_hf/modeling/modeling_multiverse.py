@@ -160,14 +160,23 @@ class MultiverseForCausalLM:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             if getattr(config, "multiverse", None) is not None:
                 return True
-            base_class(config)
-            added = _added_tokens(path, {})
+            return _spells_tags(config, path, {})
         except Exception:  # transformers raises errors of many kinds here
             return False
-        return any(
-            max(added.get(tag, config.vocab_size) for tag in preset.tokens) < config.vocab_size
-            for preset in PRESETS.values()
-        )
+
+    @classmethod
+    def adopt_spelled(cls, model: PreTrainedModel, path: str | os.PathLike[str], **hub: Any) -> PreTrainedModel:
+        """Adopt a model of transformers' own class if the tokenizer at ``path`` has the tags; else leave it.
+
+        Args:
+            model: changed in place.
+            path: folder or repository of a tokenizer, such as that of an adapter for the model.
+            **hub: where to read it: ``revision``, ``token``, ...
+        """
+        if not _spells_tags(model.config, path, hub):
+            return model
+        model.config.multiverse = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub)).to_dict()
+        return cls.adopt(model)
 
     @classmethod
     def from_pretrained(
@@ -518,6 +527,18 @@ def _added_tokens(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str
             return {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
     except ValueError:  # damaged: whoever loads the tokenizer is told
         return {}
+
+
+def _spells_tags(config: PretrainedConfig, path: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
+    """Return whether the tokenizer at ``path`` has all tags of a preset, and a model of this config can use them."""
+    added, size = _added_tokens(path, hub), config.vocab_size
+    if not any(max(added.get(tag, size) for tag in preset.tokens) < size for preset in PRESETS.values()):
+        return False
+    try:
+        base_class(config)
+    except ValueError:
+        return False
+    return True
 
 
 def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfig:
