@@ -1,7 +1,7 @@
-"""What other libraries would do with a Multiverse checkpoint as a plain model, done with the Multiverse class.
+"""Changes to TRL and PEFT, so that they load Multiverse checkpoints as Multiverse models.
 
-TRL and PEFT choose a model's class by a name, without this code having a say. What is here changes the few functions
-where they do, when they are imported, or at once if they have been. It imports neither of them.
+Both choose a model's class by its name, and would take the plain base class. The functions where they do so are
+changed once they are imported, or at once if they are imported already. This module imports neither library.
 """
 
 import functools
@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 logger = logging.getLogger(__name__)
 
-_MARK = "_multiverse"  # what has been changed bears it: several copies of this code may be in one process
+_MARK = "_multiverse"  # attribute of what is changed: several copies of this code may be in one process
 
 
 def multiverse_model(model: Any) -> Any | None:
@@ -41,7 +41,7 @@ def multiverse_model(model: Any) -> Any | None:
 
 
 def _change_trl_loader(module: ModuleType, door: Any) -> None:
-    """Have ``create_model_from_path`` of TRL load Multiverse checkpoints by the Multiverse class."""
+    """Make ``create_model_from_path`` of TRL load Multiverse checkpoints by the Multiverse class."""
     original = getattr(module, "create_model_from_path", None)
     if original is None:
         logger.warning(
@@ -55,7 +55,7 @@ def _change_trl_loader(module: ModuleType, door: Any) -> None:
     @functools.wraps(original)
     def create_model_from_path(model_id: Any, architecture: Any = None, **kwargs: Any) -> Any:
         if architecture is None:
-            caller = sys._getframe(1).f_locals  # a trainer's __init__, whose policy is a name until it is loaded
+            caller = sys._getframe(1).f_locals  # of a trainer's __init__; its model is a name before it is loaded
             policy = caller.get("model", getattr(caller.get("self"), "model", None))
             config = getattr(policy, "config", None)
             if str(model_id) == getattr(config, "_name_or_path", None):  # a reference is what its policy is
@@ -73,7 +73,7 @@ def _change_trl_loader(module: ModuleType, door: Any) -> None:
 
 
 def _change_trl_rollout(module: ModuleType, door: Any) -> None:
-    """Have trainers of TRL that sample take an answer at its own length: those cut off end in no end token."""
+    """Make GRPO and RLOO take each answer at its own length. An answer that is cut off has no end token to tell it."""
     for trainer in ("GRPOTrainer", "RLOOTrainer"):
         kind = vars(module).get(trainer)
         if kind is None:
@@ -93,8 +93,8 @@ def _cut_to_length(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(trainer, *args, **kwargs)
         if getattr(trainer, "use_vllm", False):
             raise ValueError(
-                "use_vllm=True writes paths one after the other, each seeing those before it, which is not what is "
-                "trained; leave it out, or pass rollout_func=multiverse_rollout"
+                "use_vllm=True writes paths one after the other, each seeing those before it, and training keeps them "
+                "apart; leave it out, so that the model's own generate writes the answers"
             )
         with counted(model) as lengths:
             result = original(trainer, *args, **kwargs)
@@ -110,7 +110,7 @@ def _cut_to_length(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def counted(model: Any) -> Iterator[list[int]]:
-    """Give a list that ``model.generate`` fills, while the context lasts, with the number of tokens of each answer."""
+    """Yield a list to which ``model.generate`` adds, inside the context, the number of tokens of each answer."""
     lengths: list[int] = []
 
     def generate(*args: Any, **kwargs: Any) -> torch.LongTensor:
@@ -129,7 +129,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def _change_trl_experimental(module: ModuleType, door: Any) -> None:
-    """Have trainers of TRL that load by ``AutoModelForCausalLM`` do it by the Multiverse class."""
+    """Make trainers of TRL that load by ``AutoModelForCausalLM`` load by the Multiverse class."""
     if vars(module).get("AutoModelForCausalLM") is AutoModelForCausalLM:
         module.AutoModelForCausalLM = _by_name(door)
 
@@ -152,7 +152,7 @@ def _by_name(door: Any) -> Any:
 
 
 def _change_peft(module: ModuleType, door: Any) -> None:
-    """Have ``AutoPeftModelForCausalLM`` load Multiverse checkpoints by the Multiverse class."""
+    """Make ``AutoPeftModelForCausalLM`` load Multiverse checkpoints by the Multiverse class."""
     kind = getattr(module, "AutoPeftModelForCausalLM", None)
     if getattr(kind, "_target_class", None) is not AutoModelForCausalLM:  # changed before, or another release
         return
@@ -195,7 +195,7 @@ def _change_of(name: str) -> Callable[[ModuleType, Any], None] | None:
 
 
 class _Finder:
-    """Finds nothing itself: it has what the other finders found changed once it has been imported."""
+    """A finder that leaves finding to the others, and changes a module once it is imported."""
 
     def __init__(self, door: Any) -> None:
         self.door = door
@@ -221,7 +221,7 @@ class _Finder:
 
 
 def integrate(door: Any) -> None:
-    """Change what is imported, and have the rest changed once it is. Does nothing where another copy has done it.
+    """Change the modules that are imported already, and the others when they are. Do nothing after another copy.
 
     Args:
         door: the class to load Multiverse checkpoints with; its ``recognizes`` says which they are.
