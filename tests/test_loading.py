@@ -181,6 +181,14 @@ def test_a_checkpoint_is_recognized_by_its_config_or_its_tokenizer(tmp_path):
     assert not MultiverseForCausalLM.recognizes(tmp_path / "gone")
 
 
+def test_an_architecture_that_transformers_does_not_know_is_named(tmp_path):
+    new_tiny_model("qwen3").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "qwen99"}))
+    with pytest.raises(ValueError, match=r"model type `qwen99` .* upgrade transformers"):
+        MultiverseForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_made_class_takes_tags_as_the_door_does(tmp_path):
     plain = Qwen3ForCausalLM(tiny_config("qwen3"))
     plain.save_pretrained(tmp_path)

@@ -172,14 +172,15 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
             f"no model folder {shown}; give an existing folder, a repository as owner/name, or "
             f"{' or '.join(EMBEDDED_NAMES)}"
         )
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer, GenerationConfig
 
+    from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
     from multiverse_hf.modeling.modeling_multiverse import base_class
 
     source = str(path) if is_local else shown
     try:
-        # False, not the default: a checkpoint's own code is never run here, and nobody is asked whether it may be
-        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        # a checkpoint's own code is never run here, and nobody is asked whether it may be
+        config = MultiverseConfig.from_pretrained(source, revision=revision)
     except Exception as err:  # a checkpoint is input: whatever reading it raises is to be said in a line
         raise _unreadable(shown, "config", err, is_local) from err
     try:

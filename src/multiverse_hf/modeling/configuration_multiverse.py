@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from .serve import SERVER, server_class
 
 NOT_IN_TRANSFORMERS = "MultiverseForCausalLM"  # no class of transformers is called this
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
 _LOADER = ("trl.trainer.utils", "create_model_from_path")
 
 
@@ -31,8 +32,22 @@ class MultiverseConfig:
         TRL alone gets a config whose ``architectures`` begins with a name that transformers does not have, and
         ``transformers serve`` one that begins with :class:`.serve.ServedModel`. They read the names from it and drop
         it. Others keep and save configs, or look the name up and fail.
+
+        Raises:
+            ValueError: if this release of transformers does not know the architecture.
         """
-        loaded = AutoConfig.from_pretrained(pretrained_model_name_or_path, trust_remote_code=False, **kwargs)
+        path = pretrained_model_name_or_path
+        try:
+            loaded = AutoConfig.from_pretrained(path, trust_remote_code=False, **kwargs)
+        except ValueError as err:
+            if "custom code" not in str(err):
+                raise
+            # transformers asks to run this very code, which can only ask for the base's config again
+            hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+            name = PretrainedConfig.get_config_dict(path, **hub)[0].get("model_type")
+            raise ValueError(
+                f"{path} has model type `{name}` but Transformers does not recognize it; upgrade transformers"
+            ) from err
         config = loaded[0] if isinstance(loaded, tuple) else loaded
         if isinstance(config, PretrainedConfig):
             caller = _caller()

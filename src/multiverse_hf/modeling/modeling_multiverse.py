@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import transformers
 from transformers import (
-    AutoConfig,
     AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
@@ -28,6 +27,7 @@ from transformers.utils import cached_file, find_adapter_config_file, is_peft_av
 from .arguments import check_streamer, reject, split_options
 from .attention import layer_kinds
 from .chunked import CHUNKED
+from .configuration_multiverse import MultiverseConfig
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate
 from .hooks import execution_device, follow_layouts
@@ -157,7 +157,7 @@ class MultiverseForCausalLM:
         Reads no weights. False for what cannot be read: whoever loads it says why.
         """
         try:
-            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            config = MultiverseConfig.from_pretrained(path)
             if getattr(config, "multiverse", None) is not None:
                 return True
             return _spells_tags(config, path, {})
@@ -438,10 +438,7 @@ def _read_config(
     apart = {"config", "dtype", "torch_dtype", "quantization_config", "trust_remote_code"}  # as AutoModel does
     overrides = {name: value for name, value in kwargs.items() if name not in apart}
     try:
-        # the checkpoint's code would only give the base's config too
-        config, unused = AutoConfig.from_pretrained(
-            path, return_unused_kwargs=True, trust_remote_code=False, **overrides
-        )
+        config, unused = MultiverseConfig.from_pretrained(path, return_unused_kwargs=True, **overrides)
     except (OSError, ValueError) as err:
         if os.path.isdir(path):
             files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from multiverse_hf.modeling.chunked import CHUNKED
+from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
 from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
 
@@ -68,7 +69,7 @@ def load_tokens(
         ValueError: if the architecture cannot branch, or the tokenizer lacks what training needs.
         OSError: if there is no model at ``path``.
     """
-    config = copy.deepcopy(AutoConfig.from_pretrained(path, revision=revision))
+    config = copy.deepcopy(MultiverseConfig.from_pretrained(path, revision=revision))
     base_class(config)
     own = tokenizer_path is None
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, revision=revision if own else "main")
