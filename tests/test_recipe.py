@@ -295,7 +295,8 @@ def log(base: Path) -> str:
 
 
 def test_recipe_trains_and_leaves_a_checkpoint_that_loads_as_its_base_and_branches(base: Path, log: str) -> None:
-    assert "deprecated" not in log
+    # torchao, where it is installed, has torch warn of torchao's own code
+    assert "deprecated" not in "\n".join(line for line in log.splitlines() if "_pytree.py" not in line)
     losses = [float(loss) for loss in re.findall(r"'loss': '([\d.]+)'", log)]
     assert len(losses) == 12
     assert losses[-1] < losses[0] - 0.5
