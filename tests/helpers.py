@@ -111,6 +111,10 @@ class FollowPlan(LogitsProcessor):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         out = torch.full_like(scores, -torch.inf)
         for row, ids in enumerate(input_ids.tolist()):
+            if ids[-1] in (PAD, EOS):  # finished, or forked
+                continue
+            while ids[0] == PAD:
+                ids.pop(0)
             if isinstance(self.plans, dict):
                 prompt = next(prompt for prompt in self.plans if tuple(ids[: len(prompt)]) == prompt)
                 plan, begin = self.plans[prompt], len(prompt)
@@ -124,6 +128,9 @@ class FollowPlan(LogitsProcessor):
             else:
                 out[row, token] = scores[row, token]
         return out
+
+    def __deepcopy__(self, memo: dict) -> "FollowPlan":
+        return self  # it keeps no state
 
     def _next(self, plan: tuple, ids: list[int]) -> int | None:
         """Walk the ids along the plan and give the next token, None if it is free."""

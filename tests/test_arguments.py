@@ -74,7 +74,6 @@ REFUSED = {
     "output_scores": (True, "output_logits"),
     "output_attentions": (True, "output_logits"),
     "output_hidden_states": (True, "output_logits"),
-    "use_cache": (False, "cache of its own"),
     "cache_implementation": ("static", "cache of its own"),
     "cache_config": ({"nbits": 4}, "cache of its own"),
     "max_cache_len": (64, "cache of its own"),
@@ -89,6 +88,7 @@ REFUSED = {
     "synced_gpus": (True, "gather the weights"),
     "past_key_values": ((), "input_ids"),
     "inputs_embeds": (torch.zeros(1, 3, 32), "input_ids"),
+    "logits_to_keep": (1, "leave it out"),
     "position_ids": (torch.arange(3)[None], "attention_mask"),
     "token_type_ids": (torch.ones_like(IDS), "leave them out"),
 }

@@ -41,6 +41,7 @@ HARMLESS = {
     "early_stopping": "of beam search; transformers warns",
     "length_penalty": "of beam search; transformers warns",
     "disable_compile": "nothing is compiled",
+    "use_cache": "the engine keeps a cache of its own: the answer is the same, and comes sooner",
     "num_assistant_tokens": _ASSISTED,
     "num_assistant_tokens_schedule": _ASSISTED,
     "assistant_confidence_threshold": _ASSISTED,
@@ -84,7 +85,6 @@ REFUSED = {
 # all the same; a call that asks for them is told.
 _CACHE = "leave it out: the engine keeps a cache of its own"
 REFUSED_IN_A_CALL = {
-    "use_cache": ((True,), _CACHE),
     "cache_implementation": (("dynamic",), _CACHE),
     "cache_config": ((), _CACHE),
     "max_cache_len": ((), _CACHE),
@@ -103,16 +103,20 @@ REFUSED_ARGUMENTS = {
     "synced_gpus": ((False,), "gather the weights, then let each process generate by itself"),
     "past_key_values": ((), "pass the whole text as input_ids"),
     "inputs_embeds": ((), "pass input_ids"),
+    "logits_to_keep": ((), "leave it out: the engine computes the logits it chooses from"),
     "position_ids": ((), "leave it out: positions follow from the tags and from attention_mask"),
 }
 
 ARGUMENTS = (
     *("inputs", "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria"),
-    *("prefix_allowed_tokens_fn", "streamer", "tokenizer", "seed"),
+    *("prefix_allowed_tokens_fn", "streamer", "tokenizer", "seed", "labels"),
 )
 HELD_BY_THE_ENGINE = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)
 # name -> the least value it may have
 COUNTS = {"max_new_tokens": 1, "max_length": 1, "min_new_tokens": 0, "min_length": 0, "num_return_sequences": 1}
+
+
+ORDINARY = ". For ordinary decoding, pass structure='off'"
 
 
 def reject(condition: bool, what: str, instead: str) -> None:
@@ -122,12 +126,17 @@ def reject(condition: bool, what: str, instead: str) -> None:
         ValueError: if ``condition`` holds.
     """
     if condition:
-        raise ValueError(f"{what} does not work with branches; {instead}")
+        raise ValueError(f"{what} does not work with branches; {instead}{ORDINARY}")
+
+
+def _asks(value: Any, nothing: tuple[Any, ...]) -> bool:
+    """Return whether a value asks for something: it is not None, nor one of those that ask for nothing."""
+    return value is not None and not (isinstance(value, bool | int | float | str) and value in nothing)
 
 
 def _reject_set(name: str, value: Any, nothing: tuple[Any, ...], instead: str) -> None:
     """Refuse a value that asks for something. Values may be tensors, which cannot be looked for in a tuple."""
-    asks = value is not None and not (isinstance(value, bool | int | float | str) and value in nothing)
+    asks = _asks(value, nothing)
     shown = f"{name}={value!r}" if isinstance(value, bool | int | float | str) else name
     reject(asks, shown, instead)
 
@@ -150,7 +159,7 @@ def _check_number(name: str, value: Any, low: int, is_count: bool) -> None:
         raise ValueError(f"{name} must be at least {low}, got {value!r}")
 
 
-def _token_ids(value: Any) -> list[Any]:
+def token_ids(value: Any) -> list[Any]:
     """Read one id, several, or none."""
     if value is None:
         return []
@@ -185,7 +194,7 @@ def check_call(model: Any, generation_config: GenerationConfig | None, kwargs: d
     if allowed is not None and not callable(allowed):
         raise TypeError(f"prefix_allowed_tokens_fn must be a function, got {allowed!r}")
     given, of_checkpoint = vars(generation_config or GenerationConfig()), vars(model.generation_config)
-    for name in given.keys() - vars(GenerationConfig()).keys() - of_checkpoint.keys() - set(OPTIONS):
+    for name in given.keys() - vars(GenerationConfig()).keys() - of_checkpoint.keys() - {*OPTIONS, "seed"}:
         if given[name] is not None and not name.startswith("_"):
             _reject_unknown(name)
     for source in (kwargs, given):
@@ -193,7 +202,7 @@ def check_call(model: Any, generation_config: GenerationConfig | None, kwargs: d
             if source.get(name) is not None:
                 _check_number(name, source[name], low, is_count=name in COUNTS)
         for name in ("eos_token_id", "pad_token_id"):
-            for token in _token_ids(source.get(name)):
+            for token in token_ids(source.get(name)):
                 _check_number(name, token, -1, is_count=True)  # -1 stands for none
         for name in ("do_sample", "return_dict_in_generate", "output_logits"):
             if isinstance(source.get(name), str):  # "False" would be true
@@ -223,6 +232,30 @@ def split_options(model: Any, generation_config: GenerationConfig | None, kwargs
     return StructureOptions(**{name: value for name, value in values.items() if value is not None})
 
 
+def asked_structure(model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:
+    """Return the ``structure`` that a call asks for, as :func:`split_options` would find it."""
+    if "structure" in kwargs:
+        return kwargs["structure"]
+    configs = (generation_config, model.generation_config)
+    return next((c.structure for c in configs if getattr(c, "structure", None) is not None), None)
+
+
+def needs_base(model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call with ``structure="off"`` asks for what transformers does and the engine does not."""
+    rest = {name: value for name, value in kwargs.items() if name not in (*OPTIONS, "seed", "structure")}
+    given = generation_config if isinstance(generation_config, GenerationConfig) else GenerationConfig()
+    tables = {**REFUSED, **REFUSED_IN_A_CALL, **REFUSED_ARGUMENTS}
+    asked = {**vars(model.generation_config), **{k: v for k, v in vars(given).items() if v is not None}, **rest}
+    known = vars(GenerationConfig()).keys() | set(ARGUMENTS) | {"trust_remote_code", "token_type_ids"}
+    return (
+        rest.get("prefix_allowed_tokens_fn") is not None
+        or any(_asks(asked.get(name), nothing) for name, (nothing, _) in tables.items())
+        or asked.get("use_cache") is False
+        or isinstance(asked.get("watermarking_config"), SynthIDTextWatermarkingConfig)
+        or any(value is not None for name, value in rest.items() if name not in {*known, *tables})
+    )
+
+
 def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
     """Refuse what branches cannot do, and options nobody knows.
 
@@ -245,6 +278,7 @@ def check_modes(config: GenerationConfig, kwargs: dict[str, Any]) -> None:
         _reject_set(name, kwargs.pop(name, None), nothing, instead)
     kinds = kwargs.pop("token_type_ids", None)  # some tokenizers give them to every model: all zeros say nothing
     reject(kinds is not None and bool(torch.as_tensor(kinds).any()), "token_type_ids", "leave them out")
+    kwargs.pop("labels", None)  # Seq2SeqTrainer hands on a whole batch; transformers' generate takes no notice either
     kwargs.pop("trust_remote_code", None)  # of custom_generate, which is refused
     for name, value in kwargs.items():
         if value is not None:
@@ -287,7 +321,7 @@ def read_callables(value: Any, name: str) -> list[Any]:
 
 def infer_mask(config: GenerationConfig, input_ids: torch.Tensor) -> torch.Tensor:
     """Take pad tokens at either end for padding, as transformers does where nothing is said, if they end no answer."""
-    if config.pad_token_id is None or config.pad_token_id in _token_ids(config.eos_token_id):
+    if config.pad_token_id is None or config.pad_token_id in token_ids(config.eos_token_id):
         return torch.ones_like(input_ids)
     real = (input_ids != config.pad_token_id).long()
     return real.cummax(dim=-1).values & real.flip(-1).cummax(dim=-1).values.flip(-1)

@@ -9,10 +9,12 @@ import bisect
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
 
 from .agreement import Agreement
 from .cache import LogCache
@@ -24,6 +26,8 @@ from .sampling import check_best, choose, mask_scores
 from .state import Branch, FinishReason, Request, Segment, Sequence
 from .tags import TagSet
 from .writing import Chosen, Writer
+
+logger = logging.get_logger(__name__)
 
 DEFAULT_CHUNK = 512
 
@@ -121,8 +125,17 @@ class Engine:
         """
         positions = np.zeros(len(request.prompt) + 64, dtype=np.int64)
         sequence = Sequence(request, next(self._arrivals), Segment(), positions)
+        if request.calls is not None:
+            request.calls.answers[request.index] = sequence
         self.writer.read_prompt(sequence)
-        set_limits(sequence, self.context, self.cache)
+        if not set_limits(sequence, self.context, self.cache):
+            opened = f"prompt {request.index} ends inside blocks that its budget cannot close"
+            if sequence.root.block is None:
+                logger.warning_once(f"{opened}: its tags, and those of its answer, are text")
+                return self.begin(replace(request, options=replace(request.options, structure="off")))
+            logger.warning_once(f"{opened}: its answer is empty; raise max_new_tokens or max_total_tokens")
+            self.writer.end_at_once(sequence)
+            return sequence
         self.writer.begin(sequence)
         return sequence
 
@@ -248,11 +261,13 @@ class Engine:
             sampler = queries[some[0]][0].request.sampler
             contexts = [(len(s.request.prompt), b.context) for s, b in (queries[row] for row in some)]
             try:
-                piece = sampler.process(scores, contexts, [masks[row] for row in some])
+                own = [queries[row] for row in some]
+                piece = sampler.process(scores, contexts, [masks[row] for row in some], own)
             except BaseException as err:
                 sequences = list(dict.fromkeys(queries[row][0] for row in some))
-                if len(sequences) == 1:
-                    self._fail(sequences[0], err)
+                if len(sequences) == 1 or sampler.calls is not None:  # the caller's own saw them all at once
+                    for sequence in sequences:
+                        self._fail(sequence, err)
                 else:
                     for sequence in sequences:
                         own = [row for row in some if queries[row][0] is sequence]
@@ -278,11 +293,26 @@ class Engine:
                 self.writer.take(sequence, branch, chosen)
             except BaseException as err:
                 self._fail(sequence, err)
+        self._ask_callers(choices)
         for sequence in dict.fromkeys(sequence for sequence, _, _ in choices):
             try:
                 self.writer.start_held(sequence)
             except BaseException as err:
                 self._fail(sequence, err)
+
+    def _ask_callers(self, choices: list[tuple[Sequence, Branch, Chosen]]) -> None:
+        """Ask the callers' own stopping criteria, once for all rows of a call."""
+        asked: dict[int, list[tuple[Sequence, Branch]]] = {}
+        for sequence, branch, _ in choices:
+            if sequence.request.has_criteria and not branch.segment.ended:
+                asked.setdefault(id(sequence.request.calls), []).append((sequence, branch))
+        for rows in asked.values():
+            try:
+                for sequence, branch in rows[0][0].request.calls.stops(rows, self.writer.device):
+                    self.writer.stop(sequence, branch)
+            except BaseException as err:
+                for sequence in dict.fromkeys(sequence for sequence, _ in rows):
+                    self._fail(sequence, err)
 
     # Release
 

@@ -1,16 +1,17 @@
 """``model.generate``: transformers' arguments in, documents out."""
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
-from transformers.utils import ModelOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .arguments import (
+    OPTIONS,
     bound_length,
     check_modes,
     infer_mask,
@@ -18,30 +19,33 @@ from .arguments import (
     read_prompts,
     split_options,
     take_input_ids,
+    token_ids,
 )
 from .cache import LogCache
-from .engine import Engine
+from .callables import BatchCalls, is_callers
+from .engine import DEFAULT_CHUNK, Engine
+from .layout import plain_layout
 from .log import document_entries
 from .sampling import Sampler, sequence_key
-from .state import GenerationStats, Request, Segment, Sequence
+from .state import FinishReason, GenerationStats, Request, Segment, Sequence
 
 
 @dataclass
-class MultiverseGenerateOutput(ModelOutput):
-    """What ``generate(..., return_dict_in_generate=True)`` gives.
+class MultiverseGenerateOutput(GenerateDecoderOnlyOutput):
+    """What ``generate(..., return_dict_in_generate=True)`` gives: transformers' output, and what branches add.
+
+    ``scores``, ``attentions``, ``hidden_states`` and ``past_key_values`` are None where branches may be written.
 
     Attributes:
         sequences: (B, L) int64, prompt and document, paths one after the other; padded on the right.
-        sampled_mask: (B, L) bool, True where the model chose the token; False for prompt, forced tokens and padding.
-        stats: one :class:`GenerationStats` a row.
         logits: with ``output_logits``, for every generated column of ``sequences`` the (B, V) logits its token was
             chosen from; NaN where no token was chosen.
+        sampled_mask: (B, L) bool, True where the model chose the token; False for prompt, forced tokens and padding.
+        stats: one :class:`GenerationStats` a row.
     """
 
-    sequences: torch.LongTensor | None = None
     sampled_mask: torch.BoolTensor | None = None
     stats: list[GenerationStats] | None = None
-    logits: tuple[torch.FloatTensor, ...] | None = None
 
 
 class DocumentStreamer:
@@ -133,36 +137,47 @@ def read_requests(
     prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().weight.shape[0])
     max_new_tokens = int(bound_length(config, input_ids.shape[1], has_default_max_length))
 
+    own_processors = read_callables(logits_processor, "logits_processor")
+    own_criteria = read_callables(stopping_criteria, "stopping_criteria")
+    copies = 1 if config.num_return_sequences is None else config.num_return_sequences
     device = model.device
     model._prepare_special_tokens(config, attention_mask is not None, device=device, batch_size=len(prompts))
+    calls = BatchCalls(
+        [each for each in own_processors if is_callers(each)],
+        [each for each in own_criteria if is_callers(each)],
+        input_ids.repeat_interleave(copies, dim=0),
+        0 if config._pad_token_tensor is None else int(config._pad_token_tensor),
+    )
+    calls = calls if calls.processors or calls.criteria else None
+    chain = [calls.stand_in(each) if is_callers(each) else each for each in own_processors]
     processors = {
         length: model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=length,
             prefix_allowed_tokens_fn=prefix_allowed,
-            logits_processor=LogitsProcessorList(read_callables(logits_processor, "logits_processor")),
+            logits_processor=LogitsProcessorList(chain),
             device=device,
             model_kwargs={},
         )
         for length in {len(prompt) for prompt in prompts}
     }
     criteria = model._get_stopping_criteria(
-        config, StoppingCriteriaList(read_callables(stopping_criteria, "stopping_criteria")), tokenizer
+        config, StoppingCriteriaList(each for each in own_criteria if not is_callers(each)), tokenizer
     )
     ours = (MaxLengthCriteria, MaxTimeCriteria, EosTokenCriteria)  # the engine holds these itself
     criteria = StoppingCriteriaList(c for c in criteria if not isinstance(c, ours))
 
     if prefix_allowed is not None and len(prompts) > 1:
         raise ValueError(f"prefix_allowed_tokens_fn takes one prompt, got {len(prompts)}; answer them one at a time")
-    copies = 1 if config.num_return_sequences is None else config.num_return_sequences
     prompts = [prompt for prompt in prompts for _ in range(copies)]
+    seed = getattr(config, "seed", None) if seed is None else seed
     if seed is not None and (isinstance(seed, bool) or not hasattr(seed, "__index__")):
         raise TypeError(f"seed must be an integer, got {seed!r}")
     if seed is None and config.do_sample and (getattr(model, "tp_size", None) or 1) > 1:
         raise ValueError("the processes of a tensor-parallel model have to draw alike: give seed=")
     if seed is None:
         seed = int(torch.randint(2**62, ()).item()) if config.do_sample else 0
-    sampler = Sampler(processors, bool(config.do_sample), operator.index(seed))
+    sampler = Sampler(processors, bool(config.do_sample), operator.index(seed), calls)
     eos = [] if config._eos_token_tensor is None else config._eos_token_tensor.flatten().tolist()
     keep_logits = bool(config.output_logits and config.return_dict_in_generate)
     seen: dict[tuple[int, ...], int] = {}
@@ -172,7 +187,7 @@ def read_requests(
         requests.append(
             Request(
                 prompt, sequence_key(prompt, occurrence), options, sampler, max_new_tokens, frozenset(eos), criteria,
-                config.max_time, keep_logits, index=index,
+                config.max_time, keep_logits, index=index, calls=calls,
             )
         )  # fmt: skip
     return Asked(requests, config, input_ids, copies)
@@ -198,7 +213,9 @@ def generate(
         requests[0].on_event = streamer.on_event
     room = sum(len(r.prompt) + min(r.max_new_tokens * (4 if r.structured else 1), 2048) for r in requests)
     cache = LogCache(model.config.num_hidden_layers, room, growable=True)
-    engine = Engine(model, model.tags, cache, max_num_seqs=len(requests))
+    # a caller's own processors see all rows at each step, so all prompts are read in the first
+    chunk = DEFAULT_CHUNK if requests[0].calls is None else sum(len(request.prompt) for request in requests)
+    engine = Engine(model, model.tags, cache, max_num_seqs=len(requests), prefill_chunk=chunk)
     sequences = [engine.add(request) for request in requests]
     stream = None
     if streamer is not None and not shows_branches:
@@ -211,6 +228,65 @@ def generate(
         stream()
         streamer.end()
     return _output(model, sequences, asked)
+
+
+def generate_plain(
+    model: Any,
+    base_generate: Callable[..., Any],
+    inputs: torch.Tensor | None,
+    generation_config: GenerationConfig | None,
+    logits_processor: LogitsProcessorList | None,
+    stopping_criteria: StoppingCriteriaList | None,
+    streamer: Any | None,
+    seed: int | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Have transformers' own ``generate`` answer, with tags as text: what ``structure="off"`` asks beyond the engine.
+
+    Args:
+        model: the model.
+        base_generate: ``generate`` of its base class, bound to it.
+        seed: of torch's generators during the call; the noise is then the batch's, not each prompt's own.
+        inputs, generation_config, logits_processor, stopping_criteria, streamer, kwargs: of the call.
+
+    Returns:
+        What transformers returns; greedy decoding and sampling give a :class:`MultiverseGenerateOutput`.
+
+    Raises:
+        ValueError: if the streamer takes branch events, which only the engine has.
+    """
+    if hasattr(streamer, "on_event"):
+        raise ValueError(
+            "branch events come from the engine, which does not do what this call asks for; pass a transformers "
+            "streamer, or leave out what only ordinary decoding does"
+        )
+    total = kwargs.get("max_total_tokens")
+    kwargs = {name: value for name, value in kwargs.items() if name not in OPTIONS}
+    if total is not None:
+        kwargs["max_new_tokens"] = min(total, kwargs.get("max_new_tokens") or total)
+    seed = getattr(generation_config, "seed", None) if seed is None else seed
+    with plain_layout(), torch.random.fork_rng(enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        output = base_generate(
+            inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
+        )
+    if not isinstance(output, GenerateDecoderOnlyOutput):
+        return output
+    prompts = kwargs.get("input_ids", inputs)
+    width = prompts.shape[1] if prompts is not None else int("inputs_embeds" not in kwargs)
+    config, _ = model._prepare_generation_config(generation_config, **kwargs)
+    ends = torch.tensor(token_ids(config.eos_token_id), device=output.sequences.device)
+    answers = output.sequences[:, width:]
+    stats, sampled = [], torch.zeros_like(output.sequences, dtype=torch.bool)
+    for row, answer in enumerate(answers):
+        found = torch.isin(answer, ends).nonzero().flatten()
+        count = int(found[0]) + 1 if len(found) else len(answer)
+        sampled[row, width : width + count] = True
+        is_cut = count >= (config.max_new_tokens or config.max_length - width)
+        reason = FinishReason.STOP if len(found) else FinishReason.LENGTH if is_cut else FinishReason.CRITERIA
+        stats.append(GenerationStats(count, count, answers.shape[1], finish_reason=reason))
+    return MultiverseGenerateOutput(**output, sampled_mask=sampled, stats=stats)
 
 
 def _output(model: Any, written: list[Sequence], asked: Asked) -> torch.LongTensor | MultiverseGenerateOutput:
@@ -241,4 +317,9 @@ def _output(model: Any, written: list[Sequence], asked: Asked) -> torch.LongTens
             ])
             for column in range(length)
         )  # fmt: skip
-    return MultiverseGenerateOutput(sequences, sampled.to(input_ids.device), [s.stats for s in written], logits)
+    return MultiverseGenerateOutput(
+        sequences=sequences,
+        logits=logits,
+        sampled_mask=sampled.to(input_ids.device),
+        stats=[s.stats for s in written],
+    )

@@ -80,7 +80,7 @@ class Structure:
         After ``FORK`` this state is that of the first path; after ``REDUCE`` that of the text after the paths.
         """
         tags = self.tags
-        if token not in tags.roles:
+        if not self.scanner.hears(token) or token not in tags.roles:
             if self.stage is Stage.OUTLINE:
                 self.outlines[-1].append(token)
             self.has_text = self.has_text or token not in tags.newline

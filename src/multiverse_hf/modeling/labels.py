@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .attention import split_rows
-from .interpreter import Stage, Structure
+from .interpreter import Structure
 from .layout import Event
 from .tags import TagSet
 
@@ -31,15 +31,12 @@ def find_forced(ids: Sequence[int], tags: TagSet) -> list[range]:
         A range of indices after each fork and after each path, in ascending order. It covers as much of the engine's
         text as the document has, and one token at least.
     """
-    structure, forced, at = Structure(tags), [], 0
-    for index in [place for place, token in enumerate(ids) if token in tags.roles]:
-        if structure.stage is Stage.OUTLINE:  # only there text matters: it holds the path's label
-            for token in ids[at:index]:
-                structure.feed(token)
-        at = index + 1
-        event = structure.feed(ids[index])
+    structure, forced = Structure(tags), []
+    for index, token in enumerate(ids):
+        event = structure.feed(token)
         if event is Event.TEXT:
             continue
+        at = index + 1
         if event is Event.REDUCE:
             prefix = tags.conclusion_prefix()
         else:

@@ -46,6 +46,29 @@ class Scanner:
     armed: bool = False  # after <Parallel>, before <Goal>
     num_outlines: int | None = None  # inside a goal: outlines opened so far
     in_outline: bool = False
+    turn_end: int | None = None  # in a turn of the user's or the system's: the token that ends it
+    recent: tuple[int, ...] = ()  # last tokens outside every block, among which such a turn may open
+
+    def hears(self, token: int) -> bool:
+        """Take any token, and return whether a tag acts here: not in a turn that is not the assistant's.
+
+        Such a turn opens outside every block only.
+        """
+        if self.turn_end is not None:
+            if token == self.turn_end:
+                self.turn_end = None
+            return False
+        turns = self.tags.turns
+        if turns and not self.open_blocks and self.num_outlines is None:
+            self.recent = (*self.recent[1 - max(len(opening) for opening, _ in turns) :], token)
+            self.open_turn(self.recent)
+        return True
+
+    def open_turn(self, ids: tuple[int, ...]) -> None:
+        """Note that a turn opens if ``ids`` end in what opens one."""
+        for opening, end in self.tags.turns:
+            if ids[-len(opening) :] == opening:
+                self.turn_end, self.armed = end, False
 
     def feed(self, token: int) -> Event:
         """Take the next token and say what it does."""
@@ -87,9 +110,29 @@ def has_block(ids: torch.Tensor, tags: TagSet) -> bool:
         ids: (L,) token ids.
         tags: the control tags.
     """
+    return any(event is Event.FORK for _, event in scan(ids, tags))
+
+
+def scan(ids: torch.Tensor, tags: TagSet) -> Iterator[tuple[int, Event]]:
+    """Yield the index of each tag in a row, and what it does.
+
+    Args:
+        ids: (L,) token ids.
+        tags: the control tags.
+    """
     scanner = Scanner(tags)
-    control = torch.isin(ids, torch.tensor(tags.control_ids, device=ids.device))
-    return any(scanner.feed(token) is Event.FORK for token in ids[control].tolist())
+    last = {opening[-1] for opening, _ in tags.turns}
+    watched = [*tags.control_ids, *last, *(end for _, end in tags.turns)]
+    longest = max((len(opening) for opening, _ in tags.turns), default=0)
+    for index in torch.isin(ids, torch.tensor(watched, device=ids.device)).nonzero().flatten().tolist():
+        token = int(ids[index])
+        if scanner.turn_end is not None:
+            if token == scanner.turn_end:
+                scanner.turn_end = None
+        elif token in tags.roles:
+            yield index, scanner.feed(token)
+        elif token in last and not scanner.open_blocks and scanner.num_outlines is None:
+            scanner.open_turn(tuple(ids[max(index + 1 - longest, 0) : index + 1].tolist()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +184,10 @@ def build_layout(ids: torch.Tensor | Sequence[int], tags: TagSet) -> Layout:
     position_ids = torch.arange(len(ids))
     segment_ids = torch.zeros(len(ids), dtype=torch.long)
     rows: list[set[int]] = [{0}]  # visible segments of every segment
-    scanner = Scanner(tags)
     frames: list[_Frame] = []
     segment, begin, position = 0, 0, 0  # the open segment, its first index, and that token's position
 
-    control = torch.tensor(tags.control_ids)
-    events = torch.isin(ids, control).nonzero().flatten().tolist()
-    for index in events:
-        event = scanner.feed(int(ids[index]))
+    for index, event in scan(ids, tags):
         if event is Event.TEXT:
             continue
         end = position + index - begin  # position of this tag

@@ -8,7 +8,7 @@ from .state import Block, Branch, FinishReason, Sequence
 ANSWER = -1  # in the place of a number of blocks that stay open: the whole answer ends
 
 
-def set_limits(sequence: Sequence, context: int | None, cache: LogCache) -> None:
+def set_limits(sequence: Sequence, context: int | None, cache: LogCache) -> bool:
     """Find what an answer may take, and refuse what can never fit.
 
     Args:
@@ -16,8 +16,11 @@ def set_limits(sequence: Sequence, context: int | None, cache: LogCache) -> None
         context: positions that the model has, None for any number.
         cache: the pool of logs.
 
+    Returns:
+        Whether the blocks that the prompt leaves open can be closed within that.
+
     Raises:
-        ValueError: then, with the numbers.
+        ValueError: if the prompt does not fit, with the numbers.
     """
     request, length = sequence.request, sequence.prompt_length
     options = request.options
@@ -39,35 +42,15 @@ def set_limits(sequence: Sequence, context: int | None, cache: LogCache) -> None
             )
         sequence.total, sequence.total_reason = room, FinishReason.CACHE
     if not request.structured:
-        return
+        return True
     least = Structure(sequence.live[0].structure.tags).empty_path_length()
     if options.max_path_tokens is not None and options.max_path_tokens < least:
         raise ValueError(
             f"max_path_tokens={options.max_path_tokens} leaves no room for a path; it takes at least "
             f"{least} tokens to begin and end one"
         )
-    paths = [block.structure.scanner.open_blocks[-1].num_paths for b in sequence.live for block in b.blocks]
-    paths += [len(branch.structure.outlines) for branch in sequence.live]
-    opening = (Stage.ARMED, Stage.GOAL, Stage.OUTLINE)
-    depth = max(branch.structure.depth + (branch.structure.stage in opening) for branch in sequence.live)
-    for name, found in (("max_paths", max(paths, default=0)), ("max_depth", depth)):
-        if found > getattr(options, name):
-            raise ValueError(
-                f"prompt {request.index} ends in blocks that break {name}={getattr(options, name)} "
-                f"({found}); raise {name}"
-            )
     positions = max(b.position - length + b.structure.closing_positions() for b in sequence.live)
-    if positions > sequence.budget:
-        raise ValueError(
-            f"prompt {request.index} ends inside blocks that take {positions} positions to close, and "
-            f"{sequence.budget} are left; raise max_new_tokens or shorten the prompt"
-        )
-    tokens = closing_cost(sequence)
-    if tokens > sequence.total:
-        raise ValueError(
-            f"prompt {request.index} ends inside blocks that take {tokens} tokens to close, and "
-            f"{sequence.total} are left; raise {sequence.total_reason}"
-        )
+    return positions <= sequence.budget and closing_cost(sequence) <= sequence.total
 
 
 def structure_mask(sequence: Sequence, branch: Branch) -> Mask | None:

@@ -24,15 +24,16 @@ from transformers import (
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
-from .arguments import check_streamer, reject, split_options
+from .arguments import asked_structure, check_streamer, needs_base, read_callables, reject
 from .attention import layer_kinds
+from .callables import is_callers
 from .chunked import CHUNKED
 from .configuration_multiverse import MultiverseConfig
 from .decoding import end_turn, take_turn
-from .generation import MultiverseGenerateOutput, generate
+from .generation import MultiverseGenerateOutput, generate, generate_plain
 from .hooks import execution_device, follow_layouts
 from .integrations import integrate, tuned_prompt
-from .layout import plain_layout
+from .layout import is_plain
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
@@ -265,19 +266,22 @@ class MultiverseForCausalLM:
         Args:
             inputs: (B, L) token ids, also as ``input_ids``; padded where ``attention_mask`` says so.
             generation_config: as in transformers; may hold the structure options too.
-            logits_processor: see each branch's own visible ids in document order, as on a lone sequence.
-            stopping_criteria: likewise; outside every block they end the answer, inside a path they close it. They are
-                not asked at a token that forks or closes a path.
+            logits_processor: transformers' own see each branch's visible ids in document order, as on a lone sequence.
+                Any others are called once a step with the whole padded batch, as by transformers. Once a row forks,
+                each of its branches has a copy of its own (:mod:`~.callables`).
+            stopping_criteria: likewise; outside every block they end the answer, inside a path they close it, or
+                with ``stop_scope="answer"`` end the answer. They are not asked at a token that forks or closes a path.
             streamer: receives the document in document order, as early as it is settled; or, if it has a method
                 ``on_event``, every :class:`~.state.BranchEvent` instead. One prompt only.
             seed: of the sampling noise, which is keyed by (seed, prompt, branch, position): an answer does not
                 depend on what it was batched with. By default drawn from torch's generator.
-            **kwargs: ``structure`` ("guided", "lenient" or "off"), ``max_new_tokens`` (bounds the length: positions,
-                not tokens), ``max_total_tokens``, ``max_path_tokens``, ``max_depth``, ``max_paths``, ``max_branches``;
-                None is the default, whatever the checkpoint's generation config says. And the options of
-                ``GenerationConfig``: ``do_sample``, ``temperature``, ``num_return_sequences``,
-                ``return_dict_in_generate``, ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what
-                becomes of it.
+            **kwargs: ``structure`` ("guided", "lenient", or "off" for ordinary decoding: what the engine does not do
+                there, such as beams, scores, static caches and assistants, transformers' own ``generate`` does),
+                ``max_new_tokens`` (bounds the length: positions, not tokens), ``max_total_tokens``,
+                ``max_path_tokens``, ``max_depth``, ``max_paths``, ``max_branches``, ``stop_scope``; None is the
+                default, whatever the checkpoint's generation config says. And the options of ``GenerationConfig``:
+                ``do_sample``, ``temperature``, ``num_return_sequences``, ``return_dict_in_generate``,
+                ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what becomes of it.
 
         Returns:
             (B, L) token ids, documents with their paths one after the other; with ``return_dict_in_generate`` a
@@ -289,16 +293,17 @@ class MultiverseForCausalLM:
             TypeError: if an argument is of the wrong kind.
         """
         check_streamer(streamer)
-        if tuned := tuned_prompt(self):
-            if split_options(self, generation_config, kwargs).structure != "off":
-                raise ValueError(
-                    f"{tuned} brings vectors beside the tokens, which branches do not read; call generate with "
-                    "structure='off', or train LoRA"
-                )
-            with plain_layout():
-                return super().generate(
-                    inputs, generation_config, logits_processor, stopping_criteria, streamer=streamer, **kwargs
-                )
+        tuned, arguments = tuned_prompt(self), (inputs, generation_config, logits_processor, stopping_criteria)
+        structure = "off" if is_plain() else asked_structure(self, generation_config, kwargs)
+        if tuned and structure != "off":
+            raise ValueError(
+                f"{tuned} brings vectors beside the tokens, which branches do not read; call generate with "
+                "structure='off', or train LoRA"
+            )
+        own = read_callables(logits_processor, "logits_processor")
+        own = any(map(is_callers, own + read_callables(stopping_criteria, "stopping_criteria")))
+        if structure == "off" and (tuned or is_plain() or own or needs_base(self, generation_config, kwargs)):
+            return generate_plain(self, super().generate, *arguments, streamer, seed, kwargs)
         return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ import itertools
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,6 +87,16 @@ class TokenScores:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class CallersProcessor:
+    """Stands for one of the caller's own processors in a chain: :meth:`~.callables.BatchCalls.process` calls it."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("a caller's processor is called with its whole batch")
+
+
 class Sampler:
     """How the next tokens of a request's branches are chosen.
 
@@ -94,10 +105,17 @@ class Sampler:
             them count from.
         do_sample: draw from the distribution; otherwise take its maximum.
         seed: of the noise.
+        calls: the caller's own processors, which stand-ins in the chains are for (:mod:`~.callables`).
     """
 
-    def __init__(self, processors: dict[int, LogitsProcessorList], do_sample: bool, seed: int) -> None:
-        self.processors = processors
+    def __init__(
+        self,
+        processors: dict[int, LogitsProcessorList],
+        do_sample: bool,
+        seed: int,
+        calls: Any | None = None,
+    ) -> None:
+        self.processors, self.calls = processors, calls
         self.do_sample = do_sample
         self.seed = seed
         each = [processor for chain in processors.values() for processor in chain]
@@ -119,6 +137,7 @@ class Sampler:
         scores: torch.Tensor,
         contexts: Sequence[tuple[int, Sequence[int]]] | None,
         masks: Sequence[Mask | None],
+        rows: Sequence[tuple[Any, Any]] = (),
     ) -> torch.Tensor:
         """Run the processors.
 
@@ -127,25 +146,43 @@ class Sampler:
             contexts: for each row the length of its prompt, and its visible ids in document order; needed if
                 ``needs_context``.
             masks: for each row what may not be chosen, whatever the processors say.
+            rows: the answer and the branch of each row, for the caller's own processors.
 
         Returns:
             (N, V) scores.
         """
         if not self.has_processors:
             return scores
-        if self.needs_context:
-            processed = self._process_by_length(scores, contexts)
+        if self.calls is not None and self.calls.processors:
+            processed = self._process_in_order(scores, contexts, rows)
+        elif self.needs_context:
+            processed = self._process_by_length(scores, contexts, self.processors)
         else:
             processed = next(iter(self.processors.values()))(None, scores)
         return mask_scores(masks, processed.to(scores.dtype))
 
-    def _process_by_length(self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]]) -> torch.Tensor:
+    def _process_in_order(
+        self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]], rows: Sequence[tuple[Any, Any]]
+    ) -> torch.Tensor:
+        """Run each place of the chains in turn: the caller's own on the whole batch, the others by length."""
+        for place in range(len(next(iter(self.processors.values())))):
+            each = {length: chain[place] for length, chain in self.processors.items()}
+            own = next(iter(each.values()))
+            if isinstance(own, CallersProcessor):
+                scores = self.calls.process(own, rows, scores)
+            else:
+                scores = self._process_by_length(scores, contexts, each)
+        return scores
+
+    def _process_by_length(
+        self, scores: torch.Tensor, contexts: Sequence[tuple[int, Sequence[int]]], processors: dict[int, Any]
+    ) -> torch.Tensor:
         """Run the processors on rows whose contexts have one length together, as the paths of a block mostly do."""
         processed, begin = [], 0
         for (prompt_length, _), run in itertools.groupby(contexts, key=lambda row: (row[0], len(row[1]))):
             ids = _to_tensor([context for _, context in run], scores.device)
             rows = scores[begin : begin + len(ids)]
-            given = self.processors[prompt_length](ids, rows)
+            given = processors[prompt_length](ids, rows)
             if not isinstance(given, torch.Tensor) or given.shape != rows.shape or not given.is_floating_point():
                 found = (
                     f"{tuple(given.shape)} {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__

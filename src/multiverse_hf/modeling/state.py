@@ -5,6 +5,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ class StructureOptions:
         max_path_tokens: positions along one path, counted from its fork, what is nested in it included.
         max_total_tokens: tokens of the whole answer, all paths together. By default ``max_paths`` times
             ``max_new_tokens``: what a model that never stops forking can cost at most.
+        stop_scope: what a stop string or a stopping criterion ends inside a path: ``"path"``, that path, or
+            ``"answer"``, the whole answer, as ``stop`` means to a client of OpenAI's API.
     """
 
     structure: str = "guided"
@@ -50,10 +53,13 @@ class StructureOptions:
     max_branches: int = 256
     max_path_tokens: int | None = None
     max_total_tokens: int | None = None
+    stop_scope: str = "path"
 
     def __post_init__(self) -> None:
         if self.structure not in ("guided", "lenient", "off"):
             raise ValueError(f"structure must be 'guided', 'lenient' or 'off', got {self.structure!r}")
+        if self.stop_scope not in ("path", "answer"):
+            raise ValueError(f"stop_scope must be 'path' or 'answer', got {self.stop_scope!r}")
         for name in ("max_depth", "max_paths", "max_branches", "max_path_tokens", "max_total_tokens"):
             value = getattr(self, name)
             low = 0 if name == "max_depth" else 1
@@ -178,7 +184,8 @@ class Request:
         num_logprobs: keep each sampled token's log-probability and the entropy, and those of so many likeliest tokens
             besides; None keeps none. Of the model's own distribution, before any processor.
         on_event: called with every :class:`BranchEvent`, in the thread that steps the engine.
-        index: number the events bear.
+        index: number the events bear, and the row of its batch.
+        calls: the caller's own processors and criteria of its batch (:mod:`~.callables`), None if there are none.
     """
 
     prompt: Ids[int]
@@ -194,6 +201,7 @@ class Request:
     on_event: "Callable[[BranchEvent], None] | None" = None
     index: int = 0
     submitted: float = field(default_factory=time.monotonic)
+    calls: Any | None = None
 
     @property
     def structured(self) -> bool:
@@ -203,7 +211,12 @@ class Request:
     @property
     def needs_context(self) -> bool:
         """Something looks at the ids each branch sees."""
-        return self.sampler.needs_context or bool(self.criteria)
+        return self.sampler.needs_context or bool(self.criteria) or self.calls is not None
+
+    @property
+    def has_criteria(self) -> bool:
+        """The caller's own stopping criteria are asked."""
+        return self.calls is not None and bool(self.calls.criteria)
 
     @property
     def max_total_tokens(self) -> int:

@@ -82,6 +82,8 @@ class TagSet:
         colon: ids of ``:``.
         digits: ids of ``0`` to ``9`` and of ``.``, keyed by that text; labels are spelled with them.
         label_pieces: text of every token that can stand in a label, keyed by id: digits, ``.``, ``:`` and white space.
+        turns: how the chat template writes turns that are not the assistant's: the ids that open one, and the token
+            that ends it. Tags in them are text. Empty where there is no chat template.
     """
 
     names: TagNames
@@ -90,6 +92,7 @@ class TagSet:
     colon: list[int]
     digits: dict[str, list[int]]
     label_pieces: dict[int, str] = field(repr=False)
+    turns: tuple[tuple[tuple[int, ...], int], ...] = ()
     roles: dict[int, tuple[str, bool]] = field(init=False, repr=False, compare=False)  # id -> (role, is an open tag)
     masks: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the interpreter's
 
@@ -202,7 +205,7 @@ class TagSet:
             pieces[colon[0]] = ":"
         digits = {digit: encode_after_tag("\n" + digit)[len(newline) :] for digit in "0123456789."}
         ids = {tag: int(vocab[tag]) for tag in names.tokens}
-        return cls(names, ids, newline, colon, digits, pieces)
+        return cls(names, ids, newline, colon, digits, pieces, read_turns(tokenizer))
 
     @classmethod
     def add_to(cls, tokenizer: Any, names: TagNames = MULTIVERSE) -> "TagSet":
@@ -223,6 +226,7 @@ class TagSet:
             "colon": list(self.colon),
             "digits": {digit: list(ids) for digit, ids in self.digits.items()},
             "label_pieces": {str(i): piece for i, piece in sorted(self.label_pieces.items())},
+            "turns": [[list(opening), end] for opening, end in self.turns],
         }
 
     @classmethod
@@ -240,9 +244,53 @@ class TagSet:
                 list(data["colon"]),
                 {digit: list(ids) for digit, ids in data["digits"].items()},
                 {int(i): piece for i, piece in data["label_pieces"].items()},
+                tuple((tuple(opening), end) for opening, end in data.get("turns", ())),
             )
         except (KeyError, TypeError, AttributeError) as err:
             raise ValueError(f"config.multiverse is not a tag set ({err!r}); save the checkpoint again") from err
+
+
+def read_turns(tokenizer: Any) -> tuple[tuple[tuple[int, ...], int], ...]:
+    """Return how a chat template writes the turns of the user and of the system, for :attr:`TagSet.turns`.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        For each the ids that open its turn, and the first special token after its text. Empty without a chat template,
+        and where its turns are not told apart by special tokens.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return ()
+    mark, turns = "\ue000", []
+    user = {"role": "user", "content": mark}
+    for messages in ([user], [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]):
+        try:
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            bare = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        except Exception:  # a template is a program of the model's; many take no system message
+            continue
+        head, found, tail = text.partition(mark)
+        if not found:
+            continue
+        head, tail, assistant = (
+            tokenizer.encode(part, add_special_tokens=False) for part in (head, tail, text.removeprefix(bare))
+        )
+        special = {
+            *tokenizer.all_special_ids,
+            *(i for i, each in tokenizer.added_tokens_decoder.items() if each.special),
+        }
+        # the turn begins with the token that begins the assistant's, else with the last special one
+        marks = assistant[:1] if special.intersection(assistant[:1]) & set(head) else special
+        begin = max((at for at, token in enumerate(head) if token in marks), default=None)
+        end = next((token for token in tail if token in special), None)
+        if begin is None or end is None:
+            continue
+        opening = head[begin:]
+        while len(opening) > 1 and not tokenizer.decode(opening[-1:]).strip():  # may be one token with the text
+            opening.pop()
+        turns.append((tuple(opening), end))
+    return tuple(dict.fromkeys(turns))
 
 
 def encode_prompt(

@@ -71,6 +71,13 @@ class Writer:
             self._start(sequence, branch)
         self.start_held(sequence)
 
+    def end_at_once(self, sequence: Sequence) -> None:
+        """End an answer before its first token: there is no room even for the tags that close its prompt."""
+        sequence.is_prompt, sequence.finish = False, FinishReason.LENGTH
+        for branch in sequence.live:
+            branch.segment.ended = True
+        sequence.live.clear()
+
     def take(self, sequence: Sequence, branch: Branch, chosen: Chosen) -> None:
         """Do what a chosen token says.
 
@@ -100,9 +107,14 @@ class Writer:
             sequence.finish = FinishReason.STOP
             self._end(sequence, branch)
         elif request.criteria and self._ask_criteria(request, branch, chosen.scores):
-            self._stop(sequence, branch, FinishReason.CRITERIA, len(branch.blocks) - 1)
+            self.stop(sequence, branch)
         else:
             self._settle(sequence, branch)
+
+    def stop(self, sequence: Sequence, branch: Branch) -> None:
+        """End what a stopping criterion ends: the branch's path, or the whole answer."""
+        whole = sequence.request.options.stop_scope == "answer"
+        self._stop(sequence, branch, FinishReason.CRITERIA, ANSWER if whole else len(branch.blocks) - 1)
 
     def _ask_criteria(self, request: Request, branch: Branch, scores: torch.Tensor) -> bool:
         """Ask the stopping criteria about a branch; any of them may stop it, as in transformers."""

@@ -1,0 +1,297 @@
+"""A caller's own processors and criteria, and ``structure="off"`` as ordinary decoding."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from helpers import EOS, FIRST_TEXT, PAD, TAGS, FollowPlan, Forced, answer, documents, left_pad, text_of, tiny_model
+from test_forward import pair
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from multiverse_hf import (
+    MultiverseEngine,
+    MultiverseForCausalLM,
+    TagSet,
+    embedded_model,
+    encode_prompt,
+    parse_document,
+)
+from multiverse_hf.modeling.layout import has_block
+from multiverse_hf.modeling.state import FinishReason
+from multiverse_hf.modeling.tags import read_turns
+
+ONE, TWO = [50, 51, 52], [60]
+FORKS = {tuple(ONE): (2, Forced(((3,), (6,))), 2), tuple(TWO): (9,)}
+
+
+class Calls(LogitsProcessor):
+    """Counts its calls and keeps the shape of each; must be called once for each token of a row."""
+
+    def __init__(self) -> None:
+        self.lengths: list[int] = []
+
+    def __call__(self, input_ids, scores):
+        assert not self.lengths or input_ids.shape[1] == self.lengths[-1] + 1, "a token was passed over"
+        assert len(input_ids) == len(scores)
+        self.lengths.append(input_ids.shape[1])
+        return scores
+
+
+class Rows(StoppingCriteria):
+    """Keeps a list for the rows of a batch, as evaluation harnesses do: a row that said a word is done for good."""
+
+    def __init__(self, rows: int, word: int) -> None:
+        self.done, self.word, self.num_calls = [False] * rows, word, 0
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.num_calls += 1
+        for row in range(len(self.done)):
+            self.done[row] |= bool(input_ids[row, -1] == self.word)
+        return torch.tensor(self.done)
+
+
+def test_a_processor_with_state_is_called_once_a_step_with_the_whole_padded_batch():
+    shapes = []
+
+    def watch(input_ids, scores):
+        shapes.append((tuple(input_ids.shape), tuple(scores.shape), input_ids.tolist()))
+        return scores
+
+    plans = {tuple(ONE): (3,), tuple(TWO): (6,)}
+    output = answer(tiny_model("qwen2"), [ONE, TWO], plans, logits_processor=[watch])
+    prompts = left_pad([ONE, TWO])[0].tolist()
+    for step, (ids, scores, rows) in enumerate(shapes):
+        assert (ids, scores) == ((2, 3 + step), (2, 96))
+        assert [row[:3] for row in rows] == prompts
+        written = [output.sequences[row, 3 : 3 + step].tolist() for row in range(2)]
+        assert [row[3:] for row in rows] == written, "a finished row is filled up with the pad token"
+    assert len(shapes) == 7
+
+
+def test_each_branch_has_a_processor_that_was_called_for_every_token_it_sees():
+    live = Calls()
+    output = answer(tiny_model("qwen2"), [ONE, TWO], FORKS, logits_processor=[live])
+    assert [stats.num_forks for stats in output.stats] == [1, 0]
+    # two words, <Parallel> and <Goal>, two outlines of five tokens, </Goal>; the other row ended before
+    assert live.lengths == list(range(3, 3 + 2 + 2 + 10 + 1))
+    answer(tiny_model("qwen2"), [ONE], FORKS, logits_processor=[Calls()])
+
+
+def test_a_processors_state_is_each_branchs_own():
+    class Budget(LogitsProcessor):
+        """Ends a row at its 30th token."""
+
+        num_calls = 0
+
+        def __call__(self, input_ids, scores):
+            self.num_calls += 1
+            if self.num_calls > 30:
+                scores = torch.full_like(scores, -torch.inf)
+                scores[:, FIRST_TEXT] = -1.0  # where the grammar wants text
+                scores[:, [EOS, *(TAGS.close(role) for role in ("path", "conclusion", "parallel"))]] = 0.0
+            return scores
+
+    plan = (1, Forced(((40,), (2,))), 1)
+    (ids,) = documents(answer(tiny_model("qwen2"), [ONE], {tuple(ONE): plan}, logits_processor=[Budget()]), [ONE])
+    (block, _), *_ = parse_document(text_of(ids)).blocks()
+    lengths = [len(path.text.strip()) for path in block.paths]
+    assert lengths[1] == 2 + 2, "a label and two tokens: its sibling's calls do not count"
+    assert 2 < lengths[0] < 30
+
+
+def test_what_cannot_be_copied_is_refused_at_a_fork_by_name_and_serves_until_then():
+    class Grammar(LogitsProcessor):
+        def __init__(self) -> None:
+            self.matcher = (each for each in ())  # nothing copies a generator
+
+        def __call__(self, input_ids, scores):
+            return scores
+
+    answer(tiny_model("qwen2"), [ONE, TWO], {tuple(ONE): (3,), tuple(TWO): (6,)}, logits_processor=[Grammar()])
+    for prompts in ([ONE], [ONE, TWO]):
+        with pytest.raises(ValueError, match=r"Grammar keeps a state that cannot be copied .* structure='off'"):
+            answer(tiny_model("qwen2"), prompts, FORKS, logits_processor=[Grammar()])
+
+
+def test_one_rows_or_branchs_end_ends_no_other():
+    word = FIRST_TEXT + 25
+    model = tiny_model("qwen2")
+
+    class Say(LogitsProcessor):
+        """Has the first path say the word at once."""
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def __call__(self, input_ids, scores):
+            scores = scores.clone()
+            scores[:, word] = -torch.inf
+            for row, ids in enumerate(input_ids.tolist()):
+                if ids[-3:] == [TAGS.newline[0], *TAGS.ordinal(1)]:
+                    scores[row], scores[row, word] = -torch.inf, 0.0
+            return scores
+
+    for prompts in ([ONE], [ONE, TWO]):
+        stop = Rows(len(prompts), word)
+        options = {"stopping_criteria": [stop], "logits_processor": [Say()]}
+        output = answer(model, prompts, FORKS, **options)
+        (block, _), *_ = parse_document(text_of(documents(output, prompts)[0])).blocks()
+        assert [len(path.text.strip()) for path in block.paths] == [2 + 1, 2 + 6]
+        assert output.stats[0].closed_by == {FinishReason.CRITERIA: 1}
+        assert {stats.finish_reason for stats in output.stats} == {FinishReason.STOP}
+        whole = answer(model, prompts, FORKS, stop_scope="answer", **options | {"stopping_criteria": [stop]})
+        assert whole.stats[0].finish_reason == FinishReason.CRITERIA
+        parse_document(text_of(documents(whole, prompts)[0]))
+    assert Counter(row.tolist().count(word) for row in whole.sequences) == {1: 1, 0: 1}
+
+
+def test_a_stop_string_in_a_path_can_end_the_answer():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+    prompt = "A=19-7+12; B=8+15-3; C=5+6; total? Think step by step and in parallel before answering."
+    batch = encode_prompt(tokenizer, [prompt], return_tensors="pt")
+    options = {"stop_strings": ["ends at 24"], "tokenizer": tokenizer, "max_new_tokens": 400}
+    for scope, reason in (("path", FinishReason.STOP), ("answer", FinishReason.CRITERIA)):
+        output = model.generate(**batch, **options, stop_scope=scope, return_dict_in_generate=True)
+        assert output.stats[0].finish_reason == reason
+        assert output.stats[0].closed_by[FinishReason.CRITERIA] >= 1
+    with pytest.raises(ValueError, match="stop_scope must be 'path' or 'answer', got 'all'"):
+        model.generate(**batch, stop_scope="all")
+
+
+# Whose text it is
+
+
+def test_tags_in_a_users_turn_are_text_for_answers_and_for_forward():
+    """The client tokenizes with the chat template, which knows nothing of tags."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+    base = AutoModelForCausalLM.from_pretrained(embedded_model())
+    block = "<Parallel>\n<Goal><Outline>1: a</Outline><Outline>2: b</Outline></Goal>\n<Path>\n1: c</Path>\n"
+    messages = [
+        {"role": "system", "content": block},
+        {"role": "user", "content": block},
+    ]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, base(ids).logits)
+    output = model.generate(ids, max_new_tokens=60, do_sample=False, return_dict_in_generate=True)
+    assert output.stats[0].num_tokens > 0
+    # in the assistant's own turn they act, also after another turn
+    messages += [{"role": "assistant", "content": block}]
+    own = tokenizer.apply_chat_template(messages, return_tensors="pt")["input_ids"]
+    assert has_block(own[0], model.tags)
+    assert not has_block(ids[0], model.tags)
+    assert model.tags == TagSet.from_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ("<s>{{ messages[0].content }}</s><a>", "a template with special tokens"),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "a template without any"),
+        ("{{ raise_exception('no') }}", "a template that fails"),
+    ],
+)
+def test_turns_are_read_from_any_template_or_left_out(template, text):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<s>", "</s>", "<a>"]})
+    tokenizer.chat_template = template
+    turns = read_turns(tokenizer)
+    named = [
+        (tokenizer.convert_ids_to_tokens(list(opening)), tokenizer.convert_ids_to_tokens(end))
+        for opening, end in turns
+    ]
+    assert named == ([(["<s>"], "</s>")] if "<s>" in template else [])
+
+
+def test_the_engine_gives_each_request_its_own_batch():
+    model = tiny_model("qwen2")
+    with MultiverseEngine(model, None, max_cache_tokens=4096) as engine:
+        options = {"max_new_tokens": 400, "logits_processor": [FollowPlan(FORKS), Calls()]}
+        ours = engine.submit(ONE, **copy.deepcopy(options)).result().ids
+        for stop in ("path", "answer"):
+            handle = engine.submit(ONE, stopping_criteria=[Rows(1, -1)], stop_scope=stop, **copy.deepcopy(options))
+            assert handle.result().ids == ours
+    assert ours == documents(answer(model, [ONE], FORKS), [ONE])[0][3:]
+
+
+# structure="off"
+
+ORDINARY = {
+    "beams": {"num_beams": 3},
+    "returned beams": {"num_beams": 3, "num_return_sequences": 2, "output_scores": True},
+    "scores": {"output_scores": True, "output_logits": True},
+    "states": {"output_hidden_states": True, "output_attentions": True},
+    "no cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+    "lookup": {"prompt_lookup_num_tokens": 2},
+    "guidance": {"guidance_scale": 1.5},
+    "a forced end": {"forced_eos_token_id": EOS},
+    "several prefixes": {"prefix_allowed_tokens_fn": lambda batch, ids: [60 + batch, 61 + batch]},
+    "positions": {"position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])},
+    "labels": {"labels": torch.tensor([[1, 2, 3], [1, 2, 3]])},
+}
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_off_does_what_the_base_class_does(name):
+    model, base = pair()
+    ids, mask = left_pad([ONE, TWO])
+    if name == "lookup":
+        ids, mask = ids[:1], mask[:1]
+    call = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
+    theirs = base.generate(ids, **call, **{k: v for k, v in ORDINARY[name].items() if k != "labels"})
+    for ours in (
+        model.generate(ids, structure="off", **call, **ORDINARY[name]),
+        model.generate(ids, generation_config=GenerationConfig(structure="off"), **call, **ORDINARY[name]),
+    ):
+        assert torch.equal(ours.sequences, theirs.sequences)
+        assert set(theirs.keys()) - {"past_key_values"} <= set(ours.keys())
+        for field in ("scores", "logits"):
+            for one, other in zip(getattr(ours, field) or (), getattr(theirs, field) or (), strict=True):
+                torch.testing.assert_close(one, other)
+    if "num_beams" not in ORDINARY[name]:
+        assert [stats.num_tokens for stats in ours.stats] == ours.sampled_mask.sum(-1).tolist()
+
+
+def test_off_goes_on_from_embeddings_caches_and_an_assistant():
+    model, base = pair()
+    ids = torch.tensor([ONE])
+    call = {"max_new_tokens": 6, "do_sample": False}
+    embeds = model.get_input_embeddings()(ids)
+    ours = model.generate(inputs_embeds=embeds, structure="off", **call)
+    assert torch.equal(ours, base.generate(inputs_embeds=embeds, **call))
+    want = base.generate(ids, **call)
+    assert torch.equal(model.generate(ids, assistant_model=copy.deepcopy(model), structure="off", **call), want)
+    cache = model.generate(ids, structure="off", use_cache=True, return_dict_in_generate=True, **call)
+    again = model.generate(ids, structure="off", past_key_values=cache.past_key_values, **call)
+    assert cache.past_key_values is None or torch.equal(again, want)
+    document = torch.tensor([[60, *[TAGS.open("parallel"), TAGS.open("goal"), TAGS.open("outline"), 61]]])
+    document = torch.cat([document, torch.tensor([[TAGS.close("outline"), TAGS.close("goal"), 62]])], 1)
+    ours = model.generate(document, structure="off", num_beams=2, **call)
+    assert torch.equal(ours, base.generate(document, num_beams=2, **call)), "tags are text"
+
+
+def test_a_seed_may_stand_in_the_config_and_serves_ordinary_decoding_too():
+    model = tiny_model("qwen2")
+    ids = torch.tensor([ONE])
+    config = GenerationConfig(seed=3, do_sample=True, max_new_tokens=12)
+    ours = model.generate(ids, generation_config=config)
+    assert torch.equal(ours, model.generate(ids, do_sample=True, max_new_tokens=12, seed=3))
+    state = torch.random.get_rng_state()
+    sampled = [
+        model.generate(ids, structure="off", do_sample=True, max_new_tokens=12, seed=seed, use_cache=False).tolist()
+        for seed in (3, 3, 4)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_what_comes_back_is_an_output_of_transformers():
+    output = answer(tiny_model("qwen2"), [ONE], FORKS)
+    assert isinstance(output, GenerateDecoderOnlyOutput)
+    assert output.scores is output.attentions is output.hidden_states is output.past_key_values is None
+    assert output.sequences[0, 0] == ONE[0] != PAD
