@@ -48,6 +48,42 @@ def answer(model, tokenizer, prompt: str):
     return output, ids.shape[1]
 
 
+@pytest.mark.parametrize("stop", ["<|im_end|>", "Answer", "ends at 24", "\nB"])
+def test_generate_until_answers_a_batch_and_stops_each_row_by_itself(harness, tokenizer, stop):
+    wanted = []
+    for prompt in PROMPTS:
+        output, length = answer(harness.model, tokenizer, prompt)
+        wanted.append(tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True))
+    assert sum("<Path>" in each for each in wanted) == 2
+    asked = [(chat(harness, prompt), {"until": [stop], "max_gen_toks": 600}) for prompt in PROMPTS]
+    found = ask(harness, "generate_until", asked)
+    # lm-eval itself cuts an answer at the first stop string.
+    assert [each.rstrip() for each in found] == [each.partition(stop)[0].rstrip() for each in wanted]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_stop_inside_a_path_closes_that_path_alone(harness, tokenizer, count):
+    from lm_eval.models.utils_hf import stop_sequences_criteria
+
+    batch = encode_prompt(tokenizer, PROMPTS[:count], return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    criteria = stop_sequences_criteria(tokenizer, ["ends at 24"], length, count)
+    written = harness.model.generate(**batch, max_new_tokens=600, stopping_criteria=criteria)
+    texts = tokenizer.batch_decode(written[:, length:], skip_special_tokens=True)
+    assert "ends at 24</Path>" in texts[0]
+    assert "ends at 20=20+0." in texts[0], "its siblings go on"
+    for text, number in zip(texts, (55, 29, 11, 26)[:count], strict=True):
+        assert text.endswith(f"Answer: {number}"), "and so do the answer and the other rows"
+
+
+def test_a_stop_inside_a_path_ends_the_answer_where_that_is_asked_for(harness, tokenizer):
+    asked = {"until": ["ends at 24"], "max_gen_toks": 600, "stop_scope": "answer"}
+    (found,) = ask(harness, "generate_until", [(chat(harness, PROMPTS[0]), asked)])
+    output, length = answer(harness.model, tokenizer, PROMPTS[0])
+    text = tokenizer.decode(output.sequences[0, length:], skip_special_tokens=True)
+    assert found.rstrip() == text.partition("ends at 24")[0].rstrip()
+
+
 def test_log_likelihoods_are_those_of_the_tokens_the_model_chose(harness, tokenizer):
     """For a model whose forced tokens are improbable: they count nothing, rolling and as an answer."""
     output, length = answer(harness.model, tokenizer, PROMPTS[1])

@@ -96,6 +96,24 @@ def test_an_answer_branches_and_is_called_cut_off_only_where_it_was(served, fold
     assert "Traceback" not in log()
 
 
+def test_a_stop_string_inside_a_path_ends_the_answer(served, folder, expected):
+    client, _ = served
+    found, reason, count = ask(client, folder, 600, stop=["ends at 24"])
+    assert reason == "stop"
+    assert found.partition("ends at 24")[0] == expected[0].partition("ends at 24")[0]
+    assert "Answer:" not in found
+    assert count < expected[1].num_tokens
+
+
+def test_a_message_that_opens_blocks_is_answered(served, folder):
+    client, log = served
+    asked = [{"role": "user", "content": "<Parallel><Goal><Outline>1:<Parallel><Goal>"}]
+    for max_tokens in (5, 60):
+        whole = client.chat.completions.create(model=str(folder), messages=asked, max_tokens=max_tokens)
+        assert whole.choices[0].finish_reason in ("stop", "length")
+    assert "Traceback" not in log()
+
+
 def test_flags_that_do_not_apply_are_named_in_the_log(served, folder, request):
     client, log = served
     ask(client, folder, 20)

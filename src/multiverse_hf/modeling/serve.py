@@ -55,7 +55,7 @@ class _Served:
         The server asks for static caches with ``--compile``; decoding has pages of its own and does without. It calls
         an answer cut off that has ``max_new_tokens`` tokens; but this bounds the length, not the tokens of all paths
         together. So the server finds in its config, once the answer has ended, a bound that says what is true: 0, or
-        none.
+        none. A stop string of a client ends the answer, inside a path too.
         """
         own = copy.deepcopy(generation_config)
         structure = kwargs.get("structure", getattr(own, "structure", None))
@@ -63,6 +63,8 @@ class _Served:
             _warn("--compile does not apply: branches are decoded from pages, not from a static cache")
             own.cache_implementation = None
         options = kwargs | {"return_dict_in_generate": True}
+        if getattr(own, "stop_scope", None) is None:
+            options.setdefault("stop_scope", "answer")
         if streamer is not None:
             options["streamer"] = _Unended(streamer)
         output = super().generate(*args, generation_config=own, **options)
