@@ -361,6 +361,8 @@ def test_rows_finished_in_any_order_and_cut_anywhere_come_out_in_the_inputs_orde
         (b'{"prompt": "a", "id": true}', ["line 1", "id", "true"]),
         (b'{"prompt": "a", "id": "1"}\n{"prompt": "b"}', ["line 2", "id 1", "line 1"]),
         (b'{"prompt": "a", "x": NaN}', ["line 1", "NaN"]),
+        (b'{"prompt": "a", "x": [1e400]}', ["line 1", "1e400", "write it as text"]),
+        (b'{"prompt": null, "messages": null}', ["line 1", "prompt or messages"]),
         (b'{"prompt": "a\xff"}', ["line 1", "not UTF-8", "byte 13"]),
         (b'{"prompt": "a\\ud800"}', ["line 1", "half of a character"]),
         ('{"prompt": "a"}'.encode("utf-16"), ["line 1", "not UTF-8"]),
@@ -614,6 +616,17 @@ def test_a_dry_run_prints_slurms_script_and_leaves_nothing(tmp_path: Path, capfd
     assert "--qos" not in done.stdout
     assert f"launch_pickled_pipeline {folder}/logs/executor.pik" in done.stdout
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["my runs", "a$b", "it's", "50%"])
+def test_a_folder_that_slurms_script_cannot_hold_is_refused_at_once(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+):
+    source = tmp_path / "in.jsonl"
+    write_problems(source, 1)
+    done = call(capfd, "--input", source, "--output", tmp_path / name / "out", *SLURM, "--dry-run")
+    assert done.returncode != 0
+    assert "a Slurm script cannot take" in done.stderr
 
 
 @pytest.mark.slow

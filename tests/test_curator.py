@@ -68,6 +68,21 @@ def test_sentences_end_at_marks_and_line_ends_but_not_at_abbreviations_decimals_
     assert number_sentences(["a. ", "b\n"]) == "[1] a.\n[2] b"
 
 
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("甲等于一。\n乙等于二！\n", ["甲等于一。\n", "乙等于二！\n"]),
+        ("甲。　乙。", ["甲。　", "乙。"]),
+        ("他说：“好。”然后走了。", ["他说：“好。”", "然后走了。"]),
+        ("One.\r\n\r\nTwo.\r\n", ["One.\r\n\r\n", "Two.\r\n"]),
+        ("One.\u2028\u2028Two.\x0c\nThree", ["One.\u2028\u2028", "Two.\x0c\n", "Three"]),
+        ("\n\n  One.\n \u00a0\n", ["\n\n  One.\n \u00a0\n"]),
+    ],
+)
+def test_no_blank_is_a_sentence_of_its_own(text: str, sentences: list[str]):
+    assert split_sentences(text) == sentences
+
+
 def test_long_runs_of_marks_and_spaces_are_read_once():
     # quadratic, either of these would take minutes
     for text in ("." * 200_000, " " * 200_000 + "x", ("! " * 100_000)):
@@ -113,6 +128,32 @@ def test_traces_are_read_from_the_usual_columns(row: dict[str, Any], expected: T
 def test_rows_that_are_no_traces_are_told_why(row: Any, words: str):
     with pytest.raises(RowError, match=words):
         read_trace(1, row, {})
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "answer", "thought", "said"),
+    [
+        ("One. Two.\n</think>\n\nIt is 2.", None, "One. Two.", "It is 2."),
+        ("<THINK>One. Two.</Think> It is 2.", None, "One. Two.", "It is 2."),
+        ("<think>\nOne. Two.", "2", "One. Two.", "2"),
+        ("One.</think>left over", "2", "One.", "2"),
+    ],
+)
+def test_a_thought_ends_where_its_tag_says(reasoning, answer, thought, said):
+    trace = read_trace(1, {"prompt": "p", "reasoning": reasoning, "answer": answer}, {})
+    assert (trace.reasoning, trace.answer) == (thought, said)
+
+
+@pytest.mark.parametrize(
+    "marker", ["<|im_end|>", "<|eot_id|>", "<｜Assistant｜>", "[/INST]", "<end_of_turn>", "</s>", "<think>"]
+)
+def test_what_parts_turns_is_no_text_of_a_trace(marker):
+    for row in (
+        {"reasoning": f"One. {marker} Two.", "answer": "2"},
+        {"reasoning": "One. Two.", "answer": f"2{marker}"},
+    ):
+        with pytest.raises(RowError, match="which parts turns or thinking"):
+            read_trace(1, {"prompt": "p", **row}, {})
 
 
 def test_columns_may_be_called_otherwise():
@@ -466,7 +507,7 @@ KEY = "sk-of-this-test-only"
 CHOICE = {"finish_reason": "stop", "message": {"content": GOOD}}
 
 
-def ask_once(*answers: tuple[int, Any, dict[str, str]], **options: Any) -> Reply:
+def ask_once(*answers: tuple[int, Any, dict[str, str]], extra: dict[str, Any] | None = None, **options: Any) -> Reply:
     """Ask a real server that gives these answers one after the other."""
     from aiohttp import test_utils, web
 
@@ -482,7 +523,7 @@ def ask_once(*answers: tuple[int, Any, dict[str, str]], **options: Any) -> Reply
         async with test_utils.TestServer(app) as server:
             address = f"http://{server.host}:{server.port}/v1"
             async with Endpoint(address, KEY, max_retries=0, max_outage_s=5, **options) as endpoint:
-                body = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
+                body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **(extra or {})}
                 return await endpoint.ask(body, "groups", STAGES[1].form)
 
     given = asyncio.run(run())
@@ -503,6 +544,14 @@ def test_replies_in_parts_without_counts_and_with_half_a_character_are_read():
 def test_an_endpoint_that_takes_no_schema_is_asked_for_text(status, said):
     given = ask_once((status, {"error": {"message": said}}, {}), (200, {"choices": [CHOICE]}, {}))
     assert given.text == GOOD
+
+
+def test_an_endpoint_that_takes_no_seed_is_asked_without(caplog):
+    refusal = (422, {"message": "seed: Extra inputs are not permitted"}, {})
+    assert ask_once(refusal, (200, {"choices": [CHOICE]}, {}), extra={"seed": 3}).text == GOOD
+    assert "takes no seed" in caplog.text
+    with pytest.raises((Refusal, EndpointError)):  # a fault of another field is none of the seed's
+        ask_once((422, {"message": "temperature: too high"}, {}), extra={"seed": 3})
 
 
 def test_a_key_in_a_servers_own_words_is_hidden():
@@ -548,11 +597,21 @@ def test_a_result_is_read_from_bare_and_fenced_replies(text: str):
     assert groups.groups[0].steps == ["1", "2"]
 
 
+# What JSON reads as a tab, a form feed, a backspace, a line end and a carriage return.
+BROKEN = (r"\times", r"\theta", r"\frac{1}", r"\beta", r"\boxed{1}", r"\rho", r"\neq", r"\nabla", r"\nu", r"\ne")
+
+
+@pytest.mark.parametrize("text", [r"a \\times b", r"one\nnext", r"$x$\nu = 3", r"it is\neven", r"a\r\nb"])
+def test_latex_written_as_json_wants_it_and_line_ends_are_read(text: str):
+    assert read_result(reply(GOOD.replace("and", text)), STAGES[1].form).groups
+
+
 @pytest.mark.parametrize(
     ("given_reply", "words"),
     [
         (reply(GOOD, "length"), "cut off after 5 tokens"),
         (reply(GOOD.replace("line", "\\ud83d")), "half a character"),
+        *((reply(GOOD.replace("and", rf"$2 {command} 3$")), "one backslash") for command in BROKEN),
         (reply(""), "no JSON object"),
         (reply("I would rather not."), "no JSON object"),
         (reply(GOOD[:-3]), "holds no JSON object"),

@@ -532,6 +532,40 @@ def test_coroutines_wait_without_blocking(front):
         assert count == len(ids)
 
 
+@pytest.mark.parametrize("where", ["waiting", "body", "timeout"])
+def test_a_task_that_is_cancelled_while_it_reads_cancels_its_request(front, where):
+    async def read(handle) -> None:
+        async for _ in handle:
+            if where == "body":
+                await asyncio.sleep(60)
+
+    async def main() -> str:
+        handle = front.submit([60, 61], max_new_tokens=1500, structure="off", eos_token_id=None)
+        if where == "timeout":
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(read(handle), 0.05)
+        else:
+            task = asyncio.create_task(read(handle))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        return (await handle).finish_reason
+
+    assert asyncio.run(main()) == "cancelled"
+
+
+def test_a_loop_that_ends_early_leaves_its_request_running(front):
+    async def main() -> tuple[str, int]:
+        handle = front.submit([60, 61], max_new_tokens=30, structure="off", eos_token_id=None)
+        async for _ in handle:
+            break
+        result = await handle
+        return result.finish_reason, len(result.ids)
+
+    assert asyncio.run(main())[1] == 30
+
+
 def test_a_closed_engine_takes_nothing_and_leaves_nothing_waiting():
     engine = MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000)
     handles = [engine.submit([60], max_new_tokens=4000, structure="off", eos_token_id=None) for _ in range(3)]

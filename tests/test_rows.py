@@ -10,12 +10,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_replay import DEEP, NESTED, PLANS, plans
 from test_tags import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from multiverse_hf.data.chains import Kind, document, sample_problem
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.records import Form, read_record
-from multiverse_hf.data.rows import IGNORE, RowEncoder, document_labels
+from multiverse_hf.data.rows import IGNORE, RowEncoder, document_labels, with_forced_starts
+from multiverse_hf.modeling.labels import find_forced
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
@@ -136,6 +138,32 @@ def test_the_rows_of_a_problem_hold_prompt_document_and_end(kind):
     assert (
         tokenizer.decode([label for label in plain["labels"] if label != IGNORE]) == document(problem) + "<|im_end|>"
     )
+
+
+def test_a_path_begins_with_the_ids_the_engine_writes_whatever_the_tokenizer_joins():
+    """A byte-level BPE that, like those of Qwen2.5 and Llama 3, has a token for a colon and the line end after it."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [(":", "Ċ"), ("Ċ", "Ċ"), (":", "ĊĊ"), ("Ċ", "Ġ"), (".", "Ċ")]
+    vocab = {token: number for number, token in enumerate([*letters, *("".join(merge) for merge in merges)])}
+    bare = Tokenizer(models.BPE(vocab, merges))
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bare.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="<|end|>")
+    tags = TagSet.add_to(tokenizer)
+    inner = block(["1.1", "1.2"], ["x", "y"], "\n\nz")
+    text = f"{block(['1', '2'], [chr(10) + inner, ' w'], '  v')}\nend"
+    ids = with_forced_starts(tokenizer.encode(text), text, tokenizer, tags)
+    runs = [ids[run.start : run.stop] for run in find_forced(ids, tags)]
+    first = [*tags.digits["1"], *tags.digits["."]]
+    labels = [tags.ordinal(1), first + tags.ordinal(1), first + tags.ordinal(2), None, tags.ordinal(2), None]
+    assert runs == [tags.conclusion_prefix() if label is None else tags.path_prefix(label) for label in labels]
+    assert tokenizer.decode(ids) == text
+
+
+def block(labels: list[str], paths: list[str], conclusion: str) -> str:
+    goal = "".join(f"<Outline>\n{label}: o\n</Outline>\n" for label in labels)
+    written = "".join(f"<Path>\n{label}:{path}\n</Path>\n" for label, path in zip(labels, paths, strict=True))
+    return f"<Parallel>\n<Goal>\n{goal}</Goal>\n{written}<Conclusion>\n{conclusion}\n</Conclusion>\n</Parallel>"
 
 
 # Collation and the loss

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from multiverse_hf.jobs.folders import JobFolder, appending, whole_lines, writin
 from multiverse_hf.modeling.tags import read_messages
 
 OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # of an answer
+_QUESTION = ("id", "prompt", "messages")  # null in one of them is no value
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -83,7 +85,7 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
         RecursionError: if it nests too deeply.
     """
     try:
-        fields = json.loads(data.decode(), parse_constant=_refuse_constant)
+        fields = json.loads(data.decode(), parse_constant=_refuse_constant, parse_float=_read_float)
     except UnicodeDecodeError as err:
         raise ValueError(f"not UTF-8 text ({err.reason} at byte {err.start}); convert the file") from err
     except json.JSONDecodeError as err:
@@ -98,6 +100,8 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
     for name in OWN_FIELDS:
         if name in fields:
             raise ValueError(f"the field {name!r} is one that the answer brings; give it another name")
+    # Arrow and datasets write null for a field that a row has not
+    fields = {name: value for name, value in fields.items() if value is not None or name not in _QUESTION}
     row_id = fields.pop("id", number)
     if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
         raise TypeError(f"the id must be text or an integer, got {json.dumps(row_id):.40}")
@@ -113,6 +117,14 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
 
 def _kind(fields: dict[str, Any]) -> str:
     return "prompt" if "prompt" in fields else "chat"
+
+
+def _read_float(text: str) -> float:
+    """Read a number; one too large for a float would be written back as Infinity, which is no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"not JSON that can be written back: {text} is too large for a number; write it as text")
+    return value
 
 
 def _refuse_constant(name: str) -> None:

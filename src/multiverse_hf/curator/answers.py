@@ -4,6 +4,7 @@ import asyncio
 import re
 
 from multiverse_hf.curator.drafts import Refusal
+from multiverse_hf.curator.sentences import split_sentences
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
 from multiverse_hf.judging.equality import compare
@@ -28,8 +29,8 @@ def stated_answers(text: str) -> list[str]:
 
 
 def final_answers(text: str) -> list[str]:
-    """Give the answer that a text states, else its last line."""
-    return stated_answers(text) or [text.rstrip().rpartition("\n")[2].strip()]
+    """Return the answer that a text states, else its last sentence."""
+    return stated_answers(text) or [sentence.strip() for sentence in split_sentences(text.rstrip())[-1:]]
 
 
 def concluded_answers(text: str) -> list[str]:

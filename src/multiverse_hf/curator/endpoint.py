@@ -8,7 +8,9 @@ import asyncio
 import email.utils
 import itertools
 import json
+import logging
 import random
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ from pydantic import BaseModel
 from multiverse_hf.curator.breaker import Breaker
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.curator.replies import Reply, schema_of
+
+logger = logging.getLogger(__name__)
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries of one call, doubled each time
 _NO_SCHEMA = ("response_format", "schema", "structured", "guided", "grammar")
@@ -42,6 +46,7 @@ class Endpoint:
             "refused".
         breaker: holds calls back while the endpoint is down.
         takes_schema: whether replies are asked for by JSON schema; else as fenced text.
+        takes_seed: whether requests say a seed; some endpoints refuse it.
     """
 
     def __init__(
@@ -56,7 +61,7 @@ class Endpoint:
     ) -> None:
         self.counts: Counter[str] = Counter()
         self.breaker = Breaker(max_outage_s)
-        self.takes_schema = takes_schema
+        self.takes_schema, self.takes_seed = takes_schema, True
         self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
         self._url, self._key = f"{base_url.rstrip('/')}/chat/completions", api_key
         self._slots = asyncio.Semaphore(concurrency)
@@ -92,7 +97,10 @@ class Endpoint:
             failures = 0
             for tries in itertools.count():
                 is_probe = await self.breaker.enter()
-                if request.has_schema and not self.takes_schema:  # another call found that out meanwhile
+                is_behind = (request.has_schema and not self.takes_schema) or (
+                    request.has_seed and not self.takes_seed
+                )
+                if is_behind:  # another call found that out meanwhile
                     request = self._write(body, name, form)
                 try:
                     reply = await self._send(request)
@@ -101,6 +109,11 @@ class Endpoint:
                     return reply
                 except _NoSchema:
                     self.takes_schema = False
+                    continue
+                except _NoSeed:
+                    if self.takes_seed:
+                        logger.warning("the endpoint takes no seed; this run goes on without")
+                    self.takes_seed = False
                     continue
                 except _Failed as err:
                     self._take_note(err)
@@ -143,18 +156,23 @@ class Endpoint:
         said = self._hide(_message(content))
         if request.has_schema and status in _NOT_OFFERED and any(word in said.lower() for word in _NO_SCHEMA):
             raise _NoSchema
+        if request.has_seed and status in _NOT_OFFERED and re.search(r"\bseed\b", said, re.IGNORECASE):
+            raise _NoSeed
         raise self._failure(status, said, retry_after_s)
 
     def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> "_Request":
         """Ask for a schema; or show it in the last message and ask for fenced text, where the endpoint takes none."""
         schema = schema_of(form)
+        if not self.takes_seed:
+            body = {field: value for field, value in body.items() if field != "seed"}
+        has_seed = "seed" in body
         if self.takes_schema:
             wanted = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-            return _Request(json.dumps({**body, "response_format": wanted}).encode(), has_schema=True)
+            return _Request(json.dumps({**body, "response_format": wanted}).encode(), True, has_seed)
         *before, last = body["messages"]
         text = f"Answer with one JSON object of this schema, between ```json and ```:\n{json.dumps(schema)}"
         messages = [*before, {**last, "content": f"{last['content']}\n\n{text}"}]
-        return _Request(json.dumps({**body, "messages": messages}).encode(), has_schema=False)
+        return _Request(json.dumps({**body, "messages": messages}).encode(), False, has_seed)
 
     def _failure(self, status: int, said: str, retry_after_s: float) -> Exception:
         """Say what a status means."""
@@ -198,14 +216,19 @@ def _proxy(url: str) -> str | None:
 
 
 class _Request(NamedTuple):
-    """A request's bytes, and whether a schema is in them."""
+    """A request's bytes, and whether a schema and a seed are in them."""
 
     data: bytes
     has_schema: bool
+    has_seed: bool
 
 
 class _NoSchema(Exception):
     """The endpoint takes no schema."""
+
+
+class _NoSeed(Exception):
+    """The endpoint takes no seed."""
 
 
 class _Failed(Exception):

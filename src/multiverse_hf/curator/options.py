@@ -17,7 +17,6 @@ from multiverse_hf.jobs.options import Job
 OURS = {  # fields of a request that are said elsewhere, or whose answer nothing here could read
     "model": "it is a setting of its own",
     "messages": "they are the stages' prompts",
-    "seed": "each call's follows from the setting seed",
     "response_format": "json_schema: false turns schemas off",
     "n": "one reply is read",
     "stream": "replies are read whole",
@@ -87,6 +86,11 @@ class Settings:
         for name in self.request:
             if name in OURS:
                 raise CommandError(f"request cannot have {name}: {OURS[name]}")
+            if name == "seed" and self.request[name] is not None:
+                raise CommandError(
+                    f"request cannot have seed {self.request[name]!r}: each call's follows from the setting seed; "
+                    "null leaves it out"
+                )
             if any(word in str(name).lower() for word in ("api", "authorization", "secret", "password")):
                 raise CommandError(f"request holds {name}, and is written down; put keys into an environment variable")
         if not 0 <= self.max_distance < 1:

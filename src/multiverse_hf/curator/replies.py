@@ -2,7 +2,10 @@
 
 import functools
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
@@ -10,6 +13,13 @@ from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.data.records import is_encodable
 
 _END_OF_THOUGHT = "</think>"  # whose beginning some servers leave out
+# JSON reads "\times" as a tab and "imes". No reply needs a tab or another control character. A newline may be meant,
+# unless what follows is the rest of a command that begins with \n, or stands in a formula.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
+_AFTER_N = re.compile(
+    r"\n(?:abla|earrow|earr|eg|eq|equiv|ewline|exists|geq|leq|leftarrow|mid|ormalsize|otag|otin|parallel|prec|"
+    r"rightarrow|sim|subset|subseteq|succ|supset|warrow)(?![a-z])|\n(?:e|i|ot|u)(?![a-z])"
+)
 _MOST_BRACES = 1000  # of a text that are tried as the beginning of an object
 
 
@@ -42,6 +52,11 @@ def read_result(reply: Reply, form: type[BaseModel]) -> BaseModel:
         if not is_encodable(json.dumps(value, ensure_ascii=False)):
             refusal = Refusal("form", "half a character (a lone surrogate) in the reply")
             continue
+        if broken := next(filter(None, map(_broken_command, _strings(value))), None):
+            refusal = Refusal(
+                "form", f"{broken!r} is a LaTeX command with one backslash; in JSON a backslash is written twice"
+            )
+            continue
         try:
             return form.model_validate(value)
         except ValidationError as err:
@@ -49,6 +64,26 @@ def read_result(reply: Reply, form: type[BaseModel]) -> BaseModel:
             place = ".".join(map(str, first["loc"])) or "the object"
             refusal = Refusal("form", f"{place}: {first['msg']}")
     raise refusal
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all text in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each)
+
+
+def _broken_command(text: str) -> str | None:
+    """Return the place of a text where JSON took the beginning of a LaTeX command for a control character."""
+    if match := _CONTROL.search(text.replace("\r\n", "\n")):
+        return text.replace("\r\n", "\n")[max(match.start() - 10, 0) : match.end() + 10]
+    for match in _AFTER_N.finditer(text):
+        is_long = len(match[0]) > 4
+        if is_long or text.count("$", 0, match.start()) % 2:
+            return text[max(match.start() - 10, 0) : match.end() + 10]
+    return None
 
 
 def _objects(text: str) -> list[dict]:

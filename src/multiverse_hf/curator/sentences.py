@@ -3,7 +3,12 @@
 import re
 
 # Starts at the first of a run of marks only: a page of dots is then read once and not once for each dot.
-_BOUNDARY = re.compile(r"\n(?:[ \t]*\n)*|(?<![.?!…])[.?!…]++[\"'”’)\]}*_]*+[ \t]++(?=\S)|[。！？]++")
+_LINE_END = r"(?:\r\n|[\n\r\x0b\x0c\x85\u2028\u2029])"
+_BLANK = r"[^\S\n\r\x0b\x0c\x85\u2028\u2029]"  # white space within a line
+_END = rf"{_LINE_END}(?:{_BLANK}*{_LINE_END})*"  # of a line, with the blank lines after it
+_BOUNDARY = re.compile(
+    rf"{_END}|(?<![.?!…])[.?!…]++[\"'”’)\]}}*_]*+{_BLANK}++(?=\S)|[。！？]++[”’」』）]*+{_BLANK}*+(?:{_END})?"
+)
 _ABBREVIATION = re.compile(
     r"(?:^|[\s(\[])(?:e\.g|i\.e|cf|vs|resp|approx|Fig|Eq|Eqs|Sec|Thm|Dr|Mr|Mrs|Ms|Prof|St|No)\.$"
 )
@@ -18,7 +23,7 @@ def split_sentences(text: str) -> list[str]:
     """
     sentences, begin = [], 0
     for match in _BOUNDARY.finditer(text):
-        if not match[0].startswith("\n"):
+        if not match[0][0].isspace():
             said = text[max(begin, match.start() - 10) : match.start() + 1]
             if _ABBREVIATION.search(said) or _LIST_NUMBER.fullmatch(text, begin, match.end()):
                 continue
@@ -26,7 +31,18 @@ def split_sentences(text: str) -> list[str]:
         begin = match.end()
     if begin < len(text):
         sentences.append(text[begin:])
-    return sentences
+    return _without_blanks(sentences)
+
+
+def _without_blanks(sentences: list[str]) -> list[str]:
+    """Join what is white space alone to the sentence before it, or after it where it comes first."""
+    said: list[str] = []
+    for sentence in sentences:
+        if said and (not sentence.strip() or not said[-1].strip()):
+            said[-1] += sentence
+        else:
+            said.append(sentence)
+    return said
 
 
 def number_sentences(sentences: list[str]) -> str:

@@ -17,6 +17,14 @@ COLUMNS = {
     "reasoning": ("reasoning", "reasoning_content", "thinking", "trace", "deepseek_thinking_trajectory"),
     "answer": ("answer", "deepseek_attempt", "completion", "response"),
 }
+# What a chat template or a tokenizer writes between turns; in a trace it is left over from a raw transcript.
+_MARKER = re.compile(
+    r"<[|｜][^|｜<>\n]{1,60}[|｜]>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:start|end)_of_turn>|"
+    r"<\|?(?:bos|eos|pad)\|?>|</?s>|</?think(?:ing)?>",
+    re.IGNORECASE,
+)
+_OPENS_THOUGHT = re.compile(r"\s*<think(?:ing)?>", re.IGNORECASE)
+_ENDS_THOUGHT = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
 _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL | re.IGNORECASE)
 
 
@@ -112,16 +120,29 @@ def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
         if value is None or not value.strip():
             there = ", ".join(map(str, (key for key, each in row.items() if each is not None))) or "none"
             raise RowError(Reason.COLUMNS, f"no text for the {name} (columns: {there}); name its column in `columns`")
-    thought = _THOUGHT.fullmatch(reasoning)
-    reasoning = (thought[1] if thought else reasoning).strip()
+    reasoning, answer = _cut_thought(reasoning, answer)
     for name, value in (("reasoning", reasoning), ("answer", answer or "")):
         if tag := next((tag for tag in MULTIVERSE.tokens if tag in value), None):
             raise RowError(Reason.MALFORMED, f"the {name} spells the control tag {tag}")
+        if marker := _MARKER.search(value):
+            raise RowError(
+                Reason.MALFORMED, f"the {name} holds {marker[0]}, which parts turns or thinking; clean the trace"
+            )
     row_id = row.get(columns.get("id") or next((name for name in COLUMNS["id"] if row.get(name) is not None), "id"))
     name = str(row_id) if isinstance(row_id, str | int) and str(row_id).strip() else str(number)
     if not all(map(is_encodable, (name, prompt, reasoning, answer or ""))):
         raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text or the id")
     return Trace(number, name, prompt.strip(), reasoning, answer.strip() or None if answer else None)
+
+
+def _cut_thought(reasoning: str, answer: str | None) -> tuple[str, str | None]:
+    """Return the thought without its tags, and the answer: what follows the thought where a row has no other."""
+    if opened := _OPENS_THOUGHT.match(reasoning):
+        reasoning = reasoning[opened.end() :]
+    if ended := _ENDS_THOUGHT.search(reasoning):
+        rest = reasoning[ended.end() :].strip()
+        reasoning, answer = reasoning[: ended.start()], answer if answer is not None or not rest else rest
+    return reasoning.strip(), answer
 
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:

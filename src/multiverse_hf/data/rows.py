@@ -1,5 +1,6 @@
 """From a record to the token ids and labels of a training row."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
@@ -7,8 +8,9 @@ from typing import Any
 
 from multiverse_hf.data.records import Form, Reason, Record, RowError
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.modeling.interpreter import Stage, Structure
 from multiverse_hf.modeling.labels import IGNORE, find_forced
-from multiverse_hf.modeling.tags import TagSet, encode_prompt
+from multiverse_hf.modeling.tags import TagSet, encode_inside, encode_prompt
 
 
 class TokenKind(IntEnum):
@@ -84,6 +86,43 @@ def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[boo
     return kinds, is_open
 
 
+def with_forced_starts(ids: list[int], text: str, tokenizer: Any, tags: TagSet) -> list[int]:
+    """Return the ids of a document in which every path and conclusion begins with the ids that the engine writes.
+
+    A tokenizer may join the end of ``\\n<Path>\\n1:`` with what follows: Qwen2.5 and Llama 3 have a token ``:\\n``.
+    The engine encodes that start by itself, so training has to read it that way.
+
+    Args:
+        ids: of the whole text.
+        text: the document.
+        tokenizer: that encoded it.
+        tags: the control tags.
+    """
+    found = list(re.finditer("|".join(map(re.escape, tags.names.tokens)), text))
+    ends = [*(match.start() for match in found), len(text)][1:]
+    after = [text[match.end() : end] for match, end in zip(found, ends, strict=True)]
+    at = [index for index, token in enumerate(ids) if token in tags.roles]
+    if len(at) != len(after):  # the text spells a tag that is none
+        return ids
+    structure, whole = Structure(tags), list(ids[: at[0]] if at else ids)
+    for number, index in enumerate(at):
+        end = at[number + 1] if number + 1 < len(at) else len(ids)
+        token, rest = ids[index], ids[index + 1 : end]
+        forced: list[int] = []
+        if token == tags.open("path") and structure.stage is Stage.FORKED:
+            prefix = structure.path_prefix(structure.scanner.open_blocks[-1].path)
+            forced = prefix[prefix.index(token) + 1 :]
+        elif token == tags.open("conclusion") and structure.stage is Stage.REDUCED:
+            forced = list(tags.newline)
+        spelling = "\n" + tokenizer.decode(forced[len(tags.newline) :]).strip()
+        if forced and rest[: len(forced)] != forced and after[number].startswith(spelling):
+            rest = forced + encode_inside(tokenizer, after[number][len(spelling) :])
+        for each in (token, *rest):
+            structure.feed(each)
+        whole += [token, *rest]
+    return whole
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """Turns records into token ids and labels.
@@ -129,6 +168,8 @@ class RowEncoder:
             raise RowError(Reason.TEMPLATE, " ".join(str(err).split())) from err
         text = record.document.sequential() if form is Form.SEQUENTIAL else record.document.render()
         ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if form is not Form.SEQUENTIAL:
+            ids = with_forced_starts(ids, text, self.tokenizer, self.tags)
         end = self.tokenizer.eos_token_id
         while ids and ids[-1] == end:
             ids.pop()

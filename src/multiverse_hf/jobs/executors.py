@@ -143,10 +143,29 @@ def _output_to(log: Path) -> Iterator[None]:
                 os.close(kept)
 
 
+def _check_for_shell(logs: Path, sbatch: Sequence[str]) -> None:
+    """Refuse what datatrove would write into Slurm's script as it stands, and the shell or sbatch would take apart.
+
+    Raises:
+        CommandError: naming it.
+    """
+    shell, quotes = r"[\s\"'\\$`&|;<>()*?\[\]!#~{}%]", r"[\s\"']"
+    for what, text, wrong in (
+        ("the output folder", str(logs), shell),
+        *(("--sbatch", each, quotes) for each in sbatch),
+    ):
+        if found := re.search(wrong, text):
+            raise CommandError(
+                f"{what} {text!r} holds {found[0]!r}, which a Slurm script cannot take; name one with letters, "
+                "digits, and _ - . / alone"
+            )
+
+
 def slurm_executor(step: Any, job: Job) -> Any:
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     cluster = job.cluster
+    _check_for_shell(step.folder.logs, cluster.sbatch)
     # the job's shell has to find datatrove's commands, whether or not this environment is activated there
     scripts = shlex.quote(str(Path(sys.executable).absolute().parent))
     return SlurmPipelineExecutor(

@@ -109,7 +109,7 @@ def appending(path: Path, end: int) -> Iterator[IO[bytes]]:
 
 def write_row(file: IO[bytes], row: dict[str, Any]) -> None:
     """Append a row; once this returns, a kill of the process cannot lose it."""
-    file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+    file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()
 
 

@@ -47,7 +47,8 @@ class MultiverseResult:
 class RequestHandle:
     """A request on its way. Iterate over it for its events; ``result()`` waits for the answer.
 
-    In a coroutine use ``async for event in handle`` and ``await handle``.
+    In a coroutine use ``async for event in handle`` and ``await handle``. If the task that does so is cancelled, the
+    request is cancelled too. A loop that merely ends early leaves it running.
     """
 
     def __init__(self, cancel: Callable[[Sequence], None]) -> None:
@@ -99,14 +100,25 @@ class RequestHandle:
             raise self._error
 
     async def __aiter__(self) -> AsyncIterator[BranchEvent]:
-        at = 0
-        while not (self.done and at == len(self._events)):
-            await self._wait(functools.partial(self._is_past, at))
-            for event in self._events[at:]:
-                yield event
-                at += 1
+        at, task = 0, asyncio.current_task()
+        # the loop's body may be what is cancelled, of which this generator is not told
+        task.add_done_callback(self._end_with)
+        try:
+            while not (self.done and at == len(self._events)):
+                await self._wait(functools.partial(self._is_past, at))
+                for event in self._events[at:]:
+                    yield event
+                    at += 1
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
         if self._error is not None:
             raise self._error
+
+    def _end_with(self, task: "asyncio.Task[Any]") -> None:
+        """Cancel the request of a task that was cancelled."""
+        if task.cancelled() and not self.done:
+            self.cancel()
 
     def _is_past(self, at: int) -> bool:
         return len(self._events) > at or self.done

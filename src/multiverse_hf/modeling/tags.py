@@ -399,10 +399,10 @@ def _encode(
     else:
         first, *rest = "\n".join(m["content"] for m in safe).split(tag_break)
         ids = tokenizer.encode(first)
-    return [*ids, *(i for piece in rest for i in _encode_inside(tokenizer, piece))]
+    return [*ids, *(i for piece in rest for i in encode_inside(tokenizer, piece))]
 
 
-def _encode_inside(tokenizer: Any, piece: str) -> list[int]:
+def encode_inside(tokenizer: Any, piece: str) -> list[int]:
     """Tokenize what stands in the middle of a text: after a newline, for at the very beginning some tokenizers put a
     space before it."""
     newline = tokenizer.encode("\n", add_special_tokens=False)
