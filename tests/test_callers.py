@@ -220,42 +220,6 @@ def test_the_engine_gives_each_request_its_own_batch():
 
 # structure="off"
 
-ORDINARY = {
-    "beams": {"num_beams": 3},
-    "returned beams": {"num_beams": 3, "num_return_sequences": 2, "output_scores": True},
-    "scores": {"output_scores": True, "output_logits": True},
-    "states": {"output_hidden_states": True, "output_attentions": True},
-    "no cache": {"use_cache": False},
-    "a static cache": {"cache_implementation": "static"},
-    "lookup": {"prompt_lookup_num_tokens": 2},
-    "guidance": {"guidance_scale": 1.5},
-    "a forced end": {"forced_eos_token_id": EOS},
-    "several prefixes": {"prefix_allowed_tokens_fn": lambda batch, ids: [60 + batch, 61 + batch]},
-    "positions": {"position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])},
-    "labels": {"labels": torch.tensor([[1, 2, 3], [1, 2, 3]])},
-}
-
-
-@pytest.mark.parametrize("name", ORDINARY)
-def test_off_does_what_the_base_class_does(name):
-    model, base = pair()
-    ids, mask = left_pad([ONE, TWO])
-    if name == "lookup":
-        ids, mask = ids[:1], mask[:1]
-    call = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True}
-    theirs = base.generate(ids, **call, **{k: v for k, v in ORDINARY[name].items() if k != "labels"})
-    for ours in (
-        model.generate(ids, structure="off", **call, **ORDINARY[name]),
-        model.generate(ids, generation_config=GenerationConfig(structure="off"), **call, **ORDINARY[name]),
-    ):
-        assert torch.equal(ours.sequences, theirs.sequences)
-        assert set(theirs.keys()) - {"past_key_values"} <= set(ours.keys())
-        for field in ("scores", "logits"):
-            for one, other in zip(getattr(ours, field) or (), getattr(theirs, field) or (), strict=True):
-                torch.testing.assert_close(one, other)
-    if "num_beams" not in ORDINARY[name]:
-        assert [stats.num_tokens for stats in ours.stats] == ours.sampled_mask.sum(-1).tolist()
-
 
 def test_off_goes_on_from_embeddings_caches_and_an_assistant():
     model, base = pair()
