@@ -35,6 +35,7 @@ from multiverse_hf.modeling.cache import LogCache
 from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
+from multiverse_hf.modeling.threads import set_threads
 
 SIDES = ("engine", "generate", "continuous")
 
@@ -128,7 +129,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=[*SIDES, "guidance"], default=[])
     args = parser.parse_args()
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     tags = make_tags()
     parallel, plain = make_models(tags, args.seed)
     silence_tags(plain, tags)

@@ -23,7 +23,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from geometry import (
     Load,
     add_model_arguments,
@@ -42,6 +41,7 @@ from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answe
 from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 TOKENS = {"cpu": 256, "cuda": 4096}
 SIDES = ("parallel", "sequential")
@@ -146,7 +146,7 @@ def main() -> None:
     if args.paths < 2:
         parser.error(f"--paths must be at least 2 to write in parallel, got {args.paths}")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     args.batch = sorted(set(args.batch))
     num_tokens = args.tokens or TOKENS[args.device.type]
 

@@ -32,6 +32,7 @@ from multiverse_hf.checkpoints import EMBEDDED, Attention, Checkpoint, Dtype, lo
 from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
 from multiverse_hf.errors import CommandError
 from multiverse_hf.modeling.tags import encode_prompt
+from multiverse_hf.modeling.threads import set_threads
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=count, default=2560, help="bound on an answer (default: %(default)s)")
     args = parser.parse_args()
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     if not 2 <= args.chains <= MAX_CHAINS:
         parser.error(f"--chains must be from 2 to {MAX_CHAINS}, got {args.chains}")
     try:

@@ -42,6 +42,7 @@ from multiverse_hf.modeling.decoding import PACKED, Step, attend_sdpa, can_pack
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.sampling import argmax
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 SIDES = ("transformers", "generate", "engine", "bare")
 GEOMETRY = "cpu-0.24b"
@@ -312,7 +313,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=SIDES, default=[], help="sides to leave out")
     args = parser.parse_args()
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
 
     tags = make_tags()
     models = make_models(tags, args.seed)

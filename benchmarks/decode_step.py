@@ -49,6 +49,7 @@ from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 SIDES = ("generate", "static", "continuous")  # of transformers
 CONTEXTS = {"cpu": [256], "cuda": [1024, 8192, 32_000]}  # 32,768 positions are all that 0.5B has
@@ -224,7 +225,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="+", choices=SIDES, default=[], help="ways of transformers to leave out")
     args = parser.parse_args()
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     args.branches = sorted(set(args.branches))
     contexts = sorted(set(args.contexts or CONTEXTS[args.device.type]))
     tags = make_tags(newlines=False)

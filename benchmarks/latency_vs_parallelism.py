@@ -58,6 +58,7 @@ from multiverse_hf.evaluation.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.decoding import packed_weights
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 LENGTHS = {"cpu": [512, 1024, 2048], "cuda": [8192, 16_384, 32_768]}
 WARM_UP = 16  # tokens a path
@@ -237,7 +238,7 @@ def main() -> None:
     if len(paths) < 2:
         parser.error(f"--paths needs at least two different numbers to fit a curve to, got {args.paths}")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
 
     tags = make_tags(newlines=False)
     try:

@@ -21,7 +21,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from geometry import (
     Load,
     add_model_arguments,
@@ -42,6 +41,7 @@ from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 LAST = 64  # steps that are called the last ones
 WINDOWS = 16  # along the answers
@@ -151,7 +151,7 @@ def main() -> None:
     if min(args.paths) < 2:
         parser.error(f"--paths needs 2 or more, got {min(args.paths)}: a lone branch is the other side")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
 
     tags = make_tags(newlines=False)
     try:

@@ -30,6 +30,7 @@ from workload import make_goal, make_prompts, make_tags, plan_block
 
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.modeling.threads import set_threads
 
 DECODING = {"cpu": ["packed", "simple"], "cuda": ["static", "packed", "simple"]}
 ATTENTION = {"cpu": ["sdpa", "eager", "multiverse_sdpa"], "cuda": ["sdpa", "eager", "flex_attention"]}
@@ -157,7 +158,7 @@ def main() -> None:
     if args.paths < 2:
         parser.error(f"--paths needs 2 or more, got {args.paths}: without branches there is nothing to compare")
     if args.threads is not None:
-        torch.set_num_threads(args.threads)
+        set_threads(args.threads)
     tags = make_tags(newlines=False)
     try:
         answer = plan_block(tags, args.paths, args.path_tokens)

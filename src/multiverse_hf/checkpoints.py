@@ -303,10 +303,10 @@ def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, devic
     Raises:
         CommandError: if they are damaged or incomplete, or there is no such device.
     """
-    import torch
+    from multiverse_hf.modeling.threads import set_threads
 
     if threads is not None:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     target = _find_device(device)
     return load_weights(checkpoint, dtype.value, attention.value).eval().to(target)
 

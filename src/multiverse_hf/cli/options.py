@@ -45,7 +45,10 @@ DeviceOption = Annotated[
     str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; by default torch's choice.")
+    int | None,
+    typer.Option(
+        min=1, max=1024, metavar="N", help="CPU threads; by default one where that is faster, else torch's choice."
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 LiveOption = Annotated[

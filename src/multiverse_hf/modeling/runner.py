@@ -17,6 +17,7 @@ from .hooks import evaluating, uncompiled
 from .pages import ROUND, choose_pages
 from .state import Sequence
 from .static import StaticRunner, can_capture
+from .threads import chosen_threads
 
 logger = logging.get_logger(__name__)
 
@@ -79,6 +80,7 @@ class ModelRunner:
         is_static = is_static and not self.is_spread and can_capture(model)
         self.static = StaticRunner(model, cache) if is_static else None
         self.keeps_pages = can_copy(model, decoding)
+        self.num_parameters = sum(weight.numel() for weight in model.parameters())
         self.width = model.config.hidden_size  # as many multiplications take the scores of a query and a key
         self.min_work, self.min_new, self.min_tail, self.min_page = MIN_WORK, MIN_NEW, MIN_TAIL, ROUND
 
@@ -88,7 +90,8 @@ class ModelRunner:
         Returns:
             (N, V) logits, a row for each live branch of each sequence that :attr:`Reading.is_last`.
         """
-        with TURN, self._attention(), evaluating(self.model), uncompiled(self.model, self.static is not None):
+        is_static = self.static is not None
+        with TURN, evaluating(self.model), uncompiled(self.model, is_static), self._threads(batch), self._attention():
             if not self.is_packed:
                 return self._forward_simple(batch)
             if self.static is not None and self.static.fits(batch):
@@ -102,6 +105,10 @@ class ModelRunner:
                     logger.warning(f"static decoding fails on this device, packed decoding goes on: {err}")
                     self.static = None
             return self._forward_packed(batch)
+
+    def _threads(self, batch: list[Reading]) -> contextlib.AbstractContextManager[None]:
+        """Compute a pass with the model's own choice of threads."""
+        return chosen_threads(self.model, self.num_parameters, sum(len(reading.entries) for reading in batch))
 
     @property
     def kind(self) -> str:
