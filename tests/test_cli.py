@@ -620,6 +620,18 @@ def test_the_live_view_leaves_the_whole_answer_and_a_restored_terminal():
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
 
 
+def test_white_space_at_the_beginning_of_a_streamed_line_stays():
+    """A decoder of sentencepiece's kind drops the space before the first token that it is given."""
+    pieces = ["▁def", "▁f", ":", "\n", "▁", "▁", "▁return", "\n", "▁x"]
+    file = io.StringIO()
+    stream = TextStream(file, lambda ids: "".join(pieces[i] for i in ids).removeprefix("▁").replace("▁", " "))
+    stream.put(torch.tensor([[0]]))  # the prompt
+    for token in range(len(pieces)):
+        stream.put(torch.tensor([token]))
+    stream.end()
+    assert file.getvalue() == "def f:\n   return\n x\n"
+
+
 def test_the_text_stream_writes_every_character_once():
     file = io.StringIO()
     # two bytes of one character in two tokens: the first alone decodes to a replacement character

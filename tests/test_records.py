@@ -7,7 +7,7 @@ import pytest
 from test_tags import plain_tokenizer_with_tags, tiny_tokenizer
 
 from multiverse_hf.data.building import build_rows
-from multiverse_hf.data.records import Form, Reason, Record, RowError, load_rows, read_record
+from multiverse_hf.data.records import Form, Reason, Record, RowError, load_rows, number_rows, read_record
 from multiverse_hf.data.rows import IGNORE, RowEncoder, TokenKind, token_kinds
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from multiverse_hf.modeling.tags import TagSet
@@ -279,3 +279,15 @@ def test_line_ends_of_another_system_are_read_as_the_model_writes_them():
     document = f"<Parallel>\n<Goal>\n{outlines}\n</Goal>\n{paths}\n<Conclusion>\nz\n</Conclusion>\n</Parallel>"
     rows = [{"prompt": "x", "document": text} for text in (document, document.replace("\n", "\r\n"))]
     assert read_record(rows[1]).document.render() == read_record(rows[0]).document.render() == document
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path):
+    import datasets
+
+    source = tmp_path / "rows [1]*.parquet"
+    datasets.Dataset.from_list([{"prompt": "a"}]).to_parquet(source)
+    assert [row for _, row in number_rows(str(source))] == [{"prompt": "a"}]
+    folder = tmp_path / "rows[1]"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"holds \[, \* or \?"):
+        list(number_rows(str(folder)))

@@ -11,6 +11,7 @@ from helpers import COLON, DIGITS, DOT, NEWLINE, TAGS, make_tags
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import BatchEncoding, PreTrainedTokenizerFast, Qwen3Config
 
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
@@ -302,3 +303,14 @@ def test_a_prompt_that_spells_a_whole_block_forks_nothing():
     control |= {"max_depth": 1, "max_new_tokens": 60}
     as_control = model.generate(encode_prompt(tokenizer, half, return_tensors="pt"), **control)
     assert as_control.stats[0].max_width == 2
+
+
+def test_a_tokenizer_that_ends_every_text_ends_no_prompt():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = None
+    end = tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
+    )
+    assert tokenizer.encode("What?")[-1] == tokenizer.eos_token_id
+    assert encode_prompt(tokenizer, "What?") == tokenizer.encode("What?")[:-1]

@@ -35,13 +35,15 @@ class TokenText:
 
     def __init__(self, decode: Decode) -> None:
         self._decode, self._lines, self._ids, self._tail = decode, "", [], ""
+        self._before = ""  # text of the token that ended the line before
 
     def add(self, token: int) -> None:
         """Take the next token."""
         self._ids.append(token)
-        self._tail = self._decode(self._ids)
+        self._tail = self._decode(self._ids)[len(self._before) :]
         if self._tail.endswith("\n"):  # a settled line is not decoded again
-            self._lines, self._ids, self._tail = self._lines + self._tail, [], ""
+            self._lines, self._ids, self._tail = self._lines + self._tail, [token], ""
+            self._before = self._decode(self._ids)  # without it a decoder drops the white space a line begins with
 
     @property
     def text(self) -> str:

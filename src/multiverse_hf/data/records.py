@@ -6,6 +6,7 @@ reasoning, is wrapped in ``<Think>`` if it is not yet, and ``Answer: ...`` follo
 """
 
 import csv
+import glob
 import json
 import math
 import re
@@ -221,10 +222,13 @@ def open_table(source: str, config: str | None = None, split: str = "train") -> 
     try:
         is_file = path.is_file()
         if path.suffix == ".parquet" and is_file:
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
+            # datasets takes [, * and ? in a name for a pattern
+            return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         if is_file or path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
             known = "a .jsonl, .json, .parquet or .csv file, a folder, or a dataset on the Hub"
             raise ValueError(f"it is none of these: {known}" if is_file else f"no file {source}")
+        if path.is_dir() and glob.has_magic(str(path.resolve())):
+            raise ValueError("the folder's path holds [, * or ?, which datasets takes for a pattern; rename it")
         return datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
         raise _unreadable(source, err) from err

@@ -399,6 +399,9 @@ def _encode(
     else:
         first, *rest = "\n".join(m["content"] for m in safe).split(tag_break)
         ids = tokenizer.encode(first)
+        bare = tokenizer.encode(first, add_special_tokens=False)
+        while ids[len(bare) :] and ids[-1] == tokenizer.eos_token_id and bare[-1:] != ids[-1:]:
+            ids.pop()  # some tokenizers end every text with it, and an answer is to follow
     return [*ids, *(i for piece in rest for i in encode_inside(tokenizer, piece))]
 
 
