@@ -28,7 +28,7 @@ import torch
 from decode_cpu import VOCAB, make_models
 from report import count, environment, finish, make_parser, show, show_environment, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig
-from workload import EOS, make_prompts, make_tags, silence_tags, steps_in_turns
+from workload import EOS, make_prompts, make_tags, silence_tags, small_cache, steps_in_turns
 
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.cache import LogCache
@@ -53,7 +53,9 @@ def measure(batch: int, args: argparse.Namespace, models: tuple[Any, Any, Any]) 
         return output[:, args.prompt :].numel()
 
     def continuous() -> int:
-        outputs = paged.generate_batch(prompts.tolist(), generation_config=config)
+        outputs = paged.generate_batch(
+            prompts.tolist(), generation_config=config, continuous_batching_config=small_cache()
+        )
         return sum(len(output.generated_tokens) for output in outputs.values())
 
     with MultiverseEngine(parallel, max_cache_tokens=capacity) as front:

@@ -41,7 +41,7 @@ from geometry import (
 )
 from report import count, environment, finish, make_parser, show, show_environment, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from workload import EOS, make_goal, make_prompts, make_tags, plan_block, steps_in_turns
+from workload import EOS, make_goal, make_prompts, make_tags, plan_block, small_cache, steps_in_turns
 
 from multiverse_hf.evaluation.timing import synchronize
 from multiverse_hf.modeling.cache import LogCache
@@ -130,7 +130,9 @@ def time_transformers(side: str, model: Any, prompt: torch.Tensor, args: argpars
     def write(num_tokens: int) -> int:
         if side == "continuous":
             config = GenerationConfig(**options, max_new_tokens=num_tokens, eos_token_id=-1)
-            (output,) = model.generate_batch(prompt.tolist(), generation_config=config).values()
+            (output,) = model.generate_batch(
+                prompt.tolist(), generation_config=config, continuous_batching_config=small_cache()
+            ).values()
             return len(output.generated_tokens)
         given = options | {"eos_token_id": None, "max_new_tokens": num_tokens}
         if side == "static":

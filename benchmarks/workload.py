@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import ContinuousBatchingConfig
 
 from multiverse_hf.evaluation.timing import synchronize, time_answers
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
@@ -17,6 +18,12 @@ from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
 EOS, NEWLINE, COLON, DOT, DIGIT, TAG, TEXT = 0, 1, 2, 3, 4, 16, 64  # ids; those from TEXT on are text
 FAR = 1 << 30  # tokens; a limit that is never met, nor looked out for
+
+
+def small_cache() -> ContinuousBatchingConfig:
+    """Return settings for transformers' continuous batching, which takes 60 % of a CPU's memory for its cache by
+    default, whatever the work."""
+    return ContinuousBatchingConfig(max_memory_percent=0.1)
 
 
 def make_tags(newlines: bool = True) -> TagSet:
