@@ -203,7 +203,9 @@ def test_sampling_repeats_with_its_seed(folder: Path, capsys: pytest.CaptureFixt
 
 
 def test_demo_reports_both_modes_on_the_same_problems(folder: Path, capfd: pytest.CaptureFixture[str]):
-    done = call(capfd, "demo", "--model", str(folder), "--max-new-tokens", "24", "--json", "--problems", "2")
+    done = call(
+        capfd, "demo", "--model", str(folder), "--max-new-tokens", "24", "--json", "--problems", "2", "--repeats", "3"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert [problem["num_chains"] for problem in report["problems"]] == [8, 6]
@@ -214,13 +216,16 @@ def test_demo_reports_both_modes_on_the_same_problems(folder: Path, capfd: pytes
 
 
 def test_demo_prints_a_table_within_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]):
-    assert run(["demo", "--model", str(folder), "--max-new-tokens", "16", "--problems", "2", "--plain"]) == 0
+    assert (
+        run(["demo", "--model", str(folder), "--max-new-tokens", "16", "--problems", "2", "--plain", "--repeats", "3"])
+        == 0
+    )
     table = capsys.readouterr().out.split("problem  ")[-1]
     assert "6 chains, nested" in table
     assert "sequential" in table
     assert "total" in table
     assert "float32, on cpu" in table
-    assert "median of 3 runs each, in turns" in " ".join(table.split())
+    assert "medians of 3 runs each, in turns" in " ".join(table.split())
     assert max(map(len, table.split("\n\n")[0].splitlines())) <= 80
 
 
@@ -231,7 +236,8 @@ def test_the_demo_repeats_no_longer_than_its_time_unless_told_to(
     checkpoint = open_checkpoint(str(folder))
     model = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, "cpu", None)
     monkeypatch.setattr("multiverse_hf.cli.demo.MOST_SECONDS", 0)
-    (runs,) = time_modes(model, checkpoint, [checkpoint.encode("x")], 4, repeats)
+    runs, *others = time_modes(model, checkpoint, [checkpoint.encode("x")] * 2, 4, repeats)
+    assert len(others) == (repeats is not None)  # a problem that time is not left for
     assert {mode: len(answers) for mode, answers in runs.items()} == {"parallel": num_rounds, "sequential": num_rounds}
 
 

@@ -1,15 +1,16 @@
 """The demo: problems shown as they are solved, and the same model timed in parallel and one token after another."""
 
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from multiverse_hf.checkpoints import (
@@ -39,8 +40,12 @@ from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
 
 MODES = {"parallel": "guided", "sequential": "off"}  # mode of the demo -> structure
+HEADINGS = ("problem", "mode", "right", "tokens", "length", "# par.", "steps", "seconds", "speedup")
 REPEATS = 3  # the fewest whose median passes over a run that something else on the machine slowed down
-MOST_SECONDS = 20  # of timing; past them no further repeat begins, unless so many were asked for
+# Seconds after the command, for slow and busy machines: past them no further problem is shown, and no run is timed,
+# unless so many were asked for.
+SHOW_SECONDS = 18
+MOST_SECONDS = 32
 
 
 def demo_problems(seed: int, num_problems: int) -> list[Problem]:
@@ -51,30 +56,32 @@ def demo_problems(seed: int, num_problems: int) -> list[Problem]:
     return [sample_problem(rng, kind, num_chains) for kind, num_chains in [*fixed, *drawn][:num_problems]]
 
 
-def show_problems(
+def show_problem(
     console: Console,
     model: Any,
     checkpoint: Checkpoint,
-    problems: Sequence[Problem],
-    prompts: Sequence[Sequence[int]],
+    prompt: Sequence[int],
     max_new_tokens: int,
     pace: float | None,
 ) -> None:
-    """Show every problem being solved in parallel: live, or as the document once it is written if ``pace`` is None."""
-    for number, (problem, prompt) in enumerate(zip(problems, prompts, strict=True), start=1):
-        console.print(Text(f"Problem {number}: {problem}\n", "bold"))
-        options = {"structure": "guided", "do_sample": False, "max_new_tokens": max_new_tokens}
-        if pace is None:
-            answer_prompt(model, checkpoint, prompt, TextStream(sys.stdout, checkpoint.decode), **options)
-        else:
-            with LiveView(console, checkpoint.decode, checkpoint.tags, pace) as view:
-                answer_prompt(model, checkpoint, prompt, view, **options)
-        console.print()
+    """Show a problem being solved in parallel: live, or as the document once it is written if ``pace`` is None."""
+    options = {"structure": "guided", "do_sample": False, "max_new_tokens": max_new_tokens}
+    if pace is None:
+        answer_prompt(model, checkpoint, prompt, TextStream(sys.stdout, checkpoint.decode), **options)
+    else:
+        with LiveView(console, checkpoint.decode, checkpoint.tags, pace) as view:
+            answer_prompt(model, checkpoint, prompt, view, **options)
+    console.print()
 
 
 def time_modes(
-    model: Any, checkpoint: Checkpoint, prompts: Sequence[Sequence[int]], max_new_tokens: int, repeats: int | None
-) -> list[dict[str, list[Answer]]]:
+    model: Any,
+    checkpoint: Checkpoint,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    repeats: int | None,
+    begin: float | None = None,
+) -> Iterator[dict[str, list[Answer]]]:
     """Answer every prompt in both modes in turn, greedily and undisturbed by a display, after a warm-up.
 
     Args:
@@ -82,46 +89,62 @@ def time_modes(
         checkpoint: what it was loaded from.
         prompts: token ids.
         max_new_tokens: bound on the length of an answer.
-        repeats: rounds over all prompts; None for :data:`REPEATS`, or as many as begin within :data:`MOST_SECONDS`.
+        repeats: of each prompt; None for :data:`REPEATS`, or as many as begin within the prompt's share of
+            :data:`MOST_SECONDS`. Past them the prompts that are left are not answered, the first always is.
+        begin: of these seconds, as ``time.monotonic`` has it; None for now.
 
-    Returns:
-        For each prompt, by mode, the answers of all repeats.
+    Yields:
+        For each prompt, by mode, the answers of all repeats. Where one CPU thread computes, their seconds are its
+        processor time, which other work on the machine does not lengthen.
     """
+    end = (time.monotonic() if begin is None else begin) + MOST_SECONDS
     for structure in MODES.values():
         answer_prompt(model, checkpoint, prompts[0], structure=structure, do_sample=False, max_new_tokens=32)
-    runs: list[dict[str, list[Answer]]] = [{mode: [] for mode in MODES} for _ in prompts]
-    begin = time.monotonic()
-    for repeat in range(repeats or REPEATS):
-        if repeats is None and repeat and time.monotonic() - begin > MOST_SECONDS:
-            break
-        for number, prompt in enumerate(prompts):
+    for number, prompt in enumerate(prompts):
+        now = time.monotonic()
+        if repeats is None and number and now > end:
+            return
+        share = now + (end - now) / (len(prompts) - number)
+        runs: dict[str, list[Answer]] = {mode: [] for mode in MODES}
+        for repeat in range(repeats or REPEATS):
+            if repeats is None and repeat and time.monotonic() > share:
+                break
             # the mode that goes first alternates, so that neither always finds the machine cooler or the caches warmer
             for mode in list(MODES) if (repeat + number) % 2 == 0 else reversed(MODES):
                 options = {"structure": MODES[mode], "do_sample": False, "max_new_tokens": max_new_tokens}
-                runs[number][mode].append(answer_prompt(model, checkpoint, prompt, **options))
-    return runs
+                busy = time.thread_time()
+                answer = answer_prompt(model, checkpoint, prompt, **options)
+                busy = time.thread_time() - busy
+                runs[mode].append(replace(answer, seconds=busy) if is_alone(model) else answer)
+        yield runs
 
 
-def demo_report(
-    checkpoint: Checkpoint,
-    model: Any,
-    problems: Sequence[Problem],
-    runs: Sequence[dict[str, list[Answer]]],
-    seed: int,
-) -> dict[str, Any]:
-    """Put what was measured into the JSON form."""
+def is_alone(model: Any) -> bool:
+    """Return whether one thread computes, so that its processor time is what an answer takes on an idle machine."""
+    from multiverse_hf.modeling.threads import step_threads
+
+    return model.device.type == "cpu" and step_threads(model) == 1
+
+
+def problem_row(problem: Problem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
+    """Put what was measured of a problem into the JSON form."""
+    row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
+    row["answer"] = problem.answer
+    for mode, answers in modes.items():
+        seconds = statistics.median(answer.seconds for answer in answers)
+        correct = is_correct(problem, answers[0].document)
+        row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
+    row["repeats"] = len(modes["parallel"])
+    row["speedup"] = row["sequential"]["seconds"] / row["parallel"]["seconds"]
+    return row
+
+
+def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+    """Put what was measured of all problems into the JSON form."""
     import torch
 
-    rows = []
-    for problem, modes in zip(problems, runs, strict=True):
-        row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
-        row["answer"] = problem.answer
-        for mode, answers in modes.items():
-            seconds = statistics.median(answer.seconds for answer in answers)
-            correct = is_correct(problem, answers[0].document)
-            row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
-        row["speedup"] = row["sequential"]["seconds"] / row["parallel"]["seconds"]
-        rows.append(row)
+    from multiverse_hf.modeling.threads import step_threads
+
     total: dict[str, Any] = {}
     for mode in MODES:
         counts = {key: sum(row[mode]["stats"][key] for row in rows) for key in ("num_tokens", "length", "num_steps")}
@@ -136,56 +159,59 @@ def demo_report(
         "model": checkpoint.name,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
+        "threads": step_threads(model),
+        "clock": "processor" if is_alone(model) else "wall",
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "torch": torch.__version__,
         "seed": seed,
-        "repeats": len(runs[0]["parallel"]),
+        "repeats": min(row["repeats"] for row in rows),
         "problems": rows,
         "total": total,
     }
 
 
-def print_report(console: Console, report: dict[str, Any]) -> None:
-    """Print what was measured as a table."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
-    for heading in ("problem", "mode"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("right", "tokens", "length", "# par.", "steps", "seconds", "speedup"):
-        table.add_column(heading, justify="right", no_wrap=True)
+def print_row(console: Console, cells: Sequence[str], style: str | None = None) -> None:
+    """Print a line of the table: two cells to the left, the others to the right."""
+    widths = (17, 10, 5, 6, 6, 6, 5, 7, 7)
+    aligned = [
+        cell.ljust(width) if place < 2 else cell.rjust(width)
+        for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    console.print(Text(" ".join(aligned).rstrip(), style or ""), soft_wrap=True)
 
-    def add(name: str, mode: str, right: str, counts: dict[str, Any], seconds: float, speedup: float) -> None:
-        table.add_row(
-            name if mode == "parallel" else "",
-            mode,
-            right,
-            str(counts["num_tokens"]),
-            str(counts["length"]),
-            f"{counts['parallelism']:.2f}",
-            str(counts["num_steps"]),
-            f"{seconds:.2f}",
-            f"{speedup:.2f}x" if mode == "parallel" else "",
-            style="bold" if name == "total" else None,
-        )
 
-    for row in report["problems"]:
-        name = f"{row['num_chains']} chains" + (", nested" if row["kind"] == Kind.NESTED.value else "")
-        for mode in MODES:
-            run = row[mode]
-            right = "yes" if run["correct"] else "no"
-            add(name, mode, right, run["stats"], run["seconds"], row["speedup"])
-        table.add_section()
+def print_modes(console: Console, name: str, row: dict[str, Any], num_problems: int | None = None) -> None:
+    """Print the two lines of a problem, or of all of them if their number is given."""
     for mode in MODES:
-        run = report["total"][mode]
-        right = f"{run['correct']}/{len(report['problems'])}"
-        add("total", mode, right, run, run["seconds"], report["total"]["speedup"])
-    console.print(table)
-    threads, repeats = report["threads"], report["repeats"]
-    console.print(
-        f"\n{report['model']}, {report['dtype']}, on {report['device']} with {threads} thread{'s' * (threads > 1)}: "
-        f"both modes answer the same prompts greedily, after a warm-up and without the display; "
-        + ("one run each." if repeats == 1 else f"median of {repeats} runs each, in turns."),
-        style="dim",
+        run = row[mode]
+        counts = run["stats"] if num_problems is None else run
+        right = ("yes" if run["correct"] else "no") if num_problems is None else f"{run['correct']}/{num_problems}"
+        is_first = mode == "parallel"
+        numbers = [str(counts["num_tokens"]), str(counts["length"]), f"{counts['parallelism']:.2f}"]
+        numbers += [str(counts["num_steps"]), f"{run['seconds']:.2f}", f"{row['speedup']:.2f}x" if is_first else ""]
+        style = None if num_problems is None else "bold"
+        print_row(console, [name if is_first else "", mode, right, *numbers], style)
+
+
+def print_end(console: Console, report: dict[str, Any], num_problems: int) -> None:
+    """Print the sums, and what was measured how."""
+    num_timed = len(report["problems"])
+    print_modes(console, "total", report["total"], num_timed)
+    threads, repeats, load, cores = (report[name] for name in ("threads", "repeats", "load_average", "cores"))
+    how = "one run each" if repeats == 1 else f"medians of {repeats}{' or more' * (repeats < REPEATS)} runs each"
+    text = (
+        f"{report['model']}, {report['dtype']}, on {report['device']} with {threads} thread{'s' * (threads > 1)}: "
+        f"both modes answer the same prompts greedily, after a warm-up and without the display; {how}, in turns."
     )
+    if load is not None and cores:
+        text += f" Load of the last minute: {load:.1f} on {cores} cores"
+        text += ": other work slows both modes down." if load > cores + 0.5 else "."
+    if report["clock"] == "processor":
+        text += " Seconds are the processor's, so that other work does not count."
+    if num_timed < num_problems:
+        text += f" Timed within {MOST_SECONDS} s: {num_timed} of {num_problems} problems; --repeats 1 times all."
+    console.print(Text(f"\n{text}"), style="dim")
 
 
 def demo(
@@ -218,20 +244,41 @@ def demo(
       multiverse demo --problems 8 --seed 1 --repeats 5
       multiverse demo --json
     """
+    begin = time.monotonic()
     shows_live = wants_live(live, as_json)
+    chosen = demo_problems(seed, problems)
+    console = Console(force_terminal=True) if shows_live else Console(width=None if sys.stdout.isatty() else 100)
+    if as_json:
+        console.quiet = True
+    console.print(Text(f"Problem 1: {chosen[0]}\n", "bold"))
+    sys.stdout.flush()
     with waiting("loading the model"):
         quiet()
         checkpoint = open_checkpoint(model)
         loaded = load_model(checkpoint, dtype, attn, device, threads)
-    chosen = demo_problems(seed, problems)
     prompts = [checkpoint.encode(problem.prompt()) for problem in chosen]
-    console = Console(force_terminal=True) if shows_live else Console(width=None if sys.stdout.isatty() else 100)
-    if not as_json:
-        show_problems(console, loaded, checkpoint, chosen, prompts, max_new_tokens, pace if shows_live else None)
-    with waiting("timing both modes without the display"):
-        runs = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats)
-    report = demo_report(checkpoint, loaded, chosen, runs, seed)
+    for number, (problem, prompt) in enumerate(zip(chosen, prompts, strict=True), start=1):
+        if as_json or (number > 1 and time.monotonic() - begin > SHOW_SECONDS):
+            break
+        if number > 1:
+            console.print(Text(f"Problem {number}: {problem}\n", "bold"))
+        show_problem(console, loaded, checkpoint, prompt, max_new_tokens, pace if shows_live else None)
+    console.print("The same problems timed in both modes, without the display:\n")
+    print_row(console, HEADINGS, "bold")
+    sys.stdout.flush()
+    rows: list[dict[str, Any]] = []
+    timed = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats, begin)
+    for problem in chosen:
+        with waiting(f"timing problem {len(rows) + 1} of {problems}"):
+            runs = next(timed, None)
+        if runs is None:
+            break
+        rows.append(problem_row(problem, runs))
+        nested = ", nested" if problem.kind is Kind.NESTED else ""
+        print_modes(console, f"{len(problem.chains)} chains{nested}", rows[-1])
+        sys.stdout.flush()
+    report = demo_report(checkpoint, loaded, rows, seed)
     if as_json:
         print_json(report)
     else:
-        print_report(console, report)
+        print_end(console, report, problems)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from multiverse_hf.errors import CommandError
 
@@ -24,10 +25,12 @@ def wants_live(live: bool | None, as_json: bool) -> bool:
 
 @contextlib.contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """Show in a terminal that something takes its time."""
+    """Show in a terminal that something takes its time, and how long it has taken."""
     console = Console(stderr=True)
     if console.is_terminal:
-        with console.status(message):
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=console, transient=True) as progress:
+            progress.add_task(message, total=None)
             yield
     else:
         yield
