@@ -35,8 +35,8 @@ demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU
 test: $(DEV)  ## run the default tests (offline, CPU)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: $(DEV)  ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+test-slow: $(DEV)  ## run the slow and the long tests (PYTEST_ARGS="-m slow": what CI runs of them)
+	$(BIN)/python -m pytest -m "slow or long" $(PYTEST_ARGS)
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests of other people's tools, slow ones too
 	$(BIN)/python -m pytest -m "not gpu and not network" tests/ecosystem $(PYTEST_ARGS)
@@ -75,11 +75,13 @@ $(TORCH): constraints.txt
 		echo "Name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@{ test -f $(BIN)/activate && $(PIP) --version >/dev/null 2>&1; } || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and what else is needed into $(VENV); the first time this takes minutes"
-	$(PIP) install -q -c constraints.txt $(TORCH_PIP_ARGS) torch
+	@echo "first torch:"
+	$(PIP) install -c constraints.txt $(TORCH_PIP_ARGS) torch
 	@touch $@
 
 $(CORE): $(TORCH) pyproject.toml
-	$(PIP) install -q -c constraints.txt -e .
+	@echo "then transformers and this package:"
+	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
 $(DEV): $(TORCH) pyproject.toml

@@ -104,7 +104,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 def finish(arguments: list[str]) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     process = start(arguments)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=1800)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -148,6 +148,7 @@ def check_all(rows: list[dict[str, Any]], traces: list[dict[str, Any]], limit: f
 # End to end
 
 
+@pytest.mark.slow
 def test_300_traces_come_out_as_documents_that_build_a_dataset(tmp_path: Path, serve, capfd):
     source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve()
     traces = write_traces(source, 300)
@@ -177,7 +178,7 @@ def test_300_traces_come_out_as_documents_that_build_a_dataset(tmp_path: Path, s
         folder / "curated.jsonl",
     ]
     build += ["--license", "apache-2.0", "--output", tmp_path / "dataset"]
-    built = subprocess.run(build, env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    built = subprocess.run(build, env=ENVIRONMENT, capture_output=True, text=True, timeout=1800, check=False)
     assert built.returncode == 0, built.stderr
     assert re.search(r"285 train, 15 test rows, 0 dropped", built.stdout), built.stdout
     import datasets
@@ -241,7 +242,7 @@ def test_the_readmes_commands_run_as_pasted(tmp_path: Path, serve):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -253,7 +254,8 @@ def test_the_readmes_commands_run_as_pasted(tmp_path: Path, serve):
 # Badness
 
 
-@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tasks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_when_a_fifth_of_all_calls_fail_or_lie_no_bad_row_comes_out_and_each_rejection_is_explained(
     tmp_path: Path, serve, tasks: int
 ):
@@ -302,7 +304,7 @@ def test_an_endpoint_that_is_down_for_a_while_costs_no_row(tmp_path: Path, serve
     time.sleep(1)
     assert server.log()["received"] - received <= 3  # one call at a time tries it
     server.behave(down=False)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=1800)
     assert process.returncode == 0, err
     assert len(curated(folder)) == 60
     assert all(each["check"] is None for row in curated(folder) for each in row["provenance"]["attempts"])
@@ -418,6 +420,7 @@ def test_a_judge_is_asked_if_wanted_and_what_it_finds_is_asked_again(tmp_path: P
 # Killed and gone on with
 
 
+@pytest.mark.slow
 def test_killed_five_times_a_run_repeats_only_the_calls_on_their_way(tmp_path: Path, serve):
     source, folder = tmp_path / "traces.jsonl", tmp_path / "out"
     write_traces(source, 300, max_ops=2)
@@ -455,7 +458,7 @@ def test_two_tasks_give_the_rows_of_one(tmp_path: Path, serve):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs multiverse_hf[ray]")
 def test_two_tasks_of_ray_give_the_rows_of_one(tmp_path: Path, serve):
     source, server = tmp_path / "traces.jsonl", serve("--behave", '{"lies": 0.2}')
@@ -586,7 +589,7 @@ def test_a_report_is_drawn_of_a_run_that_is_not_complete(tmp_path: Path, serve, 
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=1800)
     assert process.returncode == 130
     assert "the same command does the rest" in err
     assert err.count("\n") == 1

@@ -211,12 +211,12 @@ PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_s
 PressureOnLongBranches.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 PressureOnStaticShapes.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 TestPressure = Pressure.TestCase
-TestPressureOnLongBranches = PressureOnLongBranches.TestCase
-TestPressureOnStaticShapes = PressureOnStaticShapes.TestCase
-TestPressureOnSlidingWindows = PressureOnSlidingWindows.TestCase
+TestPressureOnLongBranches = pytest.mark.slow(PressureOnLongBranches.TestCase)
+TestPressureOnStaticShapes = pytest.mark.slow(PressureOnStaticShapes.TestCase)
+TestPressureOnSlidingWindows = pytest.mark.slow(PressureOnSlidingWindows.TestCase)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [Pressure, PressureOnLongBranches])
 def test_pressure_for_thousands_of_steps(kind):
     class Long(kind):
@@ -473,7 +473,7 @@ def same_as_generate(result, seed: int = 0, **options) -> bool:
 def test_submit_gives_what_generate_gives(front):
     handles = [front.submit([60 + n, 61], seed=n, logits_processor=[Forky()], **OPTIONS) for n in range(12)]
     for seed, handle in enumerate(handles):
-        result = handle.result(timeout=60)
+        result = handle.result(timeout=1800)
         assert same_as_generate(result, seed, logits_processor=[Forky()])
         assert len(result.ids) == len(result.sampled) == len(result.branches) == result.stats.num_tokens
     assert any(result.stats.num_forks for result in (handle.result() for handle in handles))
@@ -502,14 +502,14 @@ def test_events_come_in_the_engines_thread_from_the_first_on(front):
     handle = front.submit(
         [*GOAL, TAGS.close("goal")], on_event=lambda event: seen.append((threading.get_ident(), event)), **OPTIONS
     )
-    handle.result(timeout=60)
+    handle.result(timeout=1800)
     assert {thread for thread, _ in seen} == {front._thread.ident}
     first = [event for _, event in seen[:3]]
     assert [(event.kind, event.branch, event.sampled) for event in first] == [("token", "1", False)] * 3
 
 
 def test_log_probabilities_are_those_of_the_logits(front):
-    result = front.submit([60, 61], logprobs=0, output_logits=True, **OPTIONS).result(timeout=60)
+    result = front.submit([60, 61], logprobs=0, output_logits=True, **OPTIONS).result(timeout=1800)
     for token, scores, logits in zip(result.ids, result.scores, result.logits, strict=True):
         if logits is not None:
             logprobs = logits.log_softmax(-1)
@@ -570,7 +570,7 @@ def test_a_closed_engine_takes_nothing_and_leaves_nothing_waiting():
     engine = MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=5000)
     handles = [engine.submit([60], max_new_tokens=4000, structure="off", eos_token_id=None) for _ in range(3)]
     engine.close()
-    assert {handle.result(timeout=10).finish_reason for handle in handles} <= {"cancelled", "max_cache_tokens"}
+    assert {handle.result(timeout=1800).finish_reason for handle in handles} <= {"cancelled", "max_cache_tokens"}
     with pytest.raises(RuntimeError, match="closed"):
         engine.submit([60])
 
@@ -581,10 +581,11 @@ def test_an_engine_that_nobody_holds_is_let_go():
     thread = engine._thread
     del engine
     gc.collect()
-    thread.join(timeout=10)
+    thread.join(timeout=1800)
     assert not thread.is_alive()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["", "raise SystemExit(3)", "raise ValueError('a bug of the user')"])
 def test_an_engine_at_work_does_not_spoil_the_interpreters_exit(end):
     script = f"""
@@ -596,7 +597,7 @@ handle = engine.submit([60], max_new_tokens=4000, structure="off", eos_token_id=
 next(iter(handle))
 {end}
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=1800)
     assert done.returncode == {"": 0, "raise SystemExit(3)": 3}.get(end, 1), done.stderr
     assert "terminate" not in done.stderr
 
@@ -609,7 +610,7 @@ def test_equal_prompts_and_copies_get_noise_of_their_own(front):
     output = tiny_model("qwen2").generate(torch.tensor([[60, 61]] * 2), num_return_sequences=2, **options)
     assert [ids[: len(text)] for ids, text in zip(output[:, 2:].tolist(), texts, strict=True)] == texts
     torch.manual_seed(0)
-    drawn = [front.submit([60, 61], **OPTIONS).result(timeout=60).ids for _ in range(3)]
+    drawn = [front.submit([60, 61], **OPTIONS).result(timeout=1800).ids for _ in range(3)]
     assert len({tuple(ids) for ids in drawn}) > 1
 
 
@@ -621,7 +622,7 @@ def test_awaiting_that_is_cancelled_cancels_the_request(front):
         return handle
 
     handle = asyncio.run(main())
-    assert handle.result(timeout=60).finish_reason == FinishReason.CANCELLED
+    assert handle.result(timeout=1800).finish_reason == FinishReason.CANCELLED
 
 
 def test_requests_are_answered_first_come_first_served():
@@ -633,7 +634,7 @@ def test_requests_are_answered_first_come_first_served():
 
         handles = [engine.submit([60 + n], on_event=listen(n), **OPTIONS) for n in range(6)]
         for handle in handles:
-            handle.result(timeout=60)
+            handle.result(timeout=1800)
     assert ended == list(range(6))
 
 
@@ -720,6 +721,7 @@ class Raises(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 def test_overload():
     """200 requests of mixed size with room for 20, a tenth cancelled, one that raises: nobody else notices."""
     chance, results = random.Random(0), {}
@@ -760,8 +762,8 @@ def test_overload():
         for thread in threads:
             thread.join()
         with pytest.raises(RuntimeError, match="a broken processor"):
-            results[77].result(timeout=300)
-        done = {number: handle.result(timeout=300) for number, handle in results.items() if number != 77}
+            results[77].result(timeout=1800)
+        done = {number: handle.result(timeout=1800) for number, handle in results.items() if number != 77}
         assert engine.memory()["used_by"] == []
         assert engine.memory()["num_preemptions"] > 0
         used = [each["used_bytes"] for each in memory]
@@ -802,7 +804,7 @@ def test_a_path_that_a_limit_cuts_says_which():
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600) as engine:
         handle = engine.submit([*GOAL, TAGS.close("goal")], **limits)
         closed = [event for event in handle if event.kind == "close"]
-        stats = handle.result(timeout=60).stats
+        stats = handle.result(timeout=1800).stats
     cut = [event for event in closed if event.finish_reason is not None]
     assert {event.finish_reason for event in cut} == {FinishReason.PATH}
     assert stats.closed_by == {"max_path_tokens": len(cut)}
@@ -822,7 +824,7 @@ def random_documents(count: int) -> None:
         ]
         num_forks = num_whole = 0
         for handle in handles:
-            result = handle.result(timeout=600)
+            result = handle.result(timeout=1800)
             document = parse_document(text_of(result.ids))
             if result.finish_reason == FinishReason.STOP and not result.stats.num_closed:
                 assert validate(document, max_depth=4) == []
@@ -835,16 +837,17 @@ def random_documents(count: int) -> None:
         assert not engine._handles
 
 
+@pytest.mark.slow
 def test_guided_documents_of_a_random_model_parse():
     random_documents(200)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_thousand_guided_documents_parse():
     random_documents(10_000)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_ten_thousand_random_requests_memory_returns():
     """Of all kinds and sizes, some cancelled, some that fail, some refused."""
     kinds = (Sequence, Branch, Block, Segment, RequestHandle)
@@ -879,7 +882,7 @@ def test_after_ten_thousand_random_requests_memory_returns():
                     handles[-1].cancel()
             for handle in handles:
                 with contextlib.suppress(RuntimeError):  # those whose processor is broken
-                    handle.result(timeout=600)
+                    handle.result(timeout=1800)
             assert engine.memory()["used_by"] == []
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     del engine, handle, handles
@@ -920,9 +923,9 @@ def test_whatever_a_callback_raises_concerns_its_own_request_alone(front, error)
 
     good, bad = front.submit([60], **OPTIONS), front.submit([61], on_event=raise_it, **OPTIONS)
     with pytest.raises(error):
-        bad.result(timeout=60)
-    assert good.result(timeout=60).ids
-    assert front.submit([62], **OPTIONS).result(timeout=60).ids
+        bad.result(timeout=1800)
+    assert good.result(timeout=1800).ids
+    assert front.submit([62], **OPTIONS).result(timeout=1800).ids
 
 
 def test_wide_goals_of_many_siblings_keep_within_the_budget():

@@ -178,6 +178,7 @@ def test_a_verifier_goes_on_after_its_process_is_killed_from_outside(verifier: V
     assert not verifier.is_same("1/2", "0.25")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="needs limits of processes")
 def test_a_comparison_ends_by_itself_where_nobody_is_left_to_end_it(verifier: Verifier) -> None:
     assert not verifier.is_same("1", "2")  # math-verify is installed

@@ -12,7 +12,7 @@ from multiverse_hf.evaluation.batches import cut
 from multiverse_hf.evaluation.budget import rising_part
 from multiverse_hf.evaluation.latency import fit
 
-pytestmark = [pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
 
 
 def check_files(folder: Path, name: str) -> dict:

@@ -118,6 +118,7 @@ def test_samples_are_parquet_with_prompt_document_answer_verdict_stats_and_seed(
     assert all(row["prompt"].endswith("in parallel before answering.") for row in rows)
 
 
+@pytest.mark.slow
 def test_answers_depend_neither_on_the_batch_nor_on_a_kill_and_none_is_repeated(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "killed"
     command = [*COMMAND, *SMALL, "--n", "2", "--output", str(folder)]

@@ -53,7 +53,7 @@ print(answers[0])
 def run(program: str, *arguments: str, hub: dict[str, str], cwd: Path) -> subprocess.CompletedProcess:
     environment = os.environ | hub | {"PYTHONPATH": str(ROOT / "src")}
     command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
 
 
 def test_a_pushed_model_branches_when_it_is_loaded_by_its_repositorys_name(saved, hub, tmp_path):  # noqa: F811

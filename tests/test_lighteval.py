@@ -128,7 +128,7 @@ import lighteval.logging.info_loggers as loggers
 print(loggers.xxhash.xxh64("text").hexdigest())
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     import xxhash
 
@@ -167,11 +167,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_tasks_judge_as_the_evaluation_does_beside_lighteval(environment: Path, tmp_path: Path) -> None:
     install = [environment / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     tools = ("pytest", "pytest-xdist", "hypothesis")
-    subprocess.run([*install, "-c", ROOT / "constraints.txt", *tools], check=True, timeout=600)
+    subprocess.run([*install, "-c", ROOT / "constraints.txt", *tools], check=True, timeout=1800)
     files = [ROOT / "tests" / name for name in ("test_lighteval.py", "test_evaluation_answers.py")]
     command = [environment / "bin/python", "-m", "pytest", "-n", "0", "-q", "-rs", "-m", "not slow", *files]
     variables = clean_variables(tmp_path)
-    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "needs multiverse_hf" not in done.stdout, done.stdout[-3000:]
 
@@ -242,7 +242,7 @@ def test_both_commands_finish_and_their_numbers_are_those_of_multiverse_eval(
         words = shlex.split(command)
         done = subprocess.run(
             [environment / "bin" / words[0], *words[1:]], cwd=tmp_path, env=variables, capture_output=True, text=True,
-            timeout=600,
+            timeout=1800,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         assert "pass@1" in done.stdout

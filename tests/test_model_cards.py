@@ -21,7 +21,7 @@ FACTS = {path.stem: path for path in (ROOT / "model_cards").glob("*.yaml")}
 
 def make(*arguments: str | Path, code: int = 0) -> str:
     command = [sys.executable, str(MAKE), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert done.returncode == code, done.stderr[-2000:]
     return done.stdout if code == 0 else done.stderr
 

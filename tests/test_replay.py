@@ -130,6 +130,7 @@ def flex_and_dense(name: str, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
         return tuple(model(input_ids=ids, attention_mask=mask).logits[mask != 0] for model in (flex, dense))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_flex_attention_follows_the_layout(name, plain_flex):
     flex, dense = flex_and_dense(name, torch.float64)
@@ -139,7 +140,7 @@ def test_flex_attention_follows_the_layout(name, plain_flex):
     assert len(plain_flex) == 4, "the replay went through it"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma3_text"])
 def test_compiled_flex_attention_follows_the_layout(name):
     torch._dynamo.reset()  # kernels of another model's shapes are not to be made to fit
@@ -257,6 +258,7 @@ def test_what_each_limit_cuts_off_is_well_formed_and_replays_alone_and_in_a_batc
     assert document != documents(answer(model, PROMPTS[:1], FORCED), PROMPTS[:1])[0], "the limit is felt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "mistral"])
 @settings(max_examples=40)
 @given(plan=plans, other=plans, limit=limits)

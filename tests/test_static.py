@@ -112,7 +112,7 @@ def test_kernels_of_decoding_are_not_counted_with_those_of_training():
     assert as_on_a_gpu().__code__ is not flex_attention.__code__
 
 
-@pytest.mark.slow  # C++ is compiled
+@pytest.mark.long  # C++ is compiled
 @pytest.mark.parametrize(("width", "heads", "num_seqs"), [(16, 4, 2), (16, 6, 4), (64, 8, 2), (256, 2, 2)])
 def test_a_compiled_kernel_that_reads_the_listed_blocks_alone_sees_all_it_should(
     width: int, heads: int, num_seqs: int, monkeypatch: pytest.MonkeyPatch

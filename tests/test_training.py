@@ -104,7 +104,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("vocab_size", [None, 400], ids=["enlarged", "roomy"])
 def test_embeddings_parted_by_deepspeed_zero3_become_what_they_become_whole(tmp_path, vocab_size):
     pytest.importorskip("deepspeed", reason="needs pip install deepspeed")

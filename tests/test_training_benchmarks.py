@@ -9,6 +9,8 @@ from test_benchmarks import _scripts_find_their_siblings, is_picture, load, run 
 
 from multiverse_hf.modeling.layout import build_layout
 
+pytestmark = pytest.mark.slow
+
 TRAIN, MASK = "train_throughput", "mask_memory"
 
 
