@@ -90,7 +90,8 @@ def make_sides(ids: list[int], tags: TagSet, attention: list[str], device: torch
         {name: t.to(device) for name, t in collator([each]).items()} for each in (row | {"plain": True}, row)
     )
     same = all(torch.equal(causal[name], paths[name]) for name in row)
-    if not same or "visible" in causal or "visible" not in paths:
+    num_segments = [side["visible"].shape[-1] if "visible" in side else 1 for side in (causal, paths)]
+    if not same or num_segments[0] != 1 or num_segments[1] == 1:
         raise RuntimeError("both forms of a row must have the same ids and labels, and only one of them a layout")
     return [Side("causal", "sdpa", causal), *(Side(name, name, paths) for name in attention)]
 
