@@ -24,6 +24,7 @@ from multiverse_hf.cli.options import (
     flowing,
     print_json,
 )
+from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
 
@@ -145,6 +146,8 @@ def evaluate(
         raise CommandError(
             f"--{'base' if base is not None else 'autoregressive'} is a row of a table; add --suite paper"
         )
+    with waiting("loading torch and transformers"):
+        import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - seconds, before a bar can be drawn
     results = commands.evaluate(asked, output)
     if as_json:
         print_json(results)
