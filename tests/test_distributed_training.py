@@ -30,6 +30,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from multiverse_hf import MultiverseForCausalLM, encode_prompt
 
+pytestmark = pytest.mark.slow
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 FSDP2 = str(ROOT / "recipes/accelerate/fsdp2.yaml")
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--config_file", FSDP2, "--num_processes", "2"]
@@ -131,7 +133,6 @@ from torch.nn.parallel import DistributedDataParallel
 from test_distributed_training import ATTENTION, WAYS, model_of
 from test_packing import PACKS, packed
 
-pytestmark = pytest.mark.slow
 
 torch.distributed.init_process_group("gloo")
 rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()

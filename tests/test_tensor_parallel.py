@@ -11,6 +11,8 @@ import torch
 from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.checkpoints import EMBEDDED, open_checkpoint
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["A=19-7+12; B=8+15-3; total?", "A=1+2; B=3+4; C=5-1; total?"]
 SAMPLED = {"max_new_tokens": 120, "do_sample": True, "temperature": 1.3, "seed": 3}
 FOREVER = {"max_new_tokens": 4000, "do_sample": True, "temperature": 3.0, "seed": 3, "structure": "off"}
@@ -20,7 +22,6 @@ import json, os, sys, time, torch
 from transformers.distributed import DistributedConfig
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM
 
-pytestmark = pytest.mark.slow
 
 path, folder, arguments = sys.argv[1:]
 arguments = json.loads(arguments)
