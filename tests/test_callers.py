@@ -101,6 +101,28 @@ def test_a_processors_state_is_each_branchs_own():
     assert 2 < lengths[0] < 30
 
 
+def test_a_processor_that_knows_no_place_where_the_engine_writes_serves_all_the_same():
+    class Chooses(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids[0, -1] in (TAGS.open("path"), TAGS.close("goal"), TAGS.open("conclusion")):
+                raise KeyError("no token is chosen here")
+            return scores
+
+    want = answer(tiny_model("qwen2"), [ONE, TWO], FORKS).sequences
+    for prompts in ([ONE], [ONE, TWO]):
+        ours = answer(tiny_model("qwen2"), prompts, FORKS, logits_processor=[Chooses()]).sequences
+        assert ours[0].tolist()[-20:] == want[0].tolist()[-20:]
+
+    class Never(Chooses):
+        def __call__(self, input_ids, scores):
+            if TAGS.close("goal") in input_ids[0]:
+                raise KeyError("not at all")
+            return scores
+
+    with pytest.raises(ValueError, match=r"Never does not take the tokens that the engine writes"):
+        answer(tiny_model("qwen2"), [ONE], FORKS, logits_processor=[Never()])
+
+
 def test_what_cannot_be_copied_is_refused_at_a_fork_by_name_and_serves_until_then():
     class Grammar(LogitsProcessor):
         def __init__(self) -> None:

@@ -133,10 +133,18 @@ class BatchCalls:
                 out[at] = given[row]
         for at, (answer, branch) in enumerate(rows):
             if self._has_forked(answer):
-                each, last = self._caught_up(answer, branch, index)
+                each, last, failed = self._caught_up(answer, branch, index)
                 row, ids = answer.request.index, self._ids_of(answer, branch, last)
                 repeated = scores[at].expand(len(self.answers), -1).clone()
-                out[at] = _checked(each, ids, repeated)[row]
+                try:
+                    out[at] = _checked(each, ids, repeated)[row]
+                except Exception as err:
+                    if failed is None:
+                        raise
+                    raise ValueError(
+                        f"{name_of(each)} does not take the tokens that the engine writes where branches begin "
+                        f"({failed}); pass structure='off', or a processor that accepts the control tags"
+                    ) from err
         return out
 
     def stops(self, rows: Sequence[tuple[Answer, Branch]], device: torch.device) -> list[tuple[Answer, Branch]]:
@@ -179,11 +187,14 @@ class BatchCalls:
             ids = torch.tensor(ids, dtype=row.dtype, device=row.device)
         return ids.expand(len(self.answers), -1).clone()
 
-    def _caught_up(self, answer: Answer, branch: Branch, index: int) -> tuple[Any, int]:
-        """Return a branch's copy of a processor, called for all tokens but the one to come, and the length it sees."""
+    def _caught_up(self, answer: Answer, branch: Branch, index: int) -> tuple[Any, int, Exception | None]:
+        """Return a branch's copy of a processor, called for all tokens but the one to come, and the length it sees.
+
+        The last value is what it raised on the way: one without state may know only places where a token is chosen.
+        """
         if branch not in self._states:
             self._states[branch] = [(copy_of(each), last) for each, last in self._source(answer, branch)]
-        each, last = self._states[branch][index]
+        (each, last), failed = self._states[branch][index], None
         length = len(branch.context)
         # Tokens that the engine wrote, or other paths. What is its own copy, such as a function, keeps no state.
         for seen in () if each is self.processors[index] else range(last + 1, length):
@@ -191,12 +202,9 @@ class BatchCalls:
             try:
                 each(ids, self._like.new_zeros(len(ids), self._like.shape[1]))
             except Exception as err:
-                raise ValueError(
-                    f"{name_of(each)} does not take the tokens that the engine writes where branches begin ({err}); "
-                    "pass structure='off', or a processor that accepts the control tags"
-                ) from err
+                failed = failed or err
         self._states[branch][index] = each, length
-        return each, length
+        return each, length, failed
 
     def _source(self, answer: Answer, branch: Branch) -> list[tuple[Any, int]]:
         """Return the processors that a branch goes on from, each with the length of its last call."""
