@@ -345,8 +345,8 @@ def test_the_sampled_mask_is_false_on_prompt_forced_tokens_and_padding_and_logit
     for row, stats in enumerate(output.stats):
         assert not output.sampled_mask[row, width + stats.num_tokens :].any()
         assert (output.sequences[row, width + stats.num_tokens :] == PAD).all()
-    there = torch.stack([~logits.isnan().any(-1) for logits in output.logits], 1)
-    assert torch.equal(there, output.sampled_mask[:, width:])
+    logprobs = torch.stack(output.logits, 1).log_softmax(-1).gather(-1, output.sequences[:, width:, None])[..., 0]
+    assert torch.equal(logprobs == 0, ~output.sampled_mask[:, width:])  # what nobody chose was certain
     sampled = output.sequences[output.sampled_mask]
     for token in (NEWLINE, COLON, OPEN("path"), OPEN("conclusion")):  # of the forced prefixes
         outlines = sum(ids.count(OPEN("outline")) for ids in documents(output, prompts))

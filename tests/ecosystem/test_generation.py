@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 from helpers import EOS, left_pad, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, StoppingCriteria
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 ONE, TWO = [50, 51, 52], [60]
 
@@ -74,6 +74,7 @@ MODES = {
     "guidance": {"guidance_scale": 1.5},
     "a forced end": {"forced_eos_token_id": EOS},
     "several prefixes": {"prefix_allowed_tokens_fn": lambda batch, ids: [60 + batch, 61 + batch]},
+    "kept logits": {"logits_to_keep": 1},
     "positions": {"position_ids": torch.tensor([[0, 1, 2], [0, 0, 0]])},
 }
 
@@ -114,6 +115,8 @@ def test_off_goes_on_from_embeddings_caches_and_assistants(name):
     assert torch.equal(
         model.generate(inputs_embeds=embeds, structure="off", **call), base.generate(inputs_embeds=embeds, **call)
     )
+    beginning = {"bos_token_id": 3, "pad_token_id": 0, "structure": "off"}
+    assert torch.equal(model.generate(**beginning, **call), base.generate(bos_token_id=3, pad_token_id=0, **call))
     want = base.generate(ids, **call)
     helper = copy.deepcopy(model)
     assert torch.equal(model.generate(ids, assistant_model=helper, structure="off", **call), want)
@@ -121,3 +124,16 @@ def test_off_goes_on_from_embeddings_caches_and_assistants(name):
     more = {"max_new_tokens": 4, "do_sample": False}
     again = model.generate(kept.sequences, structure="off", past_key_values=kept.past_key_values, **more)
     assert torch.equal(again, base.generate(want, **more))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gemma3_text"])
+def test_off_compiles_its_steps_in_one_graph_as_the_base_class_does(name):
+    model, base = pair(name)
+    ids, mask = left_pad([ONE, TWO])
+    config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
+    config._compile_all_devices = True  # transformers compiles on a GPU alone by itself
+    call = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static", "compile_config": config}
+    want = base.generate(ids, attention_mask=mask, **call)
+    assert torch.equal(model.generate(ids, attention_mask=mask, structure="off", **call), want)
+    assert hasattr(model, "_compiled_call")

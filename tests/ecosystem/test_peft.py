@@ -23,8 +23,9 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
+from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt, labels_for
 from multiverse_hf.modeling.integrations import multiverse_model
+from multiverse_hf.modeling.labels import IGNORE
 from multiverse_hf.training.merging import merge_adapter
 
 DOCUMENT = (
@@ -70,7 +71,7 @@ def ids():
 
 @torch.no_grad()
 def logits(model, ids) -> torch.Tensor:
-    multiverse_model(model).raw_forced_logits = True  # some kinds of adapters go round what sets them
+    multiverse_model(model).raw_forced_logits = True
     return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
@@ -101,6 +102,17 @@ def test_an_adapter_gives_the_same_logits_however_it_is_loaded_and_merged(kind, 
     merged, tokenizer = merge_adapter(tmp_path)
     torch.testing.assert_close(logits(merged, ids), expected, atol=1e-3, rtol=1e-3)
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(embedded_model()).get_vocab()
+
+
+@pytest.mark.parametrize("kind", ["lora", "adalora"])
+def test_a_loss_leaves_out_forced_tokens_even_where_forward_is_called_by_name(kind, ids):
+    adapted = get_peft_model(MultiverseForCausalLM.from_pretrained(embedded_model()), ALL[kind]).eval()
+    whole, chosen = (adapted(ids, labels=labels).loss for labels in (ids, labels_for(ids, multiverse_model(adapted))))
+    orth = adapted.base_model.model(ids, labels=ids).loss
+    assert abs(whole - chosen) < 1e-6
+    assert abs(orth - multiverse_model(adapted).forward(ids, labels=ids).loss) < 1e-6
+    logprobs = adapted(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
+    assert (logprobs[labels_for(ids, multiverse_model(adapted))[0, 1:] == IGNORE] == 0).any()
 
 
 def test_weights_that_an_adapter_lacks_are_told_also_of_dora(tmp_path):

@@ -36,7 +36,7 @@ HONOURED = frozenset({
 # Without effect here, as in transformers' own greedy decoding and sampling.
 _ASSISTED = "read in assisted decoding alone, which is refused"
 HARMLESS = {
-    "bos_token_id": "begins an answer without a prompt, which is refused",
+    "bos_token_id": "begins an answer without a prompt, which needs structure='off'",
     "decoder_start_token_id": "of encoder-decoders",
     "early_stopping": "of beam search; transformers warns",
     "length_penalty": "of beam search; transformers warns",
@@ -296,7 +296,9 @@ def take_input_ids(inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> torch
         raise ValueError("the first argument of generate is input_ids too; pass the prompts once")
     input_ids = inputs if input_ids is None else input_ids
     if input_ids is None:
-        raise ValueError("generate needs input_ids; make them with encode_prompt(tokenizer, prompt)")
+        raise ValueError(
+            f"generate needs input_ids, got none; make them with encode_prompt(tokenizer, prompt){ORDINARY}"
+        )
     return input_ids
 
 

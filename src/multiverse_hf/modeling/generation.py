@@ -24,6 +24,7 @@ from .arguments import (
 from .cache import LogCache
 from .callables import BatchCalls, is_callers
 from .engine import DEFAULT_CHUNK, Engine
+from .labels import IMPOSSIBLE
 from .layout import plain_layout
 from .log import document_entries
 from .sampling import Sampler, sequence_key
@@ -39,7 +40,7 @@ class MultiverseGenerateOutput(GenerateDecoderOnlyOutput):
     Attributes:
         sequences: (B, L) int64, prompt and document, paths one after the other; padded on the right.
         logits: with ``output_logits``, for every generated column of ``sequences`` the (B, V) logits its token was
-            chosen from; NaN where no token was chosen.
+            chosen from. Forced tokens and padding have probability one: 0 at the token, -1000 at all others.
         sampled_mask: (B, L) bool, True where the model chose the token; False for prompt, forced tokens and padding.
         stats: one :class:`GenerationStats` a row.
     """
@@ -308,15 +309,14 @@ def _output(model: Any, written: list[Sequence], asked: Asked) -> torch.LongTens
     logits = None
     if asked.requests[0].keep_logits:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        width = model.get_output_embeddings().weight.shape[0]
-        blank = torch.full((width,), torch.nan, dtype=dtype, device=model.device)
-        logits = tuple(
-            torch.stack([
-                s.logits.get(order[column], blank) if column < len(order) else blank
-                for s, order in zip(written, orders, strict=True)
-            ])
-            for column in range(length)
-        )  # fmt: skip
+        vocab_size = model.get_output_embeddings().weight.shape[0]
+        certain = torch.full((length, len(orders), vocab_size), IMPOSSIBLE, dtype=dtype, device=model.device)
+        certain.scatter_(-1, answers.T[..., None].to(model.device), 0.0)
+        for row, (sequence, order) in enumerate(zip(written, orders, strict=True)):
+            for column, entry in enumerate(order):
+                if entry in sequence.logits:
+                    certain[column, row] = sequence.logits[entry]
+        logits = tuple(certain)
     return MultiverseGenerateOutput(
         sequences=sequences,
         logits=logits,

@@ -8,9 +8,10 @@ A call that the hooks cannot serve raises. They never let a row with a complete 
 """
 
 import contextlib
+import functools
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .traced import lay_out, refuse_blocks
 
 _BACKBONE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 _MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
+_HOOKED = "_multiverse_hooked"  # keyword that tells ``forward`` that the hooks run around it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,10 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
         ValueError: if a row holds ``</Goal>`` and comes after a cache, or a cache with laid-out rows is gone on with.
     """
     mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-    if is_plain() or kwargs.get("segment_ids") is not None:
-        return None
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         return None  # the caller brought its own mask
+    if kwargs.get("segment_ids") is not None or is_plain():  # last, as a tracer cannot read a context variable
+        return None
     if getattr(cache, _MARK, False):
         raise ValueError(
             "this cache holds a document with parallel paths, which only the engine can go on from; call "
@@ -216,10 +218,25 @@ class ForcedTokenHooks:
             return None
         return rows.ids, forced_mask(rows.ids, self.tags, rows.attention_mask, rows.position_ids)
 
+    def forward(self, module: Any, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a forward that was called by name, without ``__call__`` and its hooks: AdaLoRA and X-LoRA do that."""
+        args, kwargs = self._ignore_labels(args, kwargs, module)
+        output = forward(*args, **kwargs)
+        self.after(module, args, kwargs, output)
+        return output
+
     def before(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Ignore the labels of forced tokens."""
+        args, kwargs = self._ignore_labels(args, kwargs, module)
+        if "forward" not in vars(module):  # else somebody's own forward, which does not know the keyword
+            kwargs[_HOOKED] = True
+        return args, kwargs
+
+    def _ignore_labels(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], module: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         if (labels is None and shifted is None) or (found := self._forced(module, kwargs)) is None:
@@ -267,9 +284,25 @@ def follow_layouts(model: Any, tags: TagSet) -> None:
     """
     model.base_model.register_forward_pre_hook(LayoutHook(tags), with_kwargs=True)
     names = tuple(inspect.signature(model._base_class.forward).parameters)[1:]
-    hooks = ForcedTokenHooks(names, tags)
+    hooks = model._forced_token_hooks = ForcedTokenHooks(names, tags)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)
+
+
+def hooked_forward(base: type[Any]) -> Callable[..., Any]:
+    """Return the ``forward`` of a class made of ``base``: the base's own, with :class:`ForcedTokenHooks` around it.
+
+    The hooks run around ``__call__``; a caller of ``forward`` itself would go past them.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = functools.partial(base.forward, self)
+        if kwargs.pop(_HOOKED, False):
+            return inner(*args, **kwargs)
+        return self._forced_token_hooks.forward(self, inner, args, kwargs)
+
+    return forward
 
 
 # The model's own mode, device and compiled code

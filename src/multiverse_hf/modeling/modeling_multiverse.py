@@ -31,7 +31,7 @@ from .chunked import CHUNKED
 from .configuration_multiverse import MultiverseConfig
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate, generate_plain
-from .hooks import execution_device, follow_layouts
+from .hooks import execution_device, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
@@ -302,7 +302,9 @@ class MultiverseForCausalLM:
             )
         own = read_callables(logits_processor, "logits_processor")
         own = any(map(is_callers, own + read_callables(stopping_criteria, "stopping_criteria")))
-        if structure == "off" and (tuned or is_plain() or own or needs_base(self, generation_config, kwargs)):
+        no_prompt = inputs is None and kwargs.get("input_ids") is None  # transformers begins with the bos token
+        for_base = tuned or is_plain() or own or no_prompt or needs_base(self, generation_config, kwargs)
+        if structure == "off" and for_base:
             return generate_plain(self, super().generate, *arguments, streamer, seed, kwargs)
         return generate(self, inputs, generation_config, logits_processor, stopping_criteria, streamer, seed, kwargs)
 
@@ -348,7 +350,8 @@ def multiverse_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     It bears the base's own name: ``save_pretrained`` writes the class's name into ``architectures``, and a checkpoint
     must stay one of its base architecture for every loader that does not know Multiverse.
     """
-    return type(base.__name__, (MultiverseForCausalLM, base), {"__module__": __name__, "_base_class": base})
+    members = {"__module__": __name__, "_base_class": base, "forward": hooked_forward(base)}
+    return type(base.__name__, (MultiverseForCausalLM, base), members)
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
