@@ -9,7 +9,7 @@ import torch
 from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
-from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
+from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, TagSet, embedded_model
 from multiverse_hf.modeling import sharing
 
 PROMPT = [50, 51, 52]
@@ -78,10 +78,10 @@ def saved(tmp_path_factory) -> Path:
 CHAT = [{"role": "user", "content": "A=5+6; B=7+8; total? Think step by step and in parallel before answering."}]
 
 
-def ask(model) -> str:
+def ask(model, **options) -> str:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     inputs = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    ids = model.generate(**inputs, max_new_tokens=600, do_sample=False)
+    ids = model.generate(**inputs, max_new_tokens=600, do_sample=False, **options)
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
@@ -135,8 +135,26 @@ def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_gen
     assert ask(model) == expected
     ids = torch.tensor([[30, 31]])
     assert torch.equal(model.generate(ids, max_new_tokens=3), trusted(saved).generate(ids, max_new_tokens=3))
-    untrusting = Qwen3ForCausalLM.from_pretrained(saved)
-    assert type(untrusting) is Qwen3ForCausalLM
+    assert type(model) is Qwen3ForCausalLM
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_custom_generate_gives_the_same_answer_each_time_and_leaves_the_model_as_it_was(trust, saved):
+    expected = ask(MultiverseForCausalLM.from_pretrained(saved))
+    model = Qwen3ForCausalLM.from_pretrained(saved, trust_remote_code=trust)
+    document = torch.tensor([[30, *TagSet.from_dict(model.config.multiverse).control_ids]])
+    before, hooks = model(document).logits, len(model._forward_hooks)
+    for _ in range(2):
+        assert ask(model, custom_generate=str(saved), trust_remote_code=True) == expected
+        assert ask(model, custom_generate=str(saved), trust_remote_code=True, structure="off") != ""
+    assert type(model) is Qwen3ForCausalLM
+    assert len(model._forward_hooks) == hooks
+    assert torch.equal(model(document).logits, before)
+    for plain in (model, trusted(saved)):
+        call = {"custom_generate": lambda model, input_ids, **_: input_ids + 1, "structure": "off"}
+        call = call if plain is not model else {"custom_generate": call["custom_generate"]}
+        assert plain.generate(torch.tensor([[30, 31]]), max_new_tokens=2, **call).tolist() == [[31, 32]]
+    assert ask(trusted(saved), custom_generate=str(saved), trust_remote_code=True) == expected
 
 
 @pytest.mark.parametrize("decoding", ["packed", "static"])

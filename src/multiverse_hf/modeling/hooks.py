@@ -191,12 +191,13 @@ class ForcedTokenHooks:
     A call that brings its own mask or a filled cache is left alone: its labels and logits are its own affair.
 
     Args:
-        names: of the positional arguments of the model's forward.
+        model_class: of the causal LM.
         tags: the control tags.
     """
 
-    def __init__(self, names: tuple[str, ...], tags: TagSet) -> None:
-        self.names, self.tags = names, tags
+    def __init__(self, model_class: type[Any], tags: TagSet) -> None:
+        self.names = tuple(inspect.signature(model_class.forward).parameters)[1:]  # of positional arguments
+        self.tags = tags
         self.text = json.dumps(tags.to_dict())
 
     def _forced(self, module: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -283,8 +284,7 @@ def follow_layouts(model: Any, tags: TagSet) -> None:
         tags: the control tags.
     """
     model.base_model.register_forward_pre_hook(LayoutHook(tags), with_kwargs=True)
-    names = tuple(inspect.signature(model._base_class.forward).parameters)[1:]
-    hooks = model._forced_token_hooks = ForcedTokenHooks(names, tags)
+    hooks = model._forced_token_hooks = ForcedTokenHooks(type(model), tags)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)
 

@@ -31,7 +31,7 @@ from .chunked import CHUNKED
 from .configuration_multiverse import MultiverseConfig
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate, generate_plain
-from .hooks import execution_device, follow_layouts, hooked_forward
+from .hooks import ForcedTokenHooks, execution_device, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
@@ -92,6 +92,20 @@ class MultiverseForCausalLM:
             model.__class__ = multiverse_class(base_class(model.config))
             model._follow_layouts()
         return model
+
+    @classmethod
+    def over(cls, model: PreTrainedModel) -> PreTrainedModel:
+        """Return a model that branches with the modules of ``model``, which keeps its class and its ``forward``.
+
+        Raises:
+            ValueError: if its architecture cannot branch, or its config holds no tags.
+        """
+        made = multiverse_class(base_class(model.config))
+        view = made.__new__(made)
+        view.__dict__.update({name: value for name, value in vars(model).items() if name != "generate"})
+        view.tags = TagSet.from_dict(getattr(model.config, "multiverse", None))
+        view._forced_token_hooks = ForcedTokenHooks(made, view.tags)
+        return view
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Say that the checkpoint's ``custom_generate`` is not needed: this class has its own ``generate``."""
@@ -293,6 +307,8 @@ class MultiverseForCausalLM:
             TypeError: if an argument is of the wrong kind.
         """
         check_streamer(streamer)
+        if isinstance(kwargs.get("custom_generate"), str) and kwargs["custom_generate"] == self.name_or_path:
+            del kwargs["custom_generate"]  # the checkpoint's own function is this one
         tuned, arguments = tuned_prompt(self), (inputs, generation_config, logits_processor, stopping_criteria)
         structure = "off" if is_plain() else asked_structure(self, generation_config, kwargs)
         if tuned and structure != "off":

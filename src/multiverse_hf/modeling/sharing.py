@@ -23,7 +23,7 @@ STRUCTURE = ("structure", "max_depth", "max_paths")  # options of ``generate`` t
 
 GENERATE = '''"""``generate`` of this checkpoint for loaders that take the model's class from ``architectures``.
 
-The model becomes one that branches at its first call; the code is that beside the weights.
+The model itself stays as it is. The code that branches is that beside the weights.
 """
 
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
@@ -34,10 +34,13 @@ def generate(*args, model, **kwargs):
 
     Takes what ``MultiverseForCausalLM.generate`` takes; see ``modeling_multiverse.py``.
     """
+    if kwargs.get("custom_generate") not in (None, model.name_or_path):  # asks for another function than this one
+        return type(model).generate(model, *args, **kwargs)
+    kwargs.pop("custom_generate", None)
     if not hasattr(type(model), "_base_class"):
         revision = getattr(model.config, "_commit_hash", None)
         reference = "modeling_multiverse.MultiverseForCausalLM"
-        get_class_from_dynamic_module(reference, model.name_or_path, revision=revision).adopt(model)
+        model = get_class_from_dynamic_module(reference, model.name_or_path, revision=revision).over(model)
     return type(model).generate(model, *args, **kwargs)
 '''
 
