@@ -97,3 +97,22 @@ def test_the_evaluate_library_loads_the_metric_by_its_path_offline() -> None:
     assert result["length"] == pytest.approx((sum(each.length for each in measures) + 1) / 3)
     assert measures[1].parallelism > 1.5
     assert (result["well_formed"], result["parallel_rate"]) == pytest.approx((2 / 3, 1 / 3))
+
+
+def test_a_figure_counts_in_whole_numbers_and_has_plain_ones_on_a_log_axis(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="needs multiverse_hf[eval]")
+    from multiverse_hf.evaluation.figures import count_axis, log_axis, make_figure, save_figure
+
+    for name in ("one", "two"):
+        figure, (counts, sizes) = make_figure(2)
+        counts.hist([1, 1, 2, 2.5])
+        count_axis(counts)
+        sizes.plot([5.5, 7.5], [1, 2], label="a line")  # within one power of two
+        sizes.legend()
+        log_axis(sizes, [5.5, 7.5])
+        save_figure(figure, tmp_path / name)
+    assert all(label.get_text().isdecimal() for label in counts.get_yticklabels())
+    assert counts.get_ylim()[0] == 0
+    assert [label.get_text() for label in sizes.get_xticklabels(which="both")] == ["5.5", "7.5"]
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()

@@ -1,7 +1,9 @@
 """``multiverse eval`` and ``multiverse compare`` as users run them: killed, resumed, misused, compared."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +21,7 @@ from multiverse_hf import embedded_model
 from multiverse_hf.cli import run
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, judge
+from multiverse_hf.evaluation.report import to_html, write_page
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
 from multiverse_hf.judging.verifier import Verifier
@@ -92,6 +95,56 @@ def test_the_report_begins_with_prompt_sampling_model_versions_hardware_and_comm
     html = (whole / "report.html").read_text()
     assert "<table>" in html
     assert "report.svg" in html
+
+
+def test_the_report_shows_problem_answer_and_verdict_of_what_was_wrong(whole: Path) -> None:
+    wrong = [sample for sample in read_samples(whole / "samples") if not sample.correct]
+    page, html = ((whole / f"report.{kind}").read_text() for kind in ("md", "html"))
+    assert 0 < len(wrong) < 12
+    assert f"mv:chains: {len(wrong)} of 12 answers." in page
+    for sample in wrong:
+        title = f"### {sample.id} ({sample.group}), answer {sample.sample + 1}"
+        entry = page.split(title)[1].split("\n### ")[0]
+        assert sample.prompt.removesuffix(" Think step by step and in parallel before answering.") in entry
+        said = "none" if sample.answer is None else f"`{sample.answer}`"
+        assert f"- Right answer: `{sample.gold}`\n- Answer: {said}\n- Verdict: {sample.rule}, ended by" in entry
+        assert sample.document[-200:].strip() in entry
+        assert f"{sample.id} ({sample.group})" in html
+    assert not any(
+        sample.id in page for sample in read_samples(whole / "samples") if sample.id not in {s.id for s in wrong}
+    )
+
+
+def test_no_text_of_an_answer_breaks_out_of_the_report(whole: Path) -> None:
+    text = "```\n# A heading\n<script>``` `x`"
+    sample = replace(read_samples(whole / "samples")[0], correct=False, document=text, answer=text, prompt=text)
+    page = write_page(read_results(whole), [sample])
+    html = to_html(page, "title")
+    assert "<h1>A heading" not in html
+    assert "<script>" not in html
+    assert html.count("``` `x`") == 3
+
+
+@pytest.mark.slow
+def test_a_narrow_terminal_cuts_nothing_off_a_table(whole: Path) -> None:
+    pty = pytest.importorskip("pty", reason="needs a terminal")
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, *SMALL, "--n", "2", "--output", str(whole)]
+    environment = ENVIRONMENT | {"COLUMNS": "60", "TERM": "xterm"}
+    process = subprocess.Popen(command, env=environment, stdout=theirs, stderr=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends a terminal with an error
+        while data := os.read(ours, 4096):
+            shown += data
+    assert process.wait() == 0
+    lines = [line.rstrip() for line in re.sub(r"\x1b\[[\d;]*m", "", shown.decode()).splitlines()]
+    table = lines[1 : next(number for number, line in enumerate(lines) if line.endswith("report.html"))]
+    assert max(map(len, table)) <= 60
+    assert "…" not in "".join(table)
+    metrics = read_results(whole)["tasks"]["mv:chains"]["metrics"]
+    for name in ("pass@1", "well_formed"):
+        assert all(f"{100 * metrics[name][end]:.1f}" in "".join(table) for end in ("value", "low", "high"))
 
 
 def test_samples_are_parquet_with_prompt_document_answer_verdict_stats_and_seed(whole: Path) -> None:

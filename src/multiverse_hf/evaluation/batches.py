@@ -14,7 +14,7 @@ from typing import Any
 
 from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.experiment import Subject, describe
-from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.figures import log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.metrics import parallelism, speedup
 from multiverse_hf.evaluation.timing import Timed, in_turns
 
@@ -109,8 +109,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     axes.axhline(1, color="gray", linestyle=":", label="no speedup")
     low, high = paper.BATCH_SIZES
     axes.plot([], [], " ", label=f"paper, 32B: flat from batch {low} to {high}")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [str(size) for size in sizes])
+    log_axis(axes, sizes)
     axes.set(xlabel="batch size", ylabel="speedup per token")
     axes.set_ylim(0, 1.4 * max(row["max"] for row in rows))  # room for the legend
     axes.legend(frameon=False, fontsize="small", loc="upper right")

@@ -13,7 +13,7 @@ from typing import Any
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.compare import compare_runs
-from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.figures import log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.report import show
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import Mode
@@ -101,11 +101,13 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     figure, (curves, differences) = make_figure(2, width=10.5)
     rows = result["rows"]
     budgets = [row["budget"] for row in rows]
-    for side, color in (("parallel", "#2b6cb0"), ("autoregressive", "#c05621")):
+    # the second line is dashed with hollow marks: where both are the same the first one shows through
+    styles = {"parallel": ("o-", "#2b6cb0", {}), "autoregressive": ("s--", "#c05621", {"markerfacecolor": "none"})}
+    for side, (style, color, face) in styles.items():
         of = [row[side]["pass@1"] for row in rows]
         low, middle, high = ([100 * each[end] for each in of] for end in ("low", "value", "high"))
         name = f"{side}: {result['models'][side]['name']}"
-        curves.plot(budgets, middle, "o-", markersize=4, color=color, label=name)
+        curves.plot(budgets, middle, style, markersize=6 if face else 4, color=color, label=name, **face)
         curves.fill_between(budgets, low, high, color=color, alpha=0.15, linewidth=0)
     curves.set(xlabel="length budget (positions)", ylabel="pass@1, percent", ylim=(-2, 102))
     of = [row["difference"] for row in rows]
@@ -123,7 +125,5 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     curves.legend(frameon=False, fontsize="small", loc="lower right")
     differences.legend(frameon=False, fontsize="small", loc="upper left")
     for axes in (curves, differences):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(budgets, [str(budget) for budget in budgets], rotation=45)
-        axes.minorticks_off()
+        log_axis(axes, budgets, rotation=45)
     save_figure(figure, path)

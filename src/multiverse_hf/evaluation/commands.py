@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -111,10 +112,11 @@ def progress_bar(title: str) -> Iterator[tuple[Callable[[run.Progress], None], l
 
 def print_results(results: dict[str, Any], output: Path) -> None:
     """Print what a run came to, for people."""
-    table = Table(title=f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
+    print(f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
+    table = Table(box=SIMPLE_HEAD)
     names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
     for column in ("task", "problems", *names.values()):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, task in results["tasks"].items():
         cells = [show(metric, task["metrics"][metric]) for metric in names]
         table.add_row(name, str(task["problems"]), *cells)
@@ -188,9 +190,10 @@ def print_comparison(comparison: dict[str, Any], output: Path) -> None:
     for side in ("a", "b"):
         run_of = comparison[side]
         print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
-    table = Table(title="B - A, paired by problem")
+    print("B - A, paired by problem")
+    table = Table(box=SIMPLE_HEAD)
     for column in ("task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for name, task in comparison["tasks"].items():
         if task["problems"]:
             metrics = ("pass@1", "parallelism", "length")
@@ -201,4 +204,5 @@ def print_comparison(comparison: dict[str, Any], output: Path) -> None:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """Return what prints tables: as wide as they are, and folded to a terminal's width."""
+    return Console(width=None if sys.stdout.isatty() else 1000)

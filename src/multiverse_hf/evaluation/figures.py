@@ -1,6 +1,7 @@
 """Figures: axes that look alike, saved as PNG and SVG, whole or not at all."""
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,37 @@ def make_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tu
     axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
     for each in axes:
         each.grid(True, which="major", alpha=0.3)
+        each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def count_axis(axes: Any) -> None:
+    """Have the vertical axis begin at 0, with ticks at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    axes.set_ylim(bottom=0)
+
+
+def log_axis(axes: Any, values: Sequence[float], **options: Any) -> None:
+    """Scale the horizontal axis by powers of two, with plain numbers at these values and no other ticks."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(values, [f"{value:g}" for value in values], **options)
+    axes.minorticks_off()  # where the axis spans less than one power they are labelled, as 5.8 x 10^0
 
 
 def save_figure(figure: Any, path: Path) -> list[Path]:
     """Write a figure as PNG and as SVG; ``path`` has either ending, or none. It is drawn before a file is opened."""
     path = path.with_suffix("") if path.suffix in (".png", ".svg") else path
+    from matplotlib import rc_context
+
     written = []
     for kind in ("png", "svg"):
         picture = io.BytesIO()
-        # neither holds the time, so that the same figure gives the same file
-        figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
+        # neither holds the time or random ids, so that the same figure gives the same file
+        with rc_context({"svg.hashsalt": "multiverse_hf"}):
+            figure.savefig(picture, format=kind, metadata={"Date": None} if kind == "svg" else None)
         written.append(path.with_name(f"{path.name}.{kind}"))
         written[-1].write_bytes(picture.getvalue())
     return written

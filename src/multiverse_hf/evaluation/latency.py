@@ -131,13 +131,18 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     ends = [y - [point["min"] for point in points], [point["max"] for point in points] - y]
     along = np.linspace(1, max(x.max(), 2), 200)
     label = f"{curve['a_ms']:.2f} / x + {curve['b_ms']:.2f} ms: b/(a+b) = {curve['share_percent']:.1f} %"
-    ours.errorbar(x, y, ends, fmt="o", markersize=3, linewidth=0.8, color="#2b6cb0", label="answers, median and range")
-    ours.plot(along, curve["a_ms"] / along + curve["b_ms"], color="#c05621", label=label)
+    seen_through = {"markerfacecolor": "none", "alpha": 0.6}  # answers that do not fork all stand at 1
+    ours.errorbar(
+        x, y, ends, fmt="o", markersize=4, linewidth=0.8, color="#2b6cb0", label="answers, median and range",
+        **seen_through,
+    )  # fmt: skip
+    ours.plot(along, curve["a_ms"] / along + curve["b_ms"], color="#c05621", label=label, zorder=3)
     ours.set(xlabel="# parallel", ylabel="latency per token (ms)", ylim=(0, None))
     ours.legend(frameon=False, fontsize="small")
     both.plot(
-        x, y / (curve["a_ms"] + curve["b_ms"]), "o", markersize=3, color="#2b6cb0", label=result["model"]["name"]
-    )
+        x, y / (curve["a_ms"] + curve["b_ms"]), "o", markersize=4, color="#2b6cb0", label=result["model"]["name"],
+        **seen_through,
+    )  # fmt: skip
     for (tokens, (a, b)), style in zip(paper.LATENCY_CURVES.items(), ("-", "--", ":"), strict=True):
         label = f"paper, 32B, {tokens // 1024}k: {paper.LATENCY_SHARES[tokens]} %"
         both.plot(along, (a / along + b) / (a + b), style, color="gray", label=label)

@@ -1,11 +1,12 @@
 """The report of a run, Markdown and HTML: what was asked and how first, then what it came to."""
 
 import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.figures import count_axis, make_figure, save_figure
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.outputs import output_folder
 
@@ -19,17 +20,22 @@ SHOWN = {
 }
 SHARES = ("well_formed", "parallel_rate", "finished")
 GATED = (
-    "Samples of a gated task hold its questions: `samples/` must not be published. This page holds none of them, and "
+    "The task is gated: `samples/` holds its questions and must not be published. This page holds none of them, and "
     "may be."
 )
+MOST_SHOWN = 100  # wrong answers of a task
+TAIL = 2000  # characters of the end of what was written, where an answer stands
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0 }}
-th, td {{ padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-size: .9rem }}
+th, td {{ padding: .25rem .5rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top }}
+th, td, li, code {{ overflow-wrap: break-word }}
 code {{ background: #f3f3f3; padding: .1rem .3rem; border-radius: 3px }}
+pre {{ background: #f3f3f3; padding: .5rem .7rem; white-space: pre-wrap }}
+pre code {{ padding: 0 }}
 img {{ max-width: 100% }}
 </style></head><body>
 {body}
@@ -39,7 +45,7 @@ img {{ max-width: 100% }}
 
 def write_report(folder: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
     """Write ``report.md``, ``report.html`` and the figure they show, ``report.png`` and ``report.svg``."""
-    text = write_page(results)
+    text = write_page(results, samples)
     with output_folder(folder) as part:
         draw(part / "report", results, samples)
         (part / "report.md").write_text(text, encoding="utf-8")
@@ -54,8 +60,8 @@ def to_html(text: str, title: str) -> str:
     return PAGE.format(title=html.escape(title), body=body)
 
 
-def write_page(results: Mapping[str, Any]) -> str:
-    """Give the report in Markdown. It names no problem: of gated tasks nothing may be published."""
+def write_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
+    """Return the report in Markdown. It shows no problem of a gated task: nothing of those may be published."""
     lines = [f"# Evaluation of {results['model']['name']}, {results['mode']}", "", *_how(results), ""]
     lines += ["![pass@1, # parallel and length of the answers](report.svg)", ""]
     lines += [*_table(results["tasks"], results["n"]), ""]
@@ -67,9 +73,45 @@ def write_page(results: Mapping[str, Any]) -> str:
     for name, task in results["tasks"].items():
         counts = [", ".join(f"{key} {n}" for key, n in task[of].items()) for of in ("rules", "finish_reasons")]
         lines.append(f"| {name} | {' | '.join(counts)} |")
-    if any(task["gated"] for task in results["tasks"].values()):
-        lines += ["", GATED]
+    lines += ["", "## Answered wrong"]
+    for name, task in results["tasks"].items():
+        wrong = [sample for sample in samples if sample.task == name and not sample.correct]
+        lines += ["", f"{name}: {len(wrong)} of {task['samples']} answers."]
+        if task["gated"]:
+            lines += ["", GATED]
+            continue
+        for sample in wrong[:MOST_SHOWN]:
+            lines += ["", *_wrong(sample, results["prompts"]["suffix"])]
+        if len(wrong) > MOST_SHOWN:
+            lines += ["", f"And {len(wrong) - MOST_SHOWN} more; `samples/` has all of them."]
     return "\n".join(lines) + "\n"
+
+
+def _wrong(sample: Sample, suffix: str) -> list[str]:
+    """Return problem, answer and verdict of a wrong answer."""
+    said = "none" if sample.answer is None else _code(sample.answer)
+    verdict = f"refused: {sample.error}" if sample.error else f"{sample.rule}, ended by {sample.finish_reason}"
+    group = f" ({sample.group})" if sample.group else ""
+    lines = [f"### {sample.id}{group}, answer {sample.sample + 1}", "", *_block(sample.prompt.removesuffix(suffix))]
+    lines += ["", f"- Right answer: {_code(sample.gold)}", f"- Answer: {said}", f"- Verdict: {verdict}"]
+    if not sample.document:
+        return lines
+    left_out = len(sample.document) - TAIL
+    title = "What the model wrote" + (f", without the first {left_out:,} characters" if left_out > 0 else "")
+    return [*lines, "", f"{title}:", "", *_block(sample.document[-TAIL:])]
+
+
+def _block(text: str) -> list[str]:
+    """Return a text as a block of code, whatever backticks it holds."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{fence}text", text.strip("\n").rstrip(), fence]
+
+
+def _code(text: str) -> str:
+    """Return a text as code in a line, whatever backticks it holds."""
+    tick = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    space = " " if "`" in text else ""
+    return f"{tick}{space}{' '.join(text.split())}{space}{tick}"
 
 
 def describe_sampling(results: Mapping[str, Any]) -> str:
@@ -134,22 +176,27 @@ def _table(rows: Mapping[str, Mapping[str, Any]], num_samples: int) -> list[str]
 
 def draw(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
     """Draw pass@1 with its interval, how often each # parallel, and length against tokens."""
-    figure, (scores, widths, lengths) = make_figure(3, width=12, height=3.8)
     rows = {name: task["metrics"]["pass@1"] for name, task in results["tasks"].items()}
     for name, task in results["tasks"].items():
         rows |= {f"{name} {group}": of["metrics"]["pass@1"] for group, of in task["groups"].items()}
+    figure, (scores, widths, lengths) = make_figure(3, width=12, height=max(3.8, 1 + 0.3 * len(rows)))
     names = list(rows)[::-1]
     values = [100 * rows[name]["value"] for name in names]
     ends = [[100 * abs(rows[name][end] - rows[name]["value"]) for name in names] for end in ("low", "high")]
     scores.barh(names, values, xerr=ends, color="#8fb8de", ecolor="#445", capsize=3)
-    scores.set(xlabel="pass@1, percent", xlim=(0, 105))
-    widths.hist([sample.parallelism for sample in samples], bins=20, color="#8fb8de")
+    scores.set(xlabel="pass@1, percent", xlim=(-3, 105))
+    of = [sample.parallelism for sample in samples]
+    widths.hist(of, bins=20, range=(1, max(2, *of)), color="#8fb8de")
     widths.set(xlabel="# parallel", ylabel="answers")
-    for right, color, label in ((True, "#2a7f3f", "right"), (False, "#c0392b", "wrong")):
-        of = [sample for sample in samples if sample.correct is right]
-        lengths.plot([s.num_tokens for s in of], [s.length for s in of], ".", color=color, label=label, alpha=0.6)
-    longest = max((sample.num_tokens for sample in samples), default=1)
+    count_axis(widths)
+    longest = max(max(sample.num_tokens for sample in samples), 1)
     lengths.plot([0, longest], [0, longest], ":", color="gray", label="no parallelism")
+    # rings around crosses: neither hides the other, and both stand on the line
+    marks = {True: ("o", "#2a7f3f", "right"), False: ("x", "#c0392b", "wrong")}
+    for right, (marker, color, label) in marks.items():
+        of = [(s.num_tokens, s.length) for s in samples if s.correct is right]
+        lengths.plot(*zip(*of, strict=True) if of else ([], []), marker, color=color, label=label, alpha=0.7,
+                     markersize=6 if right else 4, markerfacecolor="none")  # fmt: skip
     lengths.set(xlabel="tokens", ylabel="length (positions)")
     lengths.legend(frameon=False, fontsize="small")
     save_figure(figure, path)

@@ -122,26 +122,31 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw accuracy against # parallel: our rows with their intervals, and the paper's on its own tasks."""
-    figure, (ours, theirs) = make_figure(2, width=10.5)
+    """Draw pass@1 and # parallel with their intervals, a line for each row and task; beside them the paper's."""
+    rows = [(row, task, of["tasks"][task]["metrics"]) for task in result["rows"]["parallel"]["tasks"]
+            for row, of in result["rows"].items()]  # fmt: skip
+    figure, (ours, widths, theirs) = make_figure(3, width=13, height=max(4.2, 1.2 + 0.3 * len(rows)))
     colors = dict(zip(ROWS, ("#718096", "#c05621", "#6b46c1", "#2b6cb0"), strict=True))
-    markers = "osD^v"
-    for row, of in result["rows"].items():
-        for (task, results), marker in zip(of["tasks"].items(), markers, strict=False):
-            x, y = (results["metrics"][name] for name in ("parallelism", "pass@1"))
-            ours.errorbar(
-                [x["value"]], [100 * y["value"]],
-                xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
-                yerr=[[100 * (y["value"] - y["low"])], [100 * (y["high"] - y["value"])]],
-                fmt=marker, capsize=3, color=colors[row], label=f"{row}, {task}",
-            )  # fmt: skip
+    names = [f"{row}, {task}" for row, task, _ in rows]
+    for axes, metric, scale in ((ours, "pass@1", 100), (widths, "parallelism", 1)):
+        for name, (row, _, metrics) in reversed(list(zip(names, rows, strict=True))):
+            of = {key: scale * value for key, value in metrics[metric].items()}
+            ends = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
+            axes.errorbar([of["value"]], [name], xerr=ends, fmt="o", capsize=3, color=colors[row])
+        axes.margins(y=0.1)
+    for axes in (widths, theirs):
+        axes.locator_params(axis="x", nbins=5)
+    widths.tick_params(labelleft=False)
     for row, scores in paper.TABLE.items():
-        for score, marker in zip(scores.values(), markers, strict=False):
-            theirs.plot([score.parallelism or 1.0], [score.accuracy], marker, color=colors[row])
-    for task, marker in zip(paper.TABLE["parallel"], markers, strict=False):
-        theirs.plot([], [], marker, color="gray", label=task.removeprefix("mv:"))  # colors are those beside it
-    ours.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="here")
+        for task, marker in zip(scores, "osD^", strict=True):
+            theirs.plot([scores[task].parallelism or 1.0], [scores[task].accuracy], marker, color=colors[row],
+                        markerfacecolor="none")  # fmt: skip
+    for task, marker in zip(paper.TABLE["parallel"], "osD^", strict=True):
+        theirs.plot([], [], marker, color="gray", markerfacecolor="none", label=task.removeprefix("mv:"))
+    for row in paper.TABLE:
+        theirs.plot([], [], "-", color=colors[row], label=row)
+    ours.set(xlabel="pass@1, percent", xlim=(-3, 105), title="here")
+    widths.set(xlabel="# parallel", title="here")
     theirs.set(xlabel="# parallel", ylabel="pass@1, percent", ylim=(-3, 105), title="paper, Multiverse-32B")
-    for axes in (ours, theirs):
-        axes.legend(frameon=False, fontsize="small", loc="lower right")
+    theirs.legend(frameon=False, fontsize="small", loc="lower center", ncols=2)
     save_figure(figure, path)
