@@ -208,9 +208,9 @@ def test_rows_that_cannot_be_had_are_told_with_the_way_out(tmp_path: Path, monke
 
     fails("mv:aime25", "aime25.jsonl")
     (tmp_path / "aime25.jsonl").write_text('{"problem": "x"}\n')
-    fails("mv:aime25", "row 1", "answer or solution", "it has problem")
+    fails("mv:aime25", "aime25.jsonl, line 1", "answer or solution", "it has problem")
     (tmp_path / "aime25.jsonl").write_text('{"problem": "x", "answer": "1"}\n' * 2)
-    fails("mv:aime25", "row 2", "asks what an earlier one does")
+    fails("mv:aime25", "aime25.jsonl, line 2 asks what line 1 does, 'x'")
     (tmp_path / "aime25.jsonl").write_text('{"problem": "x"')
     fails("mv:aime25", "line 1")
     (tmp_path / "aime-25.csv").write_text("problem,answer\nx,1\n")

@@ -1,6 +1,7 @@
 """Metrics: against slow oracles, and against what the engine counted."""
 
 import itertools
+import math
 import random
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from multiverse_hf.evaluation.metrics import (
     pass_at_k,
     speedup,
 )
+from multiverse_hf.outputs import json_text
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,3 +118,8 @@ def test_a_figure_counts_in_whole_numbers_and_has_plain_ones_on_a_log_axis(tmp_p
     assert [label.get_text() for label in sizes.get_xticklabels(which="both")] == ["5.5", "7.5"]
     for kind in ("png", "svg"):
         assert (tmp_path / f"one.{kind}").read_bytes() == (tmp_path / f"two.{kind}").read_bytes()
+
+
+def test_json_has_null_for_numbers_it_does_not_have() -> None:
+    value = {"a": [math.nan, 1.5, (math.inf,)], "b": {"c": -math.inf, "d": "NaN"}}
+    assert json_text(value) == '{"a": [null, 1.5, [null]], "b": {"c": null, "d": "NaN"}}\n'

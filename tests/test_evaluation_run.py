@@ -24,6 +24,8 @@ from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, ju
 from multiverse_hf.evaluation.report import to_html, write_page
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
+from multiverse_hf.evaluation.task_files import find_task
+from multiverse_hf.evaluation.tasks import load_problems
 from multiverse_hf.judging.verifier import Verifier
 
 ROOT = Path(__file__).parents[1]
@@ -208,6 +210,131 @@ def test_a_finished_run_is_not_run_again(whole: Path, tmp_path: Path) -> None:
     assert now == {name: shards[name] for name in now}
 
 
+def test_a_greater_limit_extends_a_run_and_repeats_nothing(
+    whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "extended"
+    options = ["--max-new-tokens", "110", "--dtype", "float64", "--seed", "3", "--n", "2", "--output", str(folder)]
+    assert run(["eval", "--limit", "2", *options]) == 0
+    before = {sample.key: sample for sample in read_samples(folder / "samples")}
+    assert run(["eval", "--limit", "6", *options]) == 0
+    after = {sample.key: sample for sample in read_samples(folder / "samples")}
+    assert len(before) == 4
+    assert {key: after[key] for key in before} == before  # with their seconds: they were not written again
+    assert answers(folder) == answers(whole)
+    results, expected = (read_results(each) for each in (folder, whole))
+    assert results["samples_before"] == 4
+    assert results["tasks"] == expected["tasks"]
+    assert (folder / "run.json").read_text() == (whole / "run.json").read_text()
+    assert "begun with --limit 6, now it is 5; a run goes on with as many" in error_of(
+        capfd, "eval", "--limit", "5", *options
+    )
+    begun = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(begun | {"problems": {"mv:chains": "others"}}))
+    assert "begun with other problems" in error_of(capfd, "eval", "--limit", "7", *options)
+
+
+# A user's own rows
+
+
+def write_rows(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_file_of_ones_own_is_asked_judged_resumed_extended_and_compared_like_any_task(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"problem": "A=19-7+12; B=8+15-3; total?", "answer": 44, "group": "flat"},
+        {"prompt": "A=5+6; B=7+8; total? Think step by step and in parallel before answering.", "answer": "26"},
+        {"problem": "A=2+3; total?", "answer": 6.0},  # a wrong one
+    ]
+    name = "my own sums, which have a name that is longer than a terminal is wide as a rule " + "x" * 40 + ".jsonl"
+    file = write_rows(tmp_path / name, *rows)
+    first, second = tmp_path / "first", tmp_path / "second"
+    options = ["--task", str(file), "--temperature", "0", "--max-new-tokens", "512"]
+    assert run(["eval", *options, "--limit", "2", "--output", str(first)]) == 0
+    assert name in capfd.readouterr().out
+    (tmp_path / "elsewhere").mkdir()
+    file = file.rename(tmp_path / "elsewhere" / name)  # what counts is what it holds
+    options[1] = str(file)
+    assert run(["eval", *options, "--output", str(first)]) == 0
+    assert run(["eval", *options, "--mode", "autoregressive", "--output", str(second)]) == 0
+    results = read_results(first)
+    task = results["tasks"][name]
+    assert (task["source"], task["rule"], task["dataset"], task["problems"]) == (name, "math", None, 3)
+    assert results["samples_before"] == 2
+    assert task["groups"]["flat"]["problems"] == 1
+    for folder, end in ((first, "step and in parallel before"), (second, "by step before")):
+        samples = {sample.gold: sample for sample in read_samples(folder / "samples")}
+        assert [samples[gold].correct for gold in ("44", "26", "6")] == [True, True, False]
+        assert all(sample.prompt.endswith(f"{end} answering.") for sample in samples.values())
+        assert samples["26"].prompt.count("before answering.") == 1
+    assert "- Right answer: `6`\n- Answer: `5`\n- Verdict: different" in (first / "report.md").read_text()
+    assert run(["compare", str(second), str(first), "--output", str(tmp_path / "out")]) == 0
+    comparison = json.loads((tmp_path / "out/comparison.json").read_text())["tasks"][name]
+    assert (comparison["problems"], comparison["differences"]["pass@1"]["value"]) == (3, 0)
+    message = error_of(capfd, "eval", *options, "--rule", "exact", "--output", str(first))
+    assert "begun with --rule math, now it is exact" in message
+    write_rows(file, rows[0], rows[2])
+    assert "begun with other problems" in error_of(capfd, "eval", *options, "--output", str(first))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"problem": "x", "answer": "1"}\n\n{"problem": "y"', ["my.jsonl, line 3", "no JSON"]),
+        ('[1, "x"]', ["my.jsonl, line 1", "an object with problem and answer", '[1, "x"]']),
+        ('{"question": "x", "answer": "1"}', ["line 1", "problem or prompt", "it has question, answer"]),
+        ('\n{"problem": "x", "answer": null}', ["line 2", "a row needs answer", "it has problem"]),
+        ('{"problem": "x", "answer": ["1"]}', ["line 1", "answer is text or a number", '["1"]']),
+        ('{"problem": "x", "answer": true}', ["line 1", "answer is text or a number", "true"]),
+        ('{"problem": "x", "answer": 1e400}', ["line 1", "answer is text or a number", "Infinity"]),
+        ('{"problem": "x", "answer": NaN}', ["line 1", "answer is text or a number", "NaN"]),
+        ('{"problem": " ", "answer": "1"}', ["line 1", "problem is empty"]),
+        ('{"problem": "a\\ud800", "answer": "1"}', ["line 1", "half a character", "\\ud800"]),
+        (
+            '{"problem": "x  y", "answer": "1"}\n{"prompt": "x y", "answer": "1"}',
+            ["line 2 asks what line 1 does", "'x y'"],
+        ),
+        ("", ["my.jsonl holds no rows"]),
+    ],
+)
+def test_rows_of_ones_own_that_cannot_be_asked_are_told_with_file_line_and_value(
+    content: str, words: list[str], tmp_path: Path, monkeypatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my.jsonl").write_text(content)
+    line = error_of(capfd, "eval", "--task", "my.jsonl")
+    assert all(word in line for word in words), line
+    assert not Path("runs/eval/run.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("rule", "answer", "text", "correct"),
+    [
+        (AnswerKind.EXACT, "a  B", "Answer: a B", True),
+        (AnswerKind.EXACT, "aB", "Answer: ab", False),
+        (AnswerKind.EXACT, "0.5", "Answer: 1/2", False),
+        (AnswerKind.MATH, 0.5, "Answer: 1/2", True),
+        (AnswerKind.LETTER, "b", "Answer: (B), a reagent", True),
+        (AnswerKind.LETTER, "E", None, None),
+        (AnswerKind.CHAINS, "007", "Answer: 7", True),
+        (AnswerKind.CHAINS, "7.5", None, None),
+    ],
+)
+def test_the_rule_of_ones_own_rows_judges_them(rule, answer, text, correct, tmp_path: Path) -> None:
+    task = find_task(str(write_rows(tmp_path / "my.jsonl", {"problem": "x", "answer": answer})), rule)
+    if text is None:
+        with pytest.raises(CommandError, match=rf"my\.jsonl, line 1: for --rule {rule} .* got '{answer}'"):
+            load_problems(task)
+        return
+    (problem,) = load_problems(task).problems
+    with Verifier() as verifier:
+        assert judge(rule, problem.gold, text, verifier).correct is correct
+
+
 def test_a_store_keeps_every_sample_wherever_it_is_cut_off(whole: Path, tmp_path: Path) -> None:
     import pyarrow.parquet
 
@@ -277,6 +404,9 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(
         (["--temperature", "1e-9"], ["--temperature 0"]),
         (["--mode", "serial"], ["serial", "autoregressive"]),
         (["--base", "random"], ["--base", "--suite paper"]),
+        (["--task", "nothing.jsonl"], ["no file nothing.jsonl", "mv:aime24"]),
+        (["--rule", "exact"], ["--rule exact", "--task FILE.jsonl"]),
+        (["--task", "mv:chains", "--rule", "regex"], ["regex", "exact"]),
         (["--model", "./nothing"], ["no model folder ./nothing"]),
     ],
 )

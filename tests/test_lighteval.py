@@ -83,6 +83,16 @@ def test_gold_is_1_and_wrong_is_0_by_every_score(name: str, tasks) -> None:
     assert scores == [0.5, 0.5]
 
 
+def test_a_metric_that_the_backend_did_not_measure_is_left_out(tasks) -> None:
+    from lighteval.models.model_output import ModelResponse
+
+    (config,) = (each for each in tasks.TASKS_TABLE if each.name == "mv:aime25")
+    doc = config.prompt_function({"problem": "1+1?", "answer": "2"}, "mv:aime25")
+    response = ModelResponse(text=["Answer: 2"])
+    found = [metric.compute_sample(doc=doc, model_response=response) for metric in config.metrics]
+    assert {name for each in found for name in each} == {"pass@1", "avg@n"}  # a NaN would make the results no JSON
+
+
 def test_ids_without_their_padding_measure_what_the_engine_counted(tmp_path: Path) -> None:
     import types
 

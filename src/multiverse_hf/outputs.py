@@ -2,6 +2,8 @@
 
 import contextlib
 import glob
+import json
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +31,19 @@ def check_output(path: Path, is_folder: bool = False) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as err:
         raise CommandError(f"cannot write {path}: {err.strerror or err}; name a place that can be written to") from err
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON with a line end. NaN and Infinity, which JSON does not have, become null."""
+    return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def write_output(path: Path, text: str) -> None:

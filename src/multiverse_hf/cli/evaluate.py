@@ -26,6 +26,7 @@ from multiverse_hf.cli.options import (
 )
 from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
 
 SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")]
@@ -35,6 +36,14 @@ TopPOption = Annotated[
     float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
 ]
 MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")]
+
+RuleOption = Annotated[
+    AnswerKind | None,
+    typer.Option(
+        metavar="RULE",
+        help="How answers to your own rows are judged: math (default), letter (A to D), exact (same text), chains.",
+    ),
+]
 
 SUITE = "A whole table"  # panel of the help
 experiments = typer.Typer(add_completion=False, help="The paper's experiments, each with its figure.")
@@ -64,8 +73,14 @@ def read_counts(option: str, text: str) -> list[int]:
 def evaluate(
     task: Annotated[
         list[str] | None,
-        typer.Option("--task", "-t", metavar="NAME", help=f"Any number of: {', '.join(TASKS)}."),
+        typer.Option(
+            "--task",
+            "-t",
+            metavar="NAME",
+            help=f"Any number of: {', '.join(TASKS)}; your own rows as FILE.jsonl, with problem and answer.",
+        ),
     ] = None,
+    rule: RuleOption = None,
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Answers, results.json and report; the same command again goes on.")
     ] = Path("runs/eval"),
@@ -81,7 +96,8 @@ def evaluate(
         Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Only the first problems of each task.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Only the first problems of each task; more later extend the run."),
     ] = None,
     n: SamplesOption = 1,
     seed: SeedOption = 0,
@@ -122,6 +138,7 @@ def evaluate(
       multiverse eval --task mv:chains --limit 30
       multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
       multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
+      multiverse eval --task my.jsonl --rule exact --output runs/my
       multiverse eval --suite paper --limit 30 --output runs/table
     """
     from multiverse_hf.evaluation import commands
@@ -130,7 +147,7 @@ def evaluate(
     check_sampling(temperature or None, top_p, "--temperature 0")
     asked = Evaluation(
         model, tuple(dict.fromkeys(task or ["mv:chains"])), mode, revision, data_dir, limit, n, seed, temperature,
-        top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens,
+        top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens, rule,
     )  # fmt: skip
     if suite is not None:
         from multiverse_hf.evaluation.suite import measure_suite
@@ -155,7 +172,9 @@ def evaluate(
         commands.print_results(results, output)
 
 
-TaskOption = Annotated[str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}.")]
+TaskOption = Annotated[
+    str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; or FILE.jsonl.")
+]
 DataDirOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
 ]

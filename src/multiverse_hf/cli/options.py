@@ -1,7 +1,6 @@
 """Options that several commands have, and what is checked of them. Light: ``--help`` answers at once."""
 
 import inspect
-import json
 import os
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ import typer
 
 from multiverse_hf.checkpoints import Attention, Dtype
 from multiverse_hf.errors import CommandError
+from multiverse_hf.outputs import json_text
 
 CLUSTER = "Slurm and Ray"  # a panel of the help
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
@@ -107,4 +107,4 @@ def check_sampling(temperature: float | None, top_p: float | None, greedy: str) 
 
 def print_json(value: dict[str, Any]) -> None:
     """Write one JSON object to standard output."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    print(json_text(value), end="", flush=True)

@@ -32,7 +32,7 @@ one side leaves out is not. A percentage is the number before the sign, or a hun
 Several boxes: the last one counts; boxes joined by nothing but "or" are alternatives, a hedge; boxes joined by
 nothing but "and" or a comma are one list. Letters are right as the one letter that is boxed or follows ``Answer:``,
 alone or before the option's text (rule ``letter``), chains if the last line is ``Answer:`` and exactly the number
-(rule ``last line``).
+(rule ``last line``). Exact answers are right as the same text, spaces apart (rule ``text``).
 """
 
 import re
@@ -54,6 +54,7 @@ class AnswerKind(StrEnum):
     MATH = "math"
     LETTER = "letter"
     CHAINS = "chains"
+    EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,9 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
     answer = final_answer(document)
     if answer is None:
         return Verdict(False, Rule.NO_ANSWER, None)
+    if kind is AnswerKind.EXACT:
+        same = gold.split() == answer.split()
+        return Verdict(same, Rule.TEXT if same else Rule.DIFFERENT, answer)
     correct, rule = _compare_letters(gold, answer) if kind is AnswerKind.LETTER else compare(gold, answer, verifier)
     return Verdict(correct, rule, answer)
 

@@ -41,7 +41,7 @@ def measure_budgets(
     if len(evaluation.tasks) != 1:
         raise CommandError(f"a budget curve is of one task, got {', '.join(evaluation.tasks)}; name one")
     models = {"parallel": evaluation.model, "autoregressive": autoregressive}
-    task, rows, runs = evaluation.tasks[0], [], {}
+    task, rows, runs = evaluation.read_tasks()[0].name, [], {}
     for budget in sorted(set(budgets)):
         row: dict[str, Any] = {"budget": budget}
         for side, mode in SIDES.items():

@@ -1,6 +1,5 @@
 """What ``multiverse eval`` and ``multiverse compare`` do once their options are read."""
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,8 @@ from multiverse_hf.evaluation.report import describe_sampling, show, write_repor
 from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
-from multiverse_hf.evaluation.tasks import TASKS
 from multiverse_hf.judging.checker import get_checker
-from multiverse_hf.outputs import check_output, output_folder, write_output
+from multiverse_hf.outputs import check_output, json_text, output_folder, write_output
 
 
 def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
@@ -35,7 +33,7 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C; what is finished is kept.
     """
     check_packages()
-    if any(TASKS[name].kind is AnswerKind.MATH for name in evaluation.tasks):
+    if any(task.kind is AnswerKind.MATH for task in evaluation.read_tasks()):
         get_checker()  # now, not at the first answer
     quiet()
     title = f"{evaluation.model or 'multiverse-tiny'}, {evaluation.mode}"
@@ -60,7 +58,7 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     if finished.num_before == len(finished.samples) and (old := read_results(output)) is not None:
         # nothing was written now: where and how long it ran is what the command says that ran it
         results |= {name: old[name] for name in ("hardware", "seconds", "samples_before", "versions", "commit")}
-    write_output(output / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_output(output / "results.json", json_text(results, indent=2))
     write_report(output, results, finished.samples)
     return results
 
@@ -168,7 +166,7 @@ def experiment(name: str, measure: Callable[[], dict[str, Any]], output: Path) -
     except ValueError as err:  # of a fit: too little to fit a curve to
         raise CommandError(one_line(err)) from err
     with output_folder(output) as part:
-        (part / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        (part / f"{name}.json").write_text(json_text(result, indent=1), encoding="utf-8")
         if module is suite:
             (part / "table.md").write_text(suite.write_page(result), encoding="utf-8")
         module.draw(part / name, result)

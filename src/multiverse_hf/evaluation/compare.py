@@ -1,13 +1,12 @@
 """Two runs, problem by problem: the paired difference with its interval, who gained and who lost."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import RULES_VERSION, judge
+from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, judge
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
 from multiverse_hf.evaluation.report import describe_sampling, to_html
@@ -15,7 +14,7 @@ from multiverse_hf.evaluation.results import by_problem, metrics_of, read_result
 from multiverse_hf.evaluation.samples import Sample, read_samples
 from multiverse_hf.evaluation.tasks import TASKS
 from multiverse_hf.judging.verifier import Verifier
-from multiverse_hf.outputs import output_folder
+from multiverse_hf.outputs import json_text, output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
 MOST_SHOWN = 20  # flips of a task in the report; comparison.json has all
@@ -63,7 +62,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     heads = dict(zip("ab", (results for results, _ in runs), strict=True))
     again = [side for side, results in heads.items() if results.get("rules_version", 1) != RULES_VERSION]
     (a, samples_a), (b, samples_b) = (
-        (results, judge_again(samples) if side in again else samples)
+        (results, judge_again(samples, results) if side in again else samples)
         for side, (results, samples) in zip("ab", runs, strict=True)
     )
     names = [name for name in a["tasks"] if name in b["tasks"]]
@@ -77,13 +76,15 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     return {"schema": 1, **sides, "judged_again": again, "tasks": tasks}
 
 
-def judge_again(samples: Sequence[Sample]) -> list[Sample]:
-    """Return samples with the verdicts of this version's rules; those of tasks it does not know as they are."""
+def judge_again(samples: Sequence[Sample], results: Mapping[str, Any]) -> list[Sample]:
+    """Return a run's samples with the verdicts of this version's rules; samples of unknown tasks as they are."""
+    rules = {name: task.kind for name, task in TASKS.items()}
+    rules |= {name: AnswerKind(task["rule"]) for name, task in results["tasks"].items() if "rule" in task}
     judged = []
     with Verifier() as verifier:
         for sample in samples:
-            if sample.task in TASKS and sample.error is None:
-                verdict = judge(TASKS[sample.task].kind, sample.gold, sample.document, verifier)
+            if sample.task in rules and sample.error is None:
+                verdict = judge(rules[sample.task], sample.gold, sample.document, verifier)
                 sample = replace(sample, answer=verdict.answer, correct=verdict.correct, rule=verdict.rule.value)
             judged.append(sample)
     return judged
@@ -229,6 +230,4 @@ def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
         draw(part / "comparison", comparison)
         (part / "comparison.md").write_text(text, encoding="utf-8")
         (part / "comparison.html").write_text(to_html(text, "Comparison"), encoding="utf-8")
-        (part / "comparison.json").write_text(
-            json.dumps(comparison, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (part / "comparison.json").write_text(json_text(comparison, indent=2), encoding="utf-8")

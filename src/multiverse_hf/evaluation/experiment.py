@@ -9,7 +9,7 @@ from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.evaluation.run import describe_model
 from multiverse_hf.evaluation.settings import Evaluation
-from multiverse_hf.evaluation.tasks import TASKS, ProblemSet, load_problems
+from multiverse_hf.evaluation.tasks import ProblemSet, load_problems
 from multiverse_hf.evaluation.timing import Timed
 from multiverse_hf.provenance import commit, hardware, versions
 
@@ -30,7 +30,7 @@ class Subject:
         Raises:
             CommandError: if one of them cannot be read, or the model cannot branch.
         """
-        problems = load_problems(TASKS[evaluation.tasks[0]], evaluation.data_dir, evaluation.limit)
+        problems = load_problems(evaluation.read_tasks()[0], evaluation.data_dir, evaluation.limit)
         checkpoint = open_checkpoint(evaluation.model, evaluation.revision)
         model = load_model(checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads)
         return cls(evaluation, checkpoint, model, problems)

@@ -79,9 +79,19 @@ class OfAnswers(SampleLevelComputation):
         self.compute_one = compute_one
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
-        """Give the number, NaN where the backend measured nothing: only the adapter and ``accelerate`` do."""
-        measures = doc.specific.get(MEASURES)
-        return float("nan") if measures is None else self.compute_one(model_response.text, measures)
+        """Return the number."""
+        return self.compute_one(model_response.text, doc.specific[MEASURES])
+
+
+class MeasuredMetric(SampleLevelMetric):
+    """A metric of what the engine counted; there is none where the backend counted nothing.
+
+    Only the adapter and ``accelerate`` count. LightEval's table takes no None, and its JSON file no NaN.
+    """
+
+    def compute_sample(self, **of: Any) -> dict[str, float]:
+        """Return the metric by its name."""
+        return super().compute_sample(**of) if MEASURES in of["doc"].specific else {}
 
 
 def _mean_of(name: str) -> Callable[[list[str], list[Mapping[str, Any]]], float]:
@@ -100,7 +110,7 @@ def make_metrics() -> list[SampleLevelMetric]:
         "well-formed": OfAnswers(lambda texts, measures: sum(map(is_well_formed, texts)) / len(texts)),
     }
     return [
-        SampleLevelMetric(
+        (MeasuredMetric if isinstance(computation, OfAnswers) else SampleLevelMetric)(
             metric_name=name,
             higher_is_better=name not in ("length", "tokens"),
             category=SamplingMethod.GENERATIVE,
@@ -136,7 +146,7 @@ def local_dataset(task: Task, data_dir: Path | None) -> Path:
     import pyarrow.parquet
     from huggingface_hub.constants import HF_HOME
 
-    rows, _ = read_rows(task, data_dir)
+    rows = [row for _, row in read_rows(task, data_dir)[0]]
     names = sorted({name for row in rows for name in row})
     table = {name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names}
     digest = hashlib.blake2b(json.dumps(table).encode(), digest_size=8).hexdigest()

@@ -24,6 +24,7 @@ Names are stable within a ``schema``; one that goes or changes its meaning raise
         "mv:math_500": {
           "version": int, "dataset": "HuggingFaceH4/MATH-500" | null, "source": str, "fingerprint": str,
           "gated": bool,
+          "rule": "math" | "letter" | "chains" | "exact",   how its answers are judged
           "problems": int, "samples": int,
           "seen_in_training": int,                  problems left out for that reason
           "limit": int | null,                      problems asked of the task's, from the first on; null: all
@@ -158,6 +159,7 @@ def _describe_task(finished: Finished, problem_set: ProblemSet) -> dict[str, Any
         "source": problem_set.source,
         "fingerprint": problem_set.fingerprint,
         "gated": task.is_gated,
+        "rule": task.kind.value,
         "problems": len(problem_set.problems),
         "samples": len(samples),
         "seen_in_training": finished.num_seen[task.name],

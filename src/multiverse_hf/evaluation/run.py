@@ -7,7 +7,7 @@ One folder holds one run: ``run.json`` (what it was begun with), ``samples/`` (a
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from multiverse_hf.evaluation.chains import training_problems
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.settings import Evaluation, settle
-from multiverse_hf.evaluation.tasks import TASKS, Mode, Problem, ProblemSet, Task, load_problems
+from multiverse_hf.evaluation.tasks import Mode, Problem, ProblemSet, Task, load_problems
 from multiverse_hf.judging.verifier import Verifier
-from multiverse_hf.outputs import check_output
+from multiverse_hf.outputs import check_output, write_output
 
 POLL_S = 0.005
 
@@ -90,15 +90,20 @@ def run_evaluation(
         CommandError: if the model, a task's rows or the folder are not as they should be. What is finished is kept.
     """
     check_output(output, is_folder=True)
-    problem_sets = [load_problems(TASKS[name], evaluation.data_dir, evaluation.limit) for name in evaluation.tasks]
+    found = [load_problems(task, evaluation.data_dir, evaluation.limit) for task in evaluation.read_tasks()]
     checkpoint = open_checkpoint(evaluation.model, evaluation.revision, needs_tags=False)
     if evaluation.mode is not Mode.AUTOREGRESSIVE and not checkpoint.has_tags:
         raise CommandError(
             f"{checkpoint.name} has no control tags and cannot branch; evaluate it with --mode autoregressive"
         )
-    problem_sets, num_seen = leave_out_seen(problem_sets, checkpoint.path)
+    problem_sets, num_seen = leave_out_seen(found, checkpoint.path)
     weights = fingerprint(checkpoint)
-    settle(output / "run.json", evaluation, checkpoint, weights, problem_sets)
+
+    def fingerprints(limit: int | None) -> dict[str, str]:
+        kept, _ = leave_out_seen([each.first(limit) for each in found], checkpoint.path)
+        return {each.task.name: each.fingerprint for each in kept}
+
+    begun = settle(output / "run.json", evaluation, checkpoint.name, weights, fingerprints)
     jobs = [
         Job(problems.task, problem, number, sample_seed(evaluation.seed, number))
         for problems in problem_sets
@@ -108,6 +113,8 @@ def run_evaluation(
     begin = time.perf_counter()
     model = None
     with SampleStore(output / "samples") as store, Verifier() as verifier:
+        if begun is not None:  # only now that no other process is at work here
+            write_output(output / "run.json", begun)
         left = [job for job in jobs if job.key not in store.samples]
         if left:
             model = load_model(
@@ -229,12 +236,13 @@ def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list
     """
     kept, counts = [], {}
     for each in problem_sets:
-        seen = training_problems(model) if each.task.dataset is None else set()
+        is_drawn = each.task.dataset is None and each.task.file is None
+        seen = training_problems(model) if is_drawn else set()
         problems = tuple(problem for problem in each.problems if problem.question not in seen)
         counts[each.task.name] = len(each.problems) - len(problems)
         if not problems:
             raise CommandError(f"{each.task.name}: the model was trained on all {len(each.problems)} of the problems")
-        kept.append(ProblemSet(each.task, problems, each.source))
+        kept.append(replace(each, problems=problems))
     return kept, counts
 
 

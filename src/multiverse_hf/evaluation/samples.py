@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from multiverse_hf.errors import FAILURE, CommandError, one_line
-from multiverse_hf.outputs import lock_file
+from multiverse_hf.outputs import json_text, lock_file
 
 SHARD_ROWS = 1000
 TYPES = {str: "string", int: "int64", float: "float64", bool: "bool"}
@@ -95,7 +95,7 @@ class SampleStore:
 
     def add(self, sample: Sample) -> None:
         """Keep a sample; once this returns, a kill of the process cannot lose it."""
-        self._journal.write(json.dumps(asdict(sample), ensure_ascii=False).encode() + b"\n")
+        self._journal.write(json_text(asdict(sample)).encode())
         self._journal.flush()
         self.samples[sample.key] = sample
         self._pending.append(sample)

@@ -1,15 +1,15 @@
 """What a user asks of an evaluation, and whether it is what a folder was begun with."""
 
-import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.checkpoints import Attention, Checkpoint, Dtype
+from multiverse_hf.checkpoints import Attention, Dtype
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.evaluation.answers import RULES_VERSION
+from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
+from multiverse_hf.evaluation.task_files import find_task
 from multiverse_hf.evaluation.tasks import (
     MAX_NEW_TOKENS,
     MAX_NUM_SEQS,
@@ -18,9 +18,9 @@ from multiverse_hf.evaluation.tasks import (
     TOP_P,
     Mode,
     Problem,
-    ProblemSet,
+    Task,
 )
-from multiverse_hf.outputs import write_output
+from multiverse_hf.outputs import json_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,10 @@ class Evaluation:
     Attributes:
         model: folder or repository; None for the embedded model.
         revision: of a repository.
-        tasks: names.
+        tasks: names, and paths of a user's own ``.jsonl`` files.
         mode: how the model is asked.
         data_dir: folder with local rows; None for the Hub.
-        limit: problems of each task, from the first on; None for all.
+        limit: problems of each task, from the first on; None for all. A run goes on with a greater one.
         num_samples: answers to each problem.
         seed: of all noise. Answer k of a problem has noise of this seed and k, so two runs that differ in nothing but
             their batches give the same answers.
@@ -43,6 +43,7 @@ class Evaluation:
         system_prompt: before each problem; the record has none.
         dtype, attention, device, threads: as for :func:`~multiverse_hf.checkpoints.load_model`.
         max_num_seqs, max_cache_tokens: of the engine.
+        rule: that judges the answers of a user's own files; ``math`` by default.
     """
 
     model: str | None
@@ -63,6 +64,7 @@ class Evaluation:
     threads: int | None = None
     max_num_seqs: int = MAX_NUM_SEQS
     max_cache_tokens: int | None = None
+    rule: AnswerKind | None = None
 
     def __post_init__(self) -> None:
         """Check what fits together.
@@ -70,17 +72,26 @@ class Evaluation:
         Raises:
             CommandError: if a task is unknown, or greedy answers are asked for more than once.
         """
-        for name in self.tasks:
-            if name not in TASKS:
-                close = difflib.get_close_matches(name, TASKS, 1, cutoff=0.3)
-                hint = f"did you mean {close[0]}? " if close else ""
-                raise CommandError(f"no task {name!r}; {hint}there are {', '.join(TASKS)}")
-        if not self.tasks:
+        tasks = self.read_tasks()
+        if not tasks:
             raise CommandError(f"no task was named; there are {', '.join(TASKS)}")
+        names = [task.name for task in tasks]
+        if double := next((name for name in names if names.count(name) > 1), None):
+            raise CommandError(f"two tasks are called {double}; rename one of the files")
+        if self.rule is not None and not any(task.file for task in tasks):
+            raise CommandError(f"--rule {self.rule} is for your own rows; name their file with --task FILE.jsonl")
         if self.temperature == 0 and self.num_samples > 1:
             raise CommandError(
                 f"{self.num_samples} greedy answers to a problem would all be the same; give --temperature, or --n 1"
             )
+
+    def read_tasks(self) -> tuple[Task, ...]:
+        """Return the tasks.
+
+        Raises:
+            CommandError: if there is no such task or file.
+        """
+        return tuple(find_task(name, self.rule or AnswerKind.MATH) for name in self.tasks)
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -108,36 +119,45 @@ HOW = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "mod
 
 
 def settle(
-    path: Path, evaluation: Evaluation, checkpoint: Checkpoint, weights: str, problem_sets: Sequence[ProblemSet]
-) -> None:
-    """Write down what a run is begun with, or check that it is the one that was begun here.
+    path: Path, evaluation: Evaluation, model: str, weights: str, fingerprints: Callable[[int | None], dict[str, str]]
+) -> str | None:
+    """Check that a run is the one that was begun in a folder, if one was.
+
+    Args:
+        path: the folder's ``run.json``.
+        evaluation: what is asked.
+        model: its name.
+        weights: their fingerprint.
+        fingerprints: of each task's first problems, by how many are asked for.
+
+    Returns:
+        The file's text, where it is to be written: a run begins, or goes on with more problems.
 
     Raises:
         CommandError: if the folder is another run's.
     """
-    asked = {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in asdict(evaluation).items()
-        if name not in HOW
-    }
-    asked |= {
-        "weights": weights,
-        "rules_version": RULES_VERSION,
-        "problems": {each.task.name: each.fingerprint for each in problem_sets},
-    }
+    tasks = evaluation.read_tasks()
+    asked = {name: value for name, value in asdict(evaluation).items() if name not in (*HOW, "rule")}
+    asked |= {"tasks": [task.name for task in tasks], "weights": weights, "rules_version": RULES_VERSION}
+    if any(task.file for task in tasks):
+        asked["rule"] = (evaluation.rule or AnswerKind.MATH).value
+    asked["problems"] = fingerprints(evaluation.limit)
+    begun = json_text(asked | {"model": model}, indent=2)
     if not path.exists():
         if any((path.parent / "samples").glob("*.parquet")):
             raise CommandError(f"{path.parent} holds samples, but no run.json; name another folder")
-        write_output(path, json.dumps(asked | {"model": checkpoint.name}, indent=2, ensure_ascii=False) + "\n")
-        return
+        return begun
     try:
         stored = json.loads(path.read_bytes())
     except (OSError, ValueError) as err:
         raise CommandError(f"cannot read {path}: {one_line(err)}; name another folder") from err
     if not isinstance(stored, dict):
         raise CommandError(f"cannot read {path}: it holds no object; name another folder")
+    limit = stored.get("limit")
+    asks_more = isinstance(limit, int) and (evaluation.limit is None or evaluation.limit > limit)
+    goes_on = asks_more and stored.get("problems") == fingerprints(limit)
     for name, value in asked.items():
-        if value == (there := stored.get(name)):
+        if value == (there := stored.get(name)) or (goes_on and name in ("limit", "problems")):
             continue
         if name == "rules_version":
             raise CommandError(
@@ -147,7 +167,11 @@ def settle(
         way_out = "give the same again to go on, or another --output"
         if name == "weights":
             raise CommandError(f"{path.parent} was begun with another model ({stored.get('model')}); {way_out}")
-        if name == "problems":
+        if name == "problems" or (name == "limit" and asks_more):
             raise CommandError(f"{path.parent} was begun with other problems; {way_out}")
         option = {"num_samples": "n", "tasks": "task"}.get(name, name.replace("_", "-"))
-        raise CommandError(f"{path.parent} was begun with --{option} {there}, now it is {value}; {way_out}")
+        was = f"without --{option}" if there is None else f"with --{option} {there}"
+        if name == "limit":
+            way_out = f"a run goes on with as many problems or more; {way_out}"
+        raise CommandError(f"{path.parent} was begun {was}, now it is {value}; {way_out}")
+    return begun if goes_on else None

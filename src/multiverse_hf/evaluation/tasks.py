@@ -9,13 +9,13 @@ import json
 import random
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.data import chains
-from multiverse_hf.data.records import RowError, load_rows
+from multiverse_hf.data.records import RowError, number_rows
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
@@ -78,6 +78,7 @@ class Task:
         read: makes a problem of a row.
         version: raised when prompts, problems or judging change.
         is_gated: the rows must not be published, and are to be had only by those who accepted their terms.
+        file: a user's own rows.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Task:
     read: Callable[[Mapping[str, Any]], Problem]
     version: int = 2
     is_gated: bool = False
+    file: Path | None = None
 
     @property
     def stem(self) -> str:
@@ -186,6 +188,10 @@ class ProblemSet:
         text = json.dumps([[p.question, p.gold] for p in self.problems], ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
+    def first(self, limit: int | None) -> "ProblemSet":
+        """Return the set of the first problems alone, of all without a limit."""
+        return replace(self, problems=self.problems[:limit])
+
 
 def find_file(task: Task, folder: Path) -> Path:
     """Find a task's rows in a folder: the file whose name begins with the task's, e.g. ``aime25.jsonl``.
@@ -205,27 +211,26 @@ def find_file(task: Task, folder: Path) -> Path:
     return found[0]
 
 
-def read_rows(task: Task, data_dir: Path | None) -> tuple[list[dict[str, Any]], str]:
-    """Read a task's rows, and say where from.
+def read_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, Any]], str]:
+    """Read a task's rows with their numbers, and return where from.
 
     Args:
         task: whose.
-        data_dir: folder with local files; None for the Hub. Chains need neither.
+        data_dir: folder with local files; None for the Hub. Chains and a user's own rows need neither.
 
     Raises:
         CommandError: if they cannot be had.
     """
-    if task.dataset is None:
-        return list(chains_rows()), "multiverse_hf.evaluation.chains"
-    source = task.dataset if data_dir is None else str(find_file(task, data_dir))
+    if task.file is None and task.dataset is None:
+        return list(enumerate(chains_rows(), start=1)), "multiverse_hf.evaluation.chains"
+    file = task.file if task.file is not None or data_dir is None else find_file(task, data_dir)
     try:
-        rows = list(load_rows(source, task.config, task.split))
+        rows = list(number_rows(str(file or task.dataset), task.config, task.split))
     except ValueError as err:
         hint = f"; {HOW_TO_GET_GPQA}" if task.is_gated else ""
-        raise CommandError(f"{task.name}: {err}; without the Hub give --data-dir{hint}") from err
-    if broken := next((row for row in rows if isinstance(row, RowError)), None):
-        raise CommandError(f"{task.name}: {source}: {broken}")
-    return rows, source if data_dir is None else Path(source).name
+        hint = "" if file is not None else f"; without the Hub give --data-dir{hint}"
+        raise CommandError(f"{task.name}: {err}{hint}") from err
+    return rows, task.dataset if file is None else file.name
 
 
 def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = None) -> ProblemSet:
@@ -240,15 +245,23 @@ def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = 
         CommandError: if they cannot be had, a row is not as it should be, or two are the same.
     """
     rows, source = read_rows(task, data_dir)
+    place = source if task.file is not None else f"{task.name}: {source}"
+    kind = "line" if source.endswith(".jsonl") else "row"
     problems: dict[str, Problem] = {}
-    for number, row in enumerate(rows[:limit], start=1):
+    numbers: dict[str, int] = {}
+    for number, row in rows[:limit]:
         try:
+            if isinstance(row, RowError):
+                raise row
             problem = task.read(row)
         except (ValueError, AttributeError) as err:
-            raise CommandError(f"{task.name}: row {number} of {source}: {err}") from err
+            raise CommandError(f"{place}, {kind} {number}: {err}") from err
         if problem.id in problems:
-            raise CommandError(f"{task.name}: row {number} of {source} asks what an earlier one does; drop one")
-        problems[problem.id] = problem
+            raise CommandError(
+                f"{place}, {kind} {number} asks what {kind} {numbers[problem.id]} does, "
+                f"{problem.question!r:.60}; drop one"
+            )
+        problems[problem.id], numbers[problem.id] = problem, number
     if not problems:
-        raise CommandError(f"{task.name}: {source} holds no rows")
+        raise CommandError(f"{place} holds no rows")
     return ProblemSet(task, tuple(problems.values()), source)
