@@ -17,7 +17,7 @@ for package in ("aiohttp", "rapidfuzz", "math_verify"):
 import rule_server
 from rapidfuzz.distance import Levenshtein
 
-from multiverse_hf.curator.answers import AnswerChecker, boxed, final_answers
+from multiverse_hf.curator.answers import AnswerChecker, boxed, concluded_answers, final_answers
 from multiverse_hf.curator.assembly import parallelism, reasoning_of
 from multiverse_hf.curator.breaker import EndpointDown
 from multiverse_hf.curator.calls import CallLog
@@ -467,6 +467,23 @@ def test_answers_are_compared_by_value_and_a_comparison_that_hangs_is_ended():
         ("Both agree.", None, False),
         ("Answer: 41", "42", True),
         ("Answer: 42", "42", False),
+        ("**Answer:** 41", None, True),
+        ("**Answer: 42**", None, False),
+        ("The answer is therefore **41**.", None, True),
+        ("Total: 41", None, True),
+        ("**Total:** 41.", "42", True),
+        ("Taken together, the sum is $41$.", None, True),
+        ("So 17 + 24 = 41.", None, True),
+        ("Both agree on **41**.", None, True),
+        # no answers, or no other ones
+        ("So 17 + 25 = 42.", None, False),
+        ("Total: 42", "42", False),
+        ("The answer is positive in both cases.", None, False),
+        ("The answer is at least 40.", None, False),
+        ("The answer is not 41.", None, False),
+        ("The paths leave 41 cases.", None, False),
+        ("So x >= 41.", None, False),
+        ("Both have 41 = 41 and go on.", None, False),
     ],
 )
 def test_a_conclusion_that_states_another_answer_is_refused(conclusion, trace_answer, is_refused):
@@ -486,6 +503,22 @@ def test_a_conclusion_that_states_another_answer_is_refused(conclusion, trace_an
         return
     with pytest.raises(Refusal, match="the answer is '41', in the original '42'"):
         asyncio.run(check_it())
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "conclusion", "found"),
+    [
+        ("a = 6, b = 7. a + b = 13. a * b = 42", "So a + b = 13.", []),  # a result on the way
+        ("It is 12.96 in all. 42", "The sum is 13.", []),  # rounded
+        ("A dozen, that is twelve, makes 42", "The total is 12.", []),
+        ("1,234 in all. 42", "Total: 1234", []),
+        ("a = 6, b = 7", "So a + b = 13.", ["13"]),
+        ("a = 6, b = 7", "Total: 1,300.", ["1,300"]),
+    ],
+)
+def test_a_number_that_the_reasoning_has_is_no_other_answer(reasoning, conclusion, found):
+    assert concluded_answers(conclusion, "42", reasoning) == found
+    assert concluded_answers(conclusion, "x^2", reasoning) == []  # the answer is no integer
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ import pytest
 
 from multiverse_hf.data.chains import document, parse_problem
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, judge, last_boxed
+from multiverse_hf.evaluation.answers import AnswerKind, Rule, final_answer, judge
 from multiverse_hf.evaluation.tasks import TASKS, Mode, load_problems, row_id
+from multiverse_hf.judging.boxes import last_boxed
 from multiverse_hf.judging.checker import find_folder, is_here
 from multiverse_hf.judging.latex import clean, compact
 from multiverse_hf.judging.verifier import WORKER, Verifier

@@ -2,28 +2,40 @@
 
 import asyncio
 import re
+from fractions import Fraction
 
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.curator.sentences import split_sentences
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
+from multiverse_hf.judging.boxes import boxed
 from multiverse_hf.judging.equality import compare
+from multiverse_hf.judging.exact import exact_value
 from multiverse_hf.judging.verifier import Verifier, VerifierError
 
-# "the answer is 42", "Answer: 42"; up to the end of the sentence or line
+# "the answer is 42", "**Answer:** 42"; up to the end of the sentence or line
 _STATED = re.compile(
-    r"\banswer(?:\s+is|\s*[:=])\s*(?!\$?\\boxed)(\S[^\n]*?)(?=[.;,]?(?:\s*$|\s*\n|[.;,]\s))",
+    r"\banswer(?:\s+is(?:,?\s+(?:therefore|thus|then|hence|indeed|also|simply|just|clearly|exactly)\b,?)?|\**\s*[:=])"
+    r"[\s*]*(?!\$?\\boxed)(\S[^\n]*?)(?=[.;,]?\**(?:\s*$|\s*\n|[.;,]\s))",
     re.IGNORECASE | re.MULTILINE,
 )
-_BOXED = re.compile(r"\\boxed\s*\{")
+_VALUE = re.compile(r"[-+(]*\s*(?:[\d.\\]|\w\s*=)")  # what a value begins with; "at least 40" states none
+# "Total: 42", "the sum is 42", "a + b = 42", "**42**": how a sentence ends that concludes with an integer
+_PLAIN = re.compile(
+    r"(?:(?<![<>!])=|\b(?:total|sum|result|value|count)\**(?:\s+is|\s*[:=]))[\s*$]*(-?\d[\d,]{0,30})[\s*$.!]*$"
+    r"|\*\*\$?(-?\d[\d,]{0,30})\$?[.!]?\*\*[.!]?\s*$",
+    re.IGNORECASE,
+)
+_NUMBER = re.compile(r"\d[\d,]{0,30}(?:\.\d{1,30})?")
+_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 
 
 def stated_answers(text: str) -> list[str]:
     """Give the answer that a text states: on a last line ``Answer: ...``, else all in its last line with a box."""
     if (answer := read_answer(text)) is not None:
         return boxed(answer) or [answer]
-    if begins := [match.start() for match in _BOXED.finditer(text)]:
-        line = text.rfind("\n", 0, begins[-1]) + 1
+    if (begin := text.rfind("\\boxed")) >= 0:
+        line = text.rfind("\n", 0, begin) + 1
         return boxed(text[line:].partition("\n")[0]) or [text[line:].strip()]
     return []
 
@@ -33,22 +45,30 @@ def final_answers(text: str) -> list[str]:
     return stated_answers(text) or [sentence.strip() for sentence in split_sentences(text.rstrip())[-1:]]
 
 
-def concluded_answers(text: str) -> list[str]:
-    """Give every answer that a conclusion states: in a box, after ``Answer:``, or as "the answer is ..."."""
-    return boxed(text) + [match[1].rstrip(".,;:!$ ").lstrip("$ ") for match in _STATED.finditer(text)]
+def concluded_answers(text: str, gold: str, original: str) -> list[str]:
+    """Return every answer that a conclusion states.
 
+    That is what is in a box, after ``Answer:`` or in "the answer is ...". Where the right answer is an integer, it is
+    also an integer at the end of the last sentence: ``Total: 42``, ``... = 42.``, ``**42**``. As conclusions state
+    results on the way too, that one counts only if the reasoning has no such number.
 
-def boxed(text: str) -> list[str]:
-    """Give the contents of every ``\\boxed{...}``, with braces that match."""
-    found = []
-    for match in _BOXED.finditer(text):
-        depth, end = 1, match.end()
-        while end < len(text) and depth:
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            end += 1
-        if not depth:
-            found.append(text[match.end() : end - 1].strip())
-    return found
+    Args:
+        text: the conclusion.
+        gold: the right answer.
+        original: the reasoning.
+    """
+    stated = [match[1].rstrip(".,;:!$* ").lstrip("$ ") for match in _STATED.finditer(text)]
+    value = exact_value(gold.strip("$ ."))
+    if value is not None:
+        stated = [said for said in stated if _VALUE.match(said)]
+    sentences = split_sentences(text.rstrip())
+    if value is not None and value.denominator == 1 and sentences and (match := _PLAIN.search(sentences[-1])):
+        said = (match[1] or match[2]).rstrip(",")
+        known = {round(Fraction(number.replace(",", ""))) for number in _NUMBER.findall(original)} | {abs(value)}
+        known |= {number for number, word in enumerate(_WORDS) if re.search(rf"\b{word}\b", original, re.IGNORECASE)}
+        if abs(int(said.replace(",", ""))) not in known:
+            stated.append(said)
+    return boxed(text) + stated
 
 
 class AnswerChecker:
@@ -80,9 +100,10 @@ class AnswerChecker:
         if found := stated_answers("".join(texts)):
             await self._compare(gold, found, is_prose=not stated)
         for block, _ in document.blocks():  # conclusions are a model's own words
-            for said in concluded_answers(block.conclusion.text):
+            for said in concluded_answers(block.conclusion.text, gold[-1], original):
                 is_boxed = said in boxed(block.conclusion.text)
-                await self._compare(gold, [said], is_prose=not (stated and is_boxed))
+                if said not in gold:  # it may state one of several
+                    await self._compare(gold, [said], is_prose=not (stated and is_boxed))
 
     async def _compare(self, gold: list[str], found: list[str], *, is_prose: bool) -> None:
         if gold == found:

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from multiverse_hf.data.chains import read_answer
+from multiverse_hf.judging.boxes import last_boxed
 from multiverse_hf.judging.equality import Rule, compare
 from multiverse_hf.judging.letters import read_letters
 from multiverse_hf.judging.verifier import Verifier
@@ -98,8 +99,6 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
 
 # What an answer says
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)  # \{ and \} are characters
 _ANSWER_LINE = re.compile(
     r"^[ \t]*#*[ \t]*\**(?:the )?(?:final |correct )?answer(?: is)?\**[ \t]*[:：][ \t]*\**[ \t]*", re.I | re.MULTILINE
 )
@@ -109,7 +108,6 @@ _THINKING = re.compile(
     r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷|<\|(?:begin|(?P<ended>end))_of_thought\|>",
     re.I,
 )
-_BETWEEN_BOXES = re.compile(r"[\s$;.]*(?:,[\s$]*)?(or|and|(?<=,)[\s$]*)[\s$,;.]*", re.I)
 
 
 def final_answer(document: str) -> str | None:
@@ -139,32 +137,6 @@ def opened_thinking(prompt: str) -> str:
     if not marks or any(marks[-1].groups()) or prompt[marks[-1].end() :].strip():
         return ""
     return prompt[marks[-1].start() :]
-
-
-def last_boxed(text: str) -> str | None:
-    """Give what the last box holds, with the boxes that are joined to it; None if there is no box that closes."""
-    closes = _closing_braces(text)
-    boxes = [(match.start(), match.end(), closes.get(match.end() - 1)) for match in _BOX.finditer(text)]
-    boxes = [(begin, close + 1, text[inside:close].strip()) for begin, inside, close in boxes if close is not None]
-    if not boxes:
-        return None
-    begin, _, answer = boxes.pop()
-    while boxes and (joined := _BETWEEN_BOXES.fullmatch(text, boxes[-1][1], begin)):
-        begin, _, before = boxes.pop()
-        answer = f"{before} or {answer}" if joined[1].lower() == "or" else f"{before}, {answer}"
-    return answer
-
-
-def _closing_braces(text: str) -> dict[int, int]:
-    """Give, for the place of every brace that is closed, where it is; in one pass, as a model may write many."""
-    closes: dict[int, int] = {}
-    open_braces: list[int] = []
-    for match in _BRACE.finditer(text):
-        if match[0] == "{":
-            open_braces.append(match.start())
-        elif match[0] == "}" and open_braces:
-            closes[open_braces.pop()] = match.start()
-    return closes
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:

@@ -18,8 +18,9 @@ from multiverse_hf.data import chains
 from multiverse_hf.data.records import RowError, number_rows
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import AnswerKind, last_boxed
+from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.chains import chains_rows
+from multiverse_hf.judging.boxes import last_boxed
 
 # Sampling of record (the published example), and the paper's context, which the model's own bounds
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
