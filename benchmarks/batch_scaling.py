@@ -38,7 +38,7 @@ from report import count, environment, finish, make_parser, show, show_environme
 from tqdm import tqdm
 from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
-from multiverse_hf.evaluation.timing import in_turns
+from multiverse_hf.evaluation.experiments.timing import in_turns
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads

@@ -43,7 +43,7 @@ from report import count, environment, finish, make_parser, show, show_environme
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from workload import EOS, make_goal, make_prompts, make_tags, plan_block, small_cache, steps_in_turns
 
-from multiverse_hf.evaluation.timing import synchronize
+from multiverse_hf.evaluation.experiments.timing import synchronize
 from multiverse_hf.modeling.cache import LogCache
 from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine

@@ -37,7 +37,7 @@ from workload import EOS, make_document, make_tags
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import document_labels
-from multiverse_hf.evaluation.timing import in_turns
+from multiverse_hf.evaluation.experiments.timing import in_turns
 from multiverse_hf.modeling.attention import block_mask, dense_mask
 from multiverse_hf.modeling.layout import Layout, build_layout
 from multiverse_hf.modeling.tags import TagSet

@@ -40,7 +40,7 @@ from workload import EOS, make_document, make_tags
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import IGNORE, document_labels
-from multiverse_hf.evaluation.timing import in_turns, synchronize
+from multiverse_hf.evaluation.experiments.timing import in_turns, synchronize
 from multiverse_hf.modeling.tags import TagSet
 
 LENGTHS = {"cpu": [2048], "cuda": [16_384, 32_768]}

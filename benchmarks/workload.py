@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import ContinuousBatchingConfig
 
-from multiverse_hf.evaluation.timing import synchronize, time_answers
+from multiverse_hf.evaluation.experiments.timing import synchronize, time_answers
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.interpreter import Structure

@@ -213,7 +213,7 @@ def test_an_answer_is_laid_out_to_the_token_or_refused(num_tokens: int, num_path
 
 
 def test_items_take_turns_and_each_repeat_begins_with_another() -> None:
-    assert "".join(load("multiverse_hf.evaluation.timing").in_turns("abc", 4)) == "abcbcacababc"
+    assert "".join(load("multiverse_hf.evaluation.experiments.timing").in_turns("abc", 4)) == "abcbcacababc"
 
 
 @pytest.mark.parametrize(

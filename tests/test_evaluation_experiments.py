@@ -7,10 +7,10 @@ import pytest
 from test_evaluation_answers import NEEDS_EVAL
 
 from multiverse_hf.cli import run
-from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.batches import cut
-from multiverse_hf.evaluation.budget import rising_part
-from multiverse_hf.evaluation.latency import fit
+from multiverse_hf.evaluation.experiments import paper
+from multiverse_hf.evaluation.experiments.batches import cut
+from multiverse_hf.evaluation.experiments.budget import rising_part
+from multiverse_hf.evaluation.experiments.latency import fit
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
 

@@ -226,7 +226,7 @@ def test_a_greater_limit_extends_a_run_and_repeats_nothing(
     assert results["samples_before"] == 4
     assert results["tasks"] == expected["tasks"]
     assert (folder / "run.json").read_text() == (whole / "run.json").read_text()
-    assert "begun with --limit 6, now it is 5; a run goes on with as many" in error_of(
+    assert "begun with --limit 6, now it is --limit 5; it goes on with as many" in error_of(
         capfd, "eval", "--limit", "5", *options
     )
     begun = json.loads((folder / "run.json").read_text())
@@ -276,7 +276,7 @@ def test_a_file_of_ones_own_is_asked_judged_resumed_extended_and_compared_like_a
     comparison = json.loads((tmp_path / "out/comparison.json").read_text())["tasks"][name]
     assert (comparison["problems"], comparison["differences"]["pass@1"]["value"]) == (3, 0)
     message = error_of(capfd, "eval", *options, "--rule", "exact", "--output", str(first))
-    assert "begun with --rule math, now it is exact" in message
+    assert "begun with --rule math, now it is --rule exact" in message
     write_rows(file, rows[0], rows[2])
     assert "begun with other problems" in error_of(capfd, "eval", *options, "--output", str(first))
 
@@ -379,16 +379,16 @@ def test_a_folder_of_another_run_is_refused_with_what_differs(
     def refused(*options: str) -> str:
         return error_of(capfd, "eval", *SMALL, "--n", "2", "--output", str(whole), *options)
 
-    assert "begun with --temperature 0.6, now it is 0.5" in refused("--temperature", "0.5")
-    assert "begun with --mode parallel, now it is zero" in refused("--mode", "zero")
+    assert "begun with --temperature 0.6, now it is --temperature 0.5" in refused("--temperature", "0.5")
+    assert "begun with --mode parallel, now it is --mode zero" in refused("--mode", "zero")
     assert "another model (multiverse-tiny)" in refused("--model", "multiverse-tiny-sequential")
-    assert "begun with --n 2, now it is 4" in refused("--n", "4")
+    assert "begun with --n 2, now it is --n 4" in refused("--n", "4")
     shutil.copytree(whole, tmp_path / "older")
     begun = json.loads((whole / "run.json").read_text())
     assert begun.pop("rules_version") == RULES_VERSION
     (tmp_path / "older/run.json").write_text(json.dumps(begun))
     message = error_of(capfd, "eval", *SMALL, "--n", "2", "--output", str(tmp_path / "older"))
-    assert f"judged by version 1 of the rules for answers, this is version {RULES_VERSION}" in message
+    assert f"begun with version 1 of the rules for answers, this is version {RULES_VERSION}" in message
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples/00000.parquet").touch()
     assert "holds samples, but no run.json" in error_of(capfd, "eval", *SMALL, "--output", str(tmp_path))

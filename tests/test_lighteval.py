@@ -18,7 +18,7 @@ from test_evaluation_answers import GPQA_ROW, NEEDS_EVAL
 from test_evaluation_run import read_samples, run, save_plain_model
 
 from multiverse_hf import embedded_model
-from multiverse_hf.evaluation.lighteval_measures import find_tags, measure, strip
+from multiverse_hf.evaluation.lighteval.measures import find_tags, measure, strip
 from multiverse_hf.evaluation.tasks import TASKS, Mode
 
 pytestmark = [pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
@@ -28,7 +28,7 @@ NEEDS_LIGHTEVAL = pytest.mark.skipif(
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT.parent / "shared/data/benchmarks"
-ADAPTER = "src/multiverse_hf/evaluation/lighteval_model.py"
+ADAPTER = "src/multiverse_hf/evaluation/lighteval/model.py"
 BUDGET = "60"
 METRICS = {"pass@1": "pass@1", "# parallel": "parallelism", "length": "length", "tokens": "tokens"}
 METRICS |= {"parallel rate": "parallel_rate", "well-formed": "well_formed"}
@@ -45,9 +45,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTIVERSE_DATA_DIR", str(folder))
         patch.setattr("huggingface_hub.constants.HF_HOME", str(folder / "home"))
-        from multiverse_hf.evaluation import lighteval_tasks
+        from multiverse_hf.evaluation.lighteval import tasks
 
-        yield lighteval_tasks
+        yield tasks
 
 
 def test_the_tasks_leave_gradients_on_which_lighteval_turns_off(tasks) -> None:
@@ -111,7 +111,7 @@ def test_ids_without_their_padding_measure_what_the_engine_counted(tmp_path: Pat
 
 @NEEDS_LIGHTEVAL
 def test_options_follow_the_models_name() -> None:
-    from multiverse_hf.evaluation.lighteval_model import read_name
+    from multiverse_hf.evaluation.lighteval.model import read_name
 
     assert read_name("multiverse") == (None, {})
     assert read_name("a/b,temperature=0,seed=3") == ("a/b", {"temperature": 0.0, "seed": 3})
@@ -123,7 +123,7 @@ def test_options_follow_the_models_name() -> None:
 
 @NEEDS_LIGHTEVAL
 def test_the_repair_reaches_a_process_that_never_heard_of_it(tmp_path: Path) -> None:
-    from multiverse_hf.evaluation.lighteval_repair import BROKEN, LINE
+    from multiverse_hf.evaluation.lighteval.repair import BROKEN, LINE
 
     # a folder of its own, read as Python reads site-packages at its start
     (tmp_path / "hook.pth").write_text(LINE)
@@ -158,7 +158,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     constraints = ["-c", ROOT / "constraints.txt"]
     subprocess.run([*install, *constraints, *extra, "torch"], check=True, timeout=1200)
     subprocess.run([*install, *constraints, "-e", f"{ROOT}[lighteval]"], check=True, timeout=1800)
-    repair = [folder / "bin/python", "-m", "multiverse_hf.evaluation.lighteval_repair", "install"]
+    repair = [folder / "bin/python", "-m", "multiverse_hf.evaluation.lighteval.repair", "install"]
     subprocess.run(repair, check=True)
     return folder
 
@@ -239,7 +239,7 @@ def test_both_commands_finish_and_their_numbers_are_those_of_multiverse_eval(
     variables = clean_variables(tmp_path)
     variables |= {"MULTIVERSE_DATA_DIR": str(rows), "MULTIVERSE_MAX_NEW_TOKENS": BUDGET}
     asked = ",".join(f"{task}{end}|0" for task in tasks)
-    common = "--custom-tasks multiverse_hf.evaluation.lighteval_tasks --save-details"
+    common = "--custom-tasks multiverse_hf.evaluation.lighteval.tasks --save-details"
     common += " --max-samples 5" if "mv:chains" in tasks else ""
     arguments = f"model_name={model.name},trust_remote_code=True,batch_size=4,dtype=float32,cache_dir={tmp_path}/cache"
     commands = {

@@ -127,14 +127,26 @@ def _staging(parent: Path, prefix: str) -> Iterator[Path]:
         yield inside
 
 
-def lock_file(file: Any) -> bool:
-    """Take a lock that ends with this process, and say whether it was free."""
+def lock_file(file: Any, *, waits: bool = False) -> bool | None:
+    """Take a lock that keeps other processes out, on other machines too, and ends with this process.
+
+    A record lock, not flock: a process forked from this one must not go on holding it.
+
+    Args:
+        file: opened for writing.
+        waits: until the lock is free.
+
+    Returns:
+        True; False if another process holds it; None on Windows and on file systems that have no locks.
+    """
     try:
-        import fcntl  # Windows has none: there, what a killed process left stays
+        import fcntl
     except ImportError:
-        return False
+        return None
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
         return False
+    except OSError:
+        return None
     return True

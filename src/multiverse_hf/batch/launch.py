@@ -12,10 +12,11 @@ from typing import Any
 from multiverse_hf.batch.executors import num_threads, num_workers
 from multiverse_hf.batch.options import Batch, Outcome
 from multiverse_hf.batch.rows import Folder, check_input, merge, summarize
+from multiverse_hf.begun import explain_option, name_option
 from multiverse_hf.checkpoints import fingerprint, open_checkpoint, quiet
 from multiverse_hf.jobs.executors import check_packages, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import explain_option, name_option, settle
+from multiverse_hf.jobs.settings import settle
 from multiverse_hf.outputs import check_output
 
 PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")

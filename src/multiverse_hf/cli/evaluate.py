@@ -37,6 +37,16 @@ TopPOption = Annotated[
 ]
 MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")]
 
+TaskOption = Annotated[
+    str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; or FILE.jsonl.")
+]
+DataDirOption = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
+]
+LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Only the first problems of the task.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each answer, in turns.")]
+CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")]
+ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figure and the numbers.")]
 RuleOption = Annotated[
     AnswerKind | None,
     typer.Option(
@@ -92,9 +102,7 @@ def evaluate(
             metavar="MODE", help="parallel; zero: asked for a sequential answer, free to branch; autoregressive."
         ),
     ] = Mode.PARALLEL,
-    data_dir: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
-    ] = None,
+    data_dir: DataDirOption = None,
     limit: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Only the first problems of each task; more later extend the run."),
@@ -106,7 +114,7 @@ def evaluate(
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
     max_num_seqs: MaxNumSeqsOption = MAX_NUM_SEQS,
-    max_cache_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")] = None,
+    max_cache_tokens: CacheOption = None,
     dtype: DtypeOption = Dtype.AUTO,
     attn: AttentionOption = Attention.SDPA,
     device: DeviceOption = "auto",
@@ -150,14 +158,15 @@ def evaluate(
         top_p, max_new_tokens, system_prompt, dtype, attn, device, threads, max_num_seqs, max_cache_tokens, rule,
     )  # fmt: skip
     if suite is not None:
-        from multiverse_hf.evaluation.suite import measure_suite
+        from multiverse_hf.evaluation.experiments.commands import run_experiment
+        from multiverse_hf.evaluation.experiments.suite import measure_suite
 
         if mode is not Mode.PARALLEL:
             raise CommandError(f"--suite paper asks in all modes; leave out --mode {mode.value}")
         if model in (None, EMBEDDED_NAMES[0]):
             base, autoregressive = base or "random", autoregressive or EMBEDDED_NAMES[1]
         measure = functools.partial(measure_suite, asked, base, autoregressive, output, commands.evaluate)
-        print(*commands.experiment("table", measure, output), sep="\n")
+        run_experiment("table", measure, output)
         return
     if base is not None or autoregressive is not None:
         raise CommandError(
@@ -170,18 +179,6 @@ def evaluate(
         print_json(results)
     else:
         commands.print_results(results, output)
-
-
-TaskOption = Annotated[
-    str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; or FILE.jsonl.")
-]
-DataDirOption = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
-]
-LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Only the first problems of the task.")]
-RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each answer, in turns.")]
-CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")]
-ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figure and the numbers.")]
 
 
 @experiments.command()
@@ -221,7 +218,8 @@ def budget(
         --budgets 1024,2048,3072,4096 --limit 500
     """
     from multiverse_hf.evaluation import commands
-    from multiverse_hf.evaluation.budget import BUDGETS, measure_budgets
+    from multiverse_hf.evaluation.experiments.budget import BUDGETS, measure_budgets
+    from multiverse_hf.evaluation.experiments.commands import run_experiment
     from multiverse_hf.evaluation.settings import Evaluation
 
     check_sampling(temperature or None, top_p, "--temperature 0")
@@ -235,7 +233,7 @@ def budget(
     )  # fmt: skip
     values = BUDGETS if budgets is None else read_counts("--budgets", budgets)
     measure = functools.partial(measure_budgets, asked, autoregressive, values, output, commands.evaluate)
-    print(*commands.experiment("budget", measure, output), sep="\n")
+    run_experiment("budget", measure, output)
 
 
 @experiments.command()
@@ -261,18 +259,16 @@ def latency(
       multiverse experiment latency --threads 1
       multiverse experiment latency --model OWNER/NAME --task mv:math_500 --device cuda --max-new-tokens 8192
     """
-    from multiverse_hf.evaluation import commands
-    from multiverse_hf.evaluation.experiment import Subject
-    from multiverse_hf.evaluation.latency import measure_latency
+    from multiverse_hf.evaluation.experiments.commands import run_experiment
+    from multiverse_hf.evaluation.experiments.latency import measure_latency
+    from multiverse_hf.evaluation.experiments.subject import Subject
     from multiverse_hf.evaluation.settings import Evaluation
 
     asked = Evaluation(
         model, (task,), data_dir=data_dir, limit=limit, temperature=0, max_new_tokens=max_new_tokens,
         max_cache_tokens=max_cache_tokens, dtype=dtype, attention=attn, device=device, threads=threads,
     )  # fmt: skip
-    with commands.counting("answers") as advance:
-        lines = commands.experiment("latency", lambda: measure_latency(Subject.load(asked), repeats, advance), output)
-    print(*lines, sep="\n")
+    run_experiment("latency", lambda: measure_latency(Subject.load(asked), repeats), output)
 
 
 @experiments.command()
@@ -299,9 +295,9 @@ def batch(
       multiverse experiment batch --sizes 1,2,4 --threads 1
       multiverse experiment batch --model OWNER/NAME --task mv:math_500 --device cuda --sizes 1,8,32,128
     """
-    from multiverse_hf.evaluation import commands
-    from multiverse_hf.evaluation.batches import SIZES, measure_batches
-    from multiverse_hf.evaluation.experiment import Subject
+    from multiverse_hf.evaluation.experiments.batches import SIZES, measure_batches
+    from multiverse_hf.evaluation.experiments.commands import run_experiment
+    from multiverse_hf.evaluation.experiments.subject import Subject
     from multiverse_hf.evaluation.settings import Evaluation
 
     asked = Evaluation(
@@ -309,10 +305,7 @@ def batch(
         max_cache_tokens=max_cache_tokens, dtype=dtype, attention=attn, device=device, threads=threads,
     )  # fmt: skip
     values = SIZES if sizes is None else read_counts("--sizes", sizes)
-    with commands.counting("batches") as advance:
-        measure = functools.partial(measure_batches, sizes=values, repeats=repeats, on_progress=advance)
-        lines = commands.experiment("batch", lambda: measure(Subject.load(asked)), output)
-    print(*lines, sep="\n")
+    run_experiment("batch", lambda: measure_batches(Subject.load(asked), values, repeats), output)
 
 
 def compare(

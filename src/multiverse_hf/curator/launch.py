@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from multiverse_hf.begun import explain_option
 from multiverse_hf.checkpoints import quiet
 from multiverse_hf.curator.options import Curation, Settings
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.executors import check_packages, cores, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.folders import count_lines
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import explain_option, settle
+from multiverse_hf.jobs.settings import settle
 from multiverse_hf.outputs import check_output
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.judging.checker import get_checker
-from multiverse_hf.outputs import check_output, json_text, output_folder, write_output
+from multiverse_hf.outputs import check_output, json_text, write_output
 
 
 def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
@@ -89,18 +89,18 @@ def command_line() -> str:
 
 
 @contextmanager
-def progress_bar(title: str) -> Iterator[tuple[Callable[[run.Progress], None], list[run.Progress]]]:
+def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None], list[run.RunProgress]]]:
     """Show in a terminal how far a run is; give what to call, and where the last call is kept."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
-    state: list[run.Progress] = []
+    state: list[run.RunProgress] = []
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, right="")
 
-        def advance(progress: run.Progress) -> None:
+        def advance(progress: run.RunProgress) -> None:
             state[:] = [progress]
             share = f"{100 * progress.correct / progress.done:.1f} % right" if progress.done else ""
             bar.update(task, completed=progress.done, total=progress.total, right=share)
@@ -142,45 +142,6 @@ def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
         )
     comparing.write_comparison(output, comparison)
     return comparison
-
-
-def experiment(name: str, measure: Callable[[], dict[str, Any]], output: Path) -> list[str]:
-    """Measure one of the paper's experiments, and write ``NAME.json``, ``.png`` and ``.svg``; for a table ``.md`` too.
-
-    Args:
-        name: ``table``, ``budget``, ``latency`` or ``batch``.
-        measure: does the work.
-        output: folder to write to.
-
-    Returns:
-        What came out, line by line.
-    """
-    from multiverse_hf.evaluation import batches, budget, latency, suite
-
-    module = {"table": suite, "budget": budget, "latency": latency, "batch": batches}[name]
-    check_packages()
-    check_output(output, is_folder=True)
-    quiet()
-    try:
-        result = measure() | {"command": command_line()}
-    except ValueError as err:  # of a fit: too little to fit a curve to
-        raise CommandError(one_line(err)) from err
-    with output_folder(output) as part:
-        (part / f"{name}.json").write_text(json_text(result, indent=1), encoding="utf-8")
-        if module is suite:
-            (part / "table.md").write_text(suite.write_page(result), encoding="utf-8")
-        module.draw(part / name, result)
-    return [*module.summarize(result), str(output / f"{name}.png")]
-
-
-@contextmanager
-def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show in a terminal how many timed answers are done; give what to call with that and with how many there are."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_comparison(comparison: dict[str, Any], output: Path) -> None:

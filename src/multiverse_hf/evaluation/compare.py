@@ -7,7 +7,7 @@ from typing import Any
 
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, judge
-from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.figures import error_bars, make_figure, save_figure
 from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
 from multiverse_hf.evaluation.report import describe_sampling, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
@@ -215,8 +215,7 @@ def draw(path: Path, comparison: Mapping[str, Any]) -> None:
             }
     figure, (axes,) = make_figure(height=1.2 + 0.45 * len(rows))
     for label, of in reversed(rows.items()):
-        ends = [[100 * (of["value"] - of["low"])], [100 * (of["high"] - of["value"])]]
-        axes.errorbar([100 * of["value"]], [label], xerr=ends, fmt="o", color="#2b6cb0", capsize=4)
+        axes.errorbar([100 * of["value"]], [label], xerr=error_bars([of], 100), fmt="o", color="#2b6cb0", capsize=4)
     axes.axvline(0, color="gray", linestyle=":")
     axes.margins(y=0.2)
     axes.set(xlabel="pass@1 of B - A, percentage points")

@@ -1,7 +1,7 @@
 """Figures: axes that look alike, saved as PNG and SVG, whole or not at all."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,12 @@ def make_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tu
         each.set_axisbelow(True)
         each.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def error_bars(estimates: Iterable[Mapping[str, float]], scale: float = 1) -> list[list[float]]:
+    """Return how far the intervals of some estimates reach below and above them."""
+    values = [[scale * abs(each[end] - each["value"]) for end in ("low", "high")] for each in estimates]
+    return [list(ends) for ends in zip(*values, strict=True)]
 
 
 def count_axis(axes: Any) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.evaluation.figures import count_axis, make_figure, save_figure
+from multiverse_hf.evaluation.figures import count_axis, error_bars, make_figure, save_figure
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.outputs import output_folder
 
@@ -182,8 +182,9 @@ def draw(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> N
     figure, (scores, widths, lengths) = make_figure(3, width=12, height=max(3.8, 1 + 0.3 * len(rows)))
     names = list(rows)[::-1]
     values = [100 * rows[name]["value"] for name in names]
-    ends = [[100 * abs(rows[name][end] - rows[name]["value"]) for name in names] for end in ("low", "high")]
-    scores.barh(names, values, xerr=ends, color="#8fb8de", ecolor="#445", capsize=3)
+    scores.barh(
+        names, values, xerr=error_bars((rows[name] for name in names), 100), color="#8fb8de", ecolor="#445", capsize=3
+    )
     scores.set(xlabel="pass@1, percent", xlim=(-3, 105))
     of = [sample.parallelism for sample in samples]
     widths.hist(of, bins=20, range=(1, max(2, *of)), color="#8fb8de")

@@ -17,8 +17,8 @@ from multiverse_hf.evaluation.answers import judge, opened_thinking
 from multiverse_hf.evaluation.chains import training_problems
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
-from multiverse_hf.evaluation.settings import Evaluation, settle
-from multiverse_hf.evaluation.tasks import Mode, Problem, ProblemSet, Task, load_problems
+from multiverse_hf.evaluation.settings import Evaluation, check_run
+from multiverse_hf.evaluation.tasks import Instance, Mode, ProblemSet, Task, load_problems
 from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import check_output, write_output
 
@@ -26,11 +26,11 @@ POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Trial:
     """One answer to be written."""
 
     task: Task
-    problem: Problem
+    problem: Instance
     sample: int
     seed: int
 
@@ -41,7 +41,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class RunProgress:
     """How far a run is."""
 
     done: int
@@ -82,7 +82,7 @@ class Finished:
 
 
 def run_evaluation(
-    evaluation: Evaluation, output: Path, on_progress: Callable[[Progress], None] = lambda progress: None
+    evaluation: Evaluation, output: Path, on_progress: Callable[[RunProgress], None] = lambda progress: None
 ) -> Finished:
     """Answer and judge what is not finished in a folder.
 
@@ -103,9 +103,9 @@ def run_evaluation(
         kept, _ = leave_out_seen([each.first(limit) for each in found], checkpoint.path)
         return {each.task.name: each.fingerprint for each in kept}
 
-    begun = settle(output / "run.json", evaluation, checkpoint.name, weights, fingerprints)
-    jobs = [
-        Job(problems.task, problem, number, sample_seed(evaluation.seed, number))
+    begun = check_run(output / "run.json", evaluation, checkpoint.name, weights, fingerprints)
+    trials = [
+        Trial(problems.task, problem, number, sample_seed(evaluation.seed, number))
         for problems in problem_sets
         for problem in problems.problems
         for number in range(evaluation.num_samples)
@@ -115,26 +115,26 @@ def run_evaluation(
     with SampleStore(output / "samples") as store, Verifier() as verifier:
         if begun is not None:  # only now that no other process is at work here
             write_output(output / "run.json", begun)
-        left = [job for job in jobs if job.key not in store.samples]
+        left = [trial for trial in trials if trial.key not in store.samples]
         if left:
             model = load_model(
                 checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
             )
         correct = sum(sample.correct for sample in store.samples.values())
-        on_progress(Progress(len(jobs) - len(left), len(jobs), correct))
-        for done, answered in enumerate(answer_jobs(evaluation, checkpoint, model, left) if left else (), start=1):
+        on_progress(RunProgress(len(trials) - len(left), len(trials), correct))
+        for done, answered in enumerate(answer_trials(evaluation, checkpoint, model, left) if left else (), start=1):
             sample = make_sample(evaluation, answered, verifier)
             store.add(sample)
             correct += sample.correct
-            on_progress(Progress(len(jobs) - len(left) + done, len(jobs), correct))
-        samples = tuple(store.samples[job.key] for job in jobs)
+            on_progress(RunProgress(len(trials) - len(left) + done, len(trials), correct))
+        samples = tuple(store.samples[trial.key] for trial in trials)
     return Finished(
         evaluation,
         tuple(problem_sets),
         num_seen,
         samples,
         describe_model(checkpoint, weights),
-        len(jobs) - len(left),
+        len(trials) - len(left),
         time.perf_counter() - begin,
         None if model is None else model.device,
     )
@@ -142,7 +142,7 @@ def run_evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What came of a job.
+    """What came of a trial.
 
     Attributes:
         document: the answer, tags included, also the one of thinking that a chat template opens in the prompt: without
@@ -153,7 +153,7 @@ class Answered:
         error: why it could not be answered; None if it could.
     """
 
-    job: Job
+    trial: Trial
     document: str
     ids: list[int]
     stats: Any
@@ -161,8 +161,10 @@ class Answered:
     error: str | None = None
 
 
-def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs: Sequence[Job]) -> Iterator[Answered]:
-    """Have jobs answered by one engine, and give the answers as they come. Each depends on its own job alone.
+def answer_trials(
+    evaluation: Evaluation, checkpoint: Checkpoint, model: Any, trials: Sequence[Trial]
+) -> Iterator[Answered]:
+    """Have trials answered by one engine, and give the answers as they come. Each depends on its own trial alone.
 
     Raises:
         CommandError: if the engine cannot be made.
@@ -175,25 +177,25 @@ def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs
         engine = MultiverseEngine(model, **limits)
     except ValueError as err:
         raise CommandError(f"{checkpoint.name}: {one_line(err)}") from err
-    waiting, running = list(reversed(jobs)), []
+    waiting, running = list(reversed(trials)), []
     with engine:
         while waiting or running:
             while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a place
-                job = waiting.pop()
+                trial = waiting.pop()
                 try:
-                    ids = checkpoint.encode(evaluation.messages(job.problem))
-                    handle = engine.submit(ids, seed=job.seed, **evaluation.sampling)
+                    ids = checkpoint.encode(evaluation.messages(trial.problem))
+                    handle = engine.submit(ids, seed=trial.seed, **evaluation.sampling)
                 except (CommandError, ValueError) as err:  # of this one, as a rule: too long for the context
-                    yield Answered(job, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
+                    yield Answered(trial, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
                     continue
-                running.append((job, handle, time.perf_counter(), opened_thinking(checkpoint.decode(ids[-16:]))))
+                running.append((trial, handle, time.perf_counter(), opened_thinking(checkpoint.decode(ids[-16:]))))
             still = []
-            for job, handle, begin, opened in running:
+            for trial, handle, begin, opened in running:
                 if not handle.done:
-                    still.append((job, handle, begin, opened))
+                    still.append((trial, handle, begin, opened))
                     continue
                 result, seconds = handle.result(), time.perf_counter() - begin
-                yield Answered(job, opened + checkpoint.decode(result.ids), result.ids, result.stats, seconds)
+                yield Answered(trial, opened + checkpoint.decode(result.ids), result.ids, result.stats, seconds)
             if running and len(still) == len(running):
                 time.sleep(POLL_S)
             running = still
@@ -201,18 +203,18 @@ def answer_jobs(evaluation: Evaluation, checkpoint: Checkpoint, model: Any, jobs
 
 def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
     """Judge an answer."""
-    job, stats = answered.job, answered.stats
-    verdict = judge(job.task.kind, job.problem.gold, answered.document, verifier)
+    trial, stats = answered.trial, answered.stats
+    verdict = judge(trial.task.kind, trial.problem.gold, answered.document, verifier)
     counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
     return Sample(
-        task=job.task.name,
-        id=job.problem.id,
-        group=job.problem.group,
-        sample=job.sample,
-        seed=job.seed,
-        prompt=job.problem.prompt(evaluation.mode),
+        task=trial.task.name,
+        id=trial.problem.id,
+        group=trial.problem.group,
+        sample=trial.sample,
+        seed=trial.seed,
+        prompt=trial.problem.prompt(evaluation.mode),
         document=answered.document,
-        gold=job.problem.gold,
+        gold=trial.problem.gold,
         answer=verdict.answer,
         correct=verdict.correct,
         rule=verdict.rule.value,

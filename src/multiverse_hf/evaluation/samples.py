@@ -86,7 +86,7 @@ class SampleStore:
         self.folder, self.shard_rows = folder, shard_rows
         folder.mkdir(parents=True, exist_ok=True)
         self._lock = (folder / ".lock").open("w")
-        if not lock_file(self._lock):
+        if lock_file(self._lock) is False:
             self._lock.close()
             raise CommandError(f"another run is at work in {folder.parent}; wait for it, or name another folder")
         self.samples = {sample.key: sample for sample in read_samples(folder)}

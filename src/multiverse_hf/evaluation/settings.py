@@ -1,13 +1,13 @@
 """What a user asks of an evaluation, and whether it is what a folder was begun with."""
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from multiverse_hf.begun import check_begun, explain_option, name_option, read_begun
 from multiverse_hf.checkpoints import Attention, Dtype
-from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
 from multiverse_hf.evaluation.task_files import find_task
 from multiverse_hf.evaluation.tasks import (
@@ -16,8 +16,8 @@ from multiverse_hf.evaluation.tasks import (
     TASKS,
     TEMPERATURE,
     TOP_P,
+    Instance,
     Mode,
-    Problem,
     Task,
 )
 from multiverse_hf.outputs import json_text
@@ -106,7 +106,7 @@ class Evaluation:
             "structure": self.mode.structure,
         }
 
-    def messages(self, problem: Problem) -> str | list[dict[str, str]]:
+    def messages(self, problem: Instance) -> str | list[dict[str, str]]:
         """Give what the model is asked."""
         prompt = problem.prompt(self.mode)
         if self.system_prompt is None:
@@ -114,11 +114,13 @@ class Evaluation:
         return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": prompt}]
 
 
+Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and gives its results
+OPTIONS = {"num_samples": "n", "tasks": "task"}  # settings whose option has another name
 # May differ when a run is gone on with: they do not change an answer.
 HOW = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
 
 
-def settle(
+def check_run(
     path: Path, evaluation: Evaluation, model: str, weights: str, fingerprints: Callable[[int | None], dict[str, str]]
 ) -> str | None:
     """Check that a run is the one that was begun in a folder, if one was.
@@ -142,36 +144,26 @@ def settle(
     if any(task.file for task in tasks):
         asked["rule"] = (evaluation.rule or AnswerKind.MATH).value
     asked["problems"] = fingerprints(evaluation.limit)
-    begun = json_text(asked | {"model": model}, indent=2)
-    if not path.exists():
+    begun, stored = json_text(asked | {"model": model}, indent=2), read_begun(path)
+    if stored is None:
         if any((path.parent / "samples").glob("*.parquet")):
             raise CommandError(f"{path.parent} holds samples, but no run.json; name another folder")
         return begun
-    try:
-        stored = json.loads(path.read_bytes())
-    except (OSError, ValueError) as err:
-        raise CommandError(f"cannot read {path}: {one_line(err)}; name another folder") from err
-    if not isinstance(stored, dict):
-        raise CommandError(f"cannot read {path}: it holds no object; name another folder")
     limit = stored.get("limit")
     asks_more = isinstance(limit, int) and (evaluation.limit is None or evaluation.limit > limit)
     goes_on = asks_more and stored.get("problems") == fingerprints(limit)
-    for name, value in asked.items():
-        if value == (there := stored.get(name)) or (goes_on and name in ("limit", "problems")):
-            continue
+
+    def explain(name: str, stored: Mapping[str, Any], value: Any) -> str:
         if name == "rules_version":
-            raise CommandError(
-                f"{path.parent} was judged by version {there or 1} of the rules for answers, this is version {value}; "
-                "name another --output"
-            )
-        way_out = "give the same again to go on, or another --output"
+            return f"with version {stored.get(name, 1)} of the rules for answers, this is version {value}"
         if name == "weights":
-            raise CommandError(f"{path.parent} was begun with another model ({stored.get('model')}); {way_out}")
+            return f"with another model ({stored.get('model')})"
         if name == "problems" or (name == "limit" and asks_more):
-            raise CommandError(f"{path.parent} was begun with other problems; {way_out}")
-        option = {"num_samples": "n", "tasks": "task"}.get(name, name.replace("_", "-"))
-        was = f"without --{option}" if there is None else f"with --{option} {there}"
-        if name == "limit":
-            way_out = f"a run goes on with as many problems or more; {way_out}"
-        raise CommandError(f"{path.parent} was begun {was}, now it is {value}; {way_out}")
+            return "with other problems"
+        end = "; it goes on with as many problems or more" if name == "limit" else ""
+        return (
+            explain_option(name, stored, value, lambda name, value: name_option(OPTIONS.get(name, name), value)) + end
+        )
+
+    check_begun(path.parent, stored, asked, ("limit", "problems") if goes_on else (), explain)
     return begun if goes_on else None

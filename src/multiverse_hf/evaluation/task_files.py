@@ -17,7 +17,7 @@ from multiverse_hf.data.records import is_encodable
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
-from multiverse_hf.evaluation.tasks import LETTERS, TASKS, Problem, Task, row_id
+from multiverse_hf.evaluation.tasks import LETTERS, TASKS, Instance, Task, row_id
 
 
 def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
@@ -42,7 +42,7 @@ def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
     raise CommandError(f"no task {name!r}; {hint}there are {', '.join(TASKS)}, and your own rows as FILE.jsonl")
 
 
-def _read(rule: AnswerKind, row: Any) -> Problem:
+def _read(rule: AnswerKind, row: Any) -> Instance:
     """Read a row.
 
     Raises:
@@ -60,7 +60,7 @@ def _read(rule: AnswerKind, row: Any) -> Problem:
         if not re.fullmatch(r"-?\d{1,1000}", answer, re.ASCII):
             raise ValueError(f"for --rule chains the answer is an integer, got {answer!r:.60}")
         answer = str(int(answer))
-    return Problem(row_id(question), question, answer, None if row.get("group") is None else _text(row, "group"))
+    return Instance(row_id(question), question, answer, None if row.get("group") is None else _text(row, "group"))
 
 
 def _text(row: Mapping[str, Any], *names: str) -> str:

@@ -47,8 +47,8 @@ class Mode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
-    """One problem.
+class Instance:
+    """One problem of a task; harnesses call it an instance.
 
     Attributes:
         id: of the row; the same wherever the row is read from.
@@ -87,7 +87,7 @@ class Task:
     config: str | None
     split: str
     kind: AnswerKind
-    read: Callable[[Mapping[str, Any]], Problem]
+    read: Callable[[Mapping[str, Any]], Instance]
     version: int = 2
     is_gated: bool = False
     file: Path | None = None
@@ -122,7 +122,7 @@ def _field(row: Mapping[str, Any], *names: str) -> str:
     raise ValueError(f"a row has no {' or '.join(names)}; it has {', '.join(map(str, row)) or 'no columns'}")
 
 
-def _read_math(row: Mapping[str, Any]) -> Problem:
+def _read_math(row: Mapping[str, Any]) -> Instance:
     """Read ``problem`` and ``answer``, or the last box of ``solution``."""
     question = _field(row, "problem", "question")
     gold = row.get("answer")
@@ -131,22 +131,22 @@ def _read_math(row: Mapping[str, Any]) -> Problem:
     if gold in (None, ""):
         raise ValueError(f"a row has no answer, and no box in its solution: {question[:60]!r}")
     level = row.get("level")
-    return Problem(row_id(question), question, str(gold).strip(), None if level is None else f"level {level}")
+    return Instance(row_id(question), question, str(gold).strip(), None if level is None else f"level {level}")
 
 
-def _read_chains(row: Mapping[str, Any]) -> Problem:
+def _read_chains(row: Mapping[str, Any]) -> Instance:
     problem = chains.parse_problem(_field(row, "problem"))
-    return Problem(row_id(str(problem)), str(problem), str(problem.answer), problem.kind.value)
+    return Instance(row_id(str(problem)), str(problem), str(problem.answer), problem.kind.value)
 
 
-def _read_gpqa(row: Mapping[str, Any]) -> Problem:
+def _read_gpqa(row: Mapping[str, Any]) -> Instance:
     """Letter the choices, in an order that follows from the question alone."""
     question, right = _field(row, "Question"), _field(row, "Correct Answer")
     choices = [right, *(_field(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
     order = list(range(len(choices)))
     random.Random(row_id(question)).shuffle(order)
     listed = "\n".join(f"{letter}) {choices[at]}" for letter, at in zip(LETTERS, order, strict=True))
-    return Problem(row_id(question), f"{question}\n\n{listed}\n\n", LETTERS[order.index(0)])
+    return Instance(row_id(question), f"{question}\n\n{listed}\n\n", LETTERS[order.index(0)])
 
 
 TASKS = {
@@ -180,7 +180,7 @@ class ProblemSet:
     """
 
     task: Task
-    problems: tuple[Problem, ...]
+    problems: tuple[Instance, ...]
     source: str
 
     @property
@@ -248,7 +248,7 @@ def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = 
     rows, source = read_rows(task, data_dir)
     place = source if task.file is not None else f"{task.name}: {source}"
     kind = "line" if source.endswith(".jsonl") else "row"
-    problems: dict[str, Problem] = {}
+    problems: dict[str, Instance] = {}
     numbers: dict[str, int] = {}
     for number, row in rows[:limit]:
         try:

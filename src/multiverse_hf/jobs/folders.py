@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.outputs import lock_file
 
 SETTINGS = "run.json"
 
@@ -60,9 +61,7 @@ class JobFolder:
 
     @contextlib.contextmanager
     def lock(self, name: str, busy: str | None = None) -> Iterator[None]:
-        """Keep other processes, on other machines too, out of the same work.
-
-        A record lock, not flock: a process forked from this one must not go on holding it.
+        """Keep other processes out of the same work; where there are no locks, users see to it themselves.
 
         Args:
             name: of the work.
@@ -71,17 +70,11 @@ class JobFolder:
         Raises:
             CommandError: if it is held.
         """
-        import fcntl  # Windows has none, and the rest of the command line works there
-
         path = self.logs / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy is not None else 0))
-            except (BlockingIOError, PermissionError) as err:
-                raise CommandError(busy, FAILURE) from err
-            except OSError:  # a file system without locks: then users see to it themselves
-                pass
+            if lock_file(file, waits=busy is None) is False:
+                raise CommandError(busy, FAILURE)
             yield
 
 

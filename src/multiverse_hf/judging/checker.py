@@ -69,21 +69,12 @@ def install(folder: Path) -> None:
     """
     print(f"installing math-verify {JUDGES['math-verify']}, which judges answers, into {folder}", file=sys.stderr)
     packages = [f"{name}=={wanted}" for name, wanted in (JUDGES | IMPORTS).items()]
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "--no-compile",
-    ]
+    options = ["-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-deps", "--no-compile", "--target"]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with new_folder(folder) as part:
             done = subprocess.run(
-                [*command, "--target", str(part), *packages], capture_output=True, text=True, timeout=INSTALL_S
+                [sys.executable, *options, str(part), *packages], capture_output=True, text=True, timeout=INSTALL_S
             )
             if done.returncode:
                 lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]

@@ -40,8 +40,8 @@ class Rule(StrEnum):
     DIFFERENT = "different"
 
 
-Outcome = tuple[bool, Rule]
-DIFFERENT: Outcome = (False, Rule.DIFFERENT)
+_Outcome = tuple[bool, Rule]
+DIFFERENT: _Outcome = (False, Rule.DIFFERENT)
 
 _INTEGER = re.compile(r"[+-]?(?:\d{1,1000}|\d{1,3}(?:,\d{3})+)", re.ASCII)
 _HEDGE = re.compile(r"(?<![a-z\\])or(?![a-z])|\\lor\b|\\vee\b|\beither\b", re.I)
@@ -63,7 +63,7 @@ _SLASH = re.compile(r"(?<![\w})\]^])(\d+)\s*/\s*(\d+)\s*(?=[a-zA-Z\\(])")
 _SET = r"\{"
 
 
-def compare(gold: str, answer: str, verifier: Verifier) -> Outcome:
+def compare(gold: str, answer: str, verifier: Verifier) -> _Outcome:
     """Compare an answer with the right one, and say by which rule."""
     if len(answer) > MAX_CHARACTERS:
         return False, Rule.UNREADABLE
@@ -164,7 +164,7 @@ class _Comparison:
         self.verifier = verifier
         self.calls = 0
 
-    def lists(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+    def lists(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
         """Compare lists: in any order, unless one side is a tuple or the other has the names of its items."""
         if len(ours) == len(theirs) == 1:
             return self.value(ours[0], theirs[0])
@@ -181,13 +181,13 @@ class _Comparison:
             return self.in_order(ours, theirs)  # "x = 1, y = 2" and "1, 2"
         return self.in_any_order(ours, theirs)
 
-    def in_order(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+    def in_order(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
         """Compare the first with the first, and so on."""
         if len(ours) != len(theirs):
             return DIFFERENT
         return _together(self.lists(_signs(a), _signs(b)) for a, b in zip(ours, theirs, strict=True))
 
-    def in_any_order(self, ours: Sequence[str], theirs: Sequence[str]) -> Outcome:
+    def in_any_order(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
         """Find for each part one of the other side that is the same; each is found once."""
         ours, theirs = ([sign for item in items for sign in _signs(item)] for items in (ours, theirs))
         if len(ours) != len(theirs) or len(ours) > MAX_PARTS:
@@ -211,7 +211,7 @@ class _Comparison:
                 return DIFFERENT
         return True, rule
 
-    def value(self, ours: str, theirs: str) -> Outcome:
+    def value(self, ours: str, theirs: str) -> _Outcome:
         """Compare two things that are no lists: names, units, then what is left."""
         if compact(ours) == compact(theirs):
             return True, Rule.TEXT
@@ -233,7 +233,7 @@ class _Comparison:
         letters = has_unit or exact_value(ours) is not None
         return self.quantities(split_unit(ours, letters=False), split_unit(theirs, letters=letters))
 
-    def quantities(self, ours: Quantity, theirs: Quantity) -> Outcome:
+    def quantities(self, ours: Quantity, theirs: Quantity) -> _Outcome:
         """Compare units, then values."""
         if not same_unit(ours.unit, theirs.unit):
             return DIFFERENT
@@ -242,7 +242,7 @@ class _Comparison:
             return self.percent(ours, theirs)
         return self.expression(ours.value, theirs.value)
 
-    def percent(self, ours: Quantity, theirs: Quantity) -> Outcome:
+    def percent(self, ours: Quantity, theirs: Quantity) -> _Outcome:
         """Compare a percentage with a number: 50 % is 50 where percents are asked for, and a half."""
         a, b = exact_value(ours.value), exact_value(theirs.value)
         if a is None or b is None or (a == b and abs(a) >= 1):
@@ -253,7 +253,7 @@ class _Comparison:
             same = b / 100 == a
         return (True, Rule.NUMBER) if same else DIFFERENT
 
-    def expression(self, ours: str, theirs: str) -> Outcome:
+    def expression(self, ours: str, theirs: str) -> _Outcome:
         """Compare values without units."""
         flat_ours, flat_theirs = compact(ours), compact(theirs)
         if flat_ours == flat_theirs:
@@ -279,7 +279,7 @@ class _Comparison:
             return self.in_any_order(*unions)
         return self.single(ours, theirs, a)
 
-    def parts(self, ours: Parts, theirs: Parts) -> Outcome:
+    def parts(self, ours: Parts, theirs: Parts) -> _Outcome:
         """Compare two brackets."""
         if ours.kind == theirs.kind == _SET:
             return self.in_any_order(ours.items, theirs.items)
@@ -292,7 +292,7 @@ class _Comparison:
             return DIFFERENT
         return self.in_order(ours.items, theirs.items)
 
-    def single(self, ours: str, theirs: str, number: Fraction | None) -> Outcome:
+    def single(self, ours: str, theirs: str, number: Fraction | None) -> _Outcome:
         """Compare two expressions that no rule here reads."""
         if _says_otherwise(ours, theirs, number):
             return DIFFERENT
@@ -310,7 +310,7 @@ class _Comparison:
         return (True, Rule.MATH_VERIFY) if same else DIFFERENT
 
 
-def _together(outcomes: Iterator[Outcome]) -> Outcome:
+def _together(outcomes: Iterator[_Outcome]) -> _Outcome:
     """Return the outcome of parts that must all be the same, up to the first that is not."""
     rule = Rule.PARTS
     for same, by in outcomes:
@@ -334,7 +334,7 @@ def _differ(ours: str, theirs: str) -> bool:
     return plain[0] != plain[1]
 
 
-def _pair(read: Callable[[str], object], ours: str, theirs: str) -> Outcome | None:
+def _pair(read: Callable[[str], object], ours: str, theirs: str) -> _Outcome | None:
     """Compare what a reader makes of both; None if it reads neither."""
     a, b = read(ours), read(theirs)
     if a is None and b is None:

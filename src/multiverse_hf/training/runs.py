@@ -1,10 +1,11 @@
 """The folder of a run: one process writes there, nothing that is there is lost, and it is resumed as it was begun."""
 
-import fcntl
 import json
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from multiverse_hf.outputs import lock_file
 
 # What a resumed run may be told anew: none of it changes what is computed. And what starts with one of the prefixes.
 MAY_CHANGE = {
@@ -96,10 +97,8 @@ def claim(output: Path) -> Any:
         ValueError: if another run is writing there.
     """
     lock = (output / ".running").open("w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as err:
-        raise ValueError(f"another run is writing to {output}; choose another output_dir") from err
+    if lock_file(lock) is False:
+        raise ValueError(f"another run is writing to {output}; choose another output_dir")
     return lock
 
 

@@ -8,41 +8,34 @@ shape.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.experiment import Subject, describe
+from multiverse_hf.evaluation.experiments import paper
+from multiverse_hf.evaluation.experiments.subject import Subject, describe, shown
+from multiverse_hf.evaluation.experiments.timing import Timed, in_turns
 from multiverse_hf.evaluation.figures import log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.metrics import parallelism, speedup
-from multiverse_hf.evaluation.timing import Timed, in_turns
 
 REPEATS = 3
 SIZES = (1, 2, 4, 8, 16)
 SIDES = {"parallel": "guided", "sequential": "off"}
 
 
-def measure_batches(
-    subject: Subject,
-    sizes: Sequence[int] = SIZES,
-    repeats: int = REPEATS,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Any]:
+def measure_batches(subject: Subject, sizes: Sequence[int] = SIZES, repeats: int = REPEATS) -> dict[str, Any]:
     """Answer all problems in batches of each size, on both sides, in turns: the work is the same at every size.
 
     A size that is greater than the number of problems has one batch, which begins with the first of them again.
     """
     prompts, rows = subject.prompts(), []
-    total = len(sizes) * len(SIDES) * repeats
-    for at, size in enumerate(sizes):
+    for size in sizes:
         batches = cut(prompts, size)
         runs: dict[str, list[list[Timed]]] = {side: [] for side in SIDES}
         with subject.engine(max_num_seqs=size) as time_answers:
             time_answers(prompts[:1])
-            for done, side in enumerate(in_turns(list(SIDES), repeats), start=1):
+            for side in shown(in_turns(list(SIDES), repeats), len(SIDES) * repeats, f"batch {size}"):
                 runs[side].append([time_answers(batch, structure=SIDES[side]) for batch in batches])
-                on_progress(at * len(SIDES) * repeats + done, total)
         rows.append({"batch": size, "batches": len(batches)} | _summarize_size(runs))
     return describe(subject, "batch") | {"repeats": repeats, "rows": rows}
 

@@ -1,16 +1,19 @@
 """What the timed experiments share: a model with problems to answer, turns, and what a result says of itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+from rich.progress import track
+
 from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_checkpoint
 from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.evaluation.experiments.timing import Item, Timed
 from multiverse_hf.evaluation.run import describe_model
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import ProblemSet, load_problems
-from multiverse_hf.evaluation.timing import Timed
 from multiverse_hf.provenance import commit, hardware, versions
 
 
@@ -50,7 +53,7 @@ class Subject:
         Raises:
             CommandError: if the cache cannot be made, or is too small.
         """
-        from multiverse_hf.evaluation.timing import time_answers
+        from multiverse_hf.evaluation.experiments.timing import time_answers
         from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 
         evaluation = self.evaluation
@@ -62,6 +65,12 @@ class Subject:
                 yield lambda prompts, **options: time_answers(engine, prompts, **sampling | options)
         except (ValueError, RuntimeError) as err:
             raise CommandError(f"{self.checkpoint.name}: {one_line(err)}; set --max-cache-tokens") from err
+
+
+def shown(items: Iterable[Item], total: int, title: str) -> Iterable[Item]:
+    """Return items, and show in a terminal how many of them are done."""
+    console = Console(stderr=True)
+    return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def describe(subject: Subject, experiment: str) -> dict[str, Any]:

@@ -5,22 +5,21 @@ the tokens of all its paths. An answer that does not fit is cut off and wrong. E
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation import paper
 from multiverse_hf.evaluation.compare import compare_runs
-from multiverse_hf.evaluation.figures import log_axis, make_figure, save_figure
+from multiverse_hf.evaluation.experiments import paper
+from multiverse_hf.evaluation.figures import error_bars, log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.report import show
-from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.settings import Evaluate, Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 
 BUDGETS = (128, 192, 256, 320, 384, 512, 768, 1024, 1536)
 SIDES = {"parallel": Mode.PARALLEL, "autoregressive": Mode.AUTOREGRESSIVE}
-Evaluate = Callable[[Evaluation, Path], dict[str, Any]]
 
 
 def measure_budgets(
@@ -111,11 +110,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
         curves.fill_between(budgets, low, high, color=color, alpha=0.15, linewidth=0)
     curves.set(xlabel="length budget (positions)", ylabel="pass@1, percent", ylim=(-2, 102))
     of = [row["difference"] for row in rows]
-    ends = [
-        [100 * (each["value"] - each["low"]) for each in of],
-        [100 * (each["high"] - each["value"]) for each in of],
-    ]
-    middle = [100 * each["value"] for each in of]
+    middle, ends = [100 * each["value"] for each in of], error_bars(of, 100)
     differences.errorbar(budgets, middle, ends, fmt="o-", markersize=4, capsize=3, color="#2b6cb0", label="here")
     label = f"paper, 32B, 1k to 4k: {paper.MEAN_BUDGET_GAIN:+} on average"
     differences.axhline(paper.MEAN_BUDGET_GAIN, linestyle="--", color="gray", label=label)

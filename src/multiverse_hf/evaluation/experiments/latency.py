@@ -7,17 +7,17 @@ given shape; here a model writes what it would write to a user.
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.experiment import Subject, describe
+from multiverse_hf.evaluation.experiments import paper
+from multiverse_hf.evaluation.experiments.subject import Subject, describe, shown
+from multiverse_hf.evaluation.experiments.timing import in_turns
 from multiverse_hf.evaluation.figures import make_figure, save_figure
-from multiverse_hf.evaluation.timing import in_turns
 
 REPEATS = 3
 
@@ -65,9 +65,7 @@ def fit(parallelism: Sequence[float], latency: Sequence[float]) -> Fit:
     return Fit(float(a), float(b), r_squared, 100 * float(np.abs(residuals / y).max()))
 
 
-def measure_latency(
-    subject: Subject, repeats: int = REPEATS, on_progress: Callable[[int, int], None] = lambda done, total: None
-) -> dict[str, Any]:
+def measure_latency(subject: Subject, repeats: int = REPEATS) -> dict[str, Any]:
     """Answer every problem alone, several times, in turns, and fit the medians.
 
     Raises:
@@ -78,11 +76,10 @@ def measure_latency(
     answers: list[Any] = [None] * len(prompts)
     with subject.engine(max_num_seqs=1) as time_answers:
         time_answers(prompts[:1])  # the first answer also pays for what is made once
-        for done, number in enumerate(in_turns(range(len(prompts)), repeats), start=1):
+        for number in shown(in_turns(range(len(prompts)), repeats), len(prompts) * repeats, "answers"):
             timed = time_answers([prompts[number]])
             answers[number] = timed.results[0].stats
             times[number].append(1000 * timed.seconds / timed.num_tokens)
-            on_progress(done, len(prompts) * repeats)
     points = [
         {
             "parallelism": round(stats.parallelism, 4),

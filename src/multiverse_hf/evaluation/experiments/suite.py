@@ -1,16 +1,16 @@
 """Table 2: base, autoregressive, zero and parallel, on the same problems."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.checkpoints import Checkpoint, open_checkpoint
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation import paper
-from multiverse_hf.evaluation.figures import make_figure, save_figure
+from multiverse_hf.evaluation.experiments import paper
+from multiverse_hf.evaluation.figures import error_bars, make_figure, save_figure
 from multiverse_hf.evaluation.report import describe_sampling, show
-from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.settings import Evaluate, Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 from multiverse_hf.outputs import new_folder
 
@@ -21,7 +21,6 @@ ROWS = {
     "zero": Mode.ZERO,
     "parallel": Mode.PARALLEL,
 }
-Evaluate = Callable[[Evaluation, Path], dict[str, Any]]
 
 
 def measure_suite(
@@ -130,9 +129,10 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     names = [f"{row}, {task}" for row, task, _ in rows]
     for axes, metric, scale in ((ours, "pass@1", 100), (widths, "parallelism", 1)):
         for name, (row, _, metrics) in reversed(list(zip(names, rows, strict=True))):
-            of = {key: scale * value for key, value in metrics[metric].items()}
-            ends = [[of["value"] - of["low"]], [of["high"] - of["value"]]]
-            axes.errorbar([of["value"]], [name], xerr=ends, fmt="o", capsize=3, color=colors[row])
+            of = metrics[metric]
+            axes.errorbar(
+                [scale * of["value"]], [name], xerr=error_bars([of], scale), fmt="o", capsize=3, color=colors[row]
+            )
         axes.margins(y=0.1)
     for axes in (widths, theirs):
         axes.locator_params(axis="x", nbins=5)

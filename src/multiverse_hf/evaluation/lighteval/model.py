@@ -1,0 +1,151 @@
+"""The adapter for ``lighteval custom``: answers come from the engine, all problems at once.
+
+    lighteval custom "multiverse-tiny,temperature=0" src/multiverse_hf/evaluation/lighteval/model.py "mv:chains|0" \\
+        --custom-tasks multiverse_hf.evaluation.lighteval.tasks --output-dir out --save-details
+
+``lighteval custom`` has no options of models; they follow the model's name, after commas: ``temperature``, ``top_p``,
+``seed``, ``max_new_tokens``, ``max_num_seqs``, ``max_cache_tokens``, ``dtype``, ``device``, ``threads``, ``revision``,
+``system_prompt``. Defaults are those of ``multiverse eval``; ``multiverse`` alone is the embedded model.
+
+A file for LightEval: it takes the first ``LightevalModel`` it finds in it, so there is one.
+"""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from lighteval.models.abstract_model import LightevalModel
+from lighteval.models.model_output import ModelResponse
+from lighteval.tasks.requests import Doc
+from lighteval.utils.cache_management import SampleCache
+
+from multiverse_hf.checkpoints import Dtype, load_model, open_checkpoint
+from multiverse_hf.evaluation.lighteval.measures import MEASURES
+from multiverse_hf.evaluation.run import Trial, answer_trials, sample_seed
+from multiverse_hf.evaluation.settings import Evaluation
+from multiverse_hf.evaluation.tasks import TASKS, Instance, Mode
+
+OPTIONS: dict[str, Any] = {
+    "temperature": float,
+    "top_p": float,
+    "seed": int,
+    "max_new_tokens": int,
+    "max_num_seqs": int,
+    "max_cache_tokens": int,
+    "dtype": Dtype,
+    "device": str,
+    "threads": int,
+    "revision": str,
+    "system_prompt": str,
+}
+MEASURED = ("num_tokens", "length", "parallelism", "num_steps", "num_forks")
+
+
+def read_name(text: str) -> tuple[str | None, dict[str, Any]]:
+    """Read ``NAME,option=value,...``.
+
+    Raises:
+        ValueError: if an option is unknown, or its value is none.
+    """
+    name, *pairs = text.split(",")
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if key not in OPTIONS or not equals:
+            close = difflib.get_close_matches(key, OPTIONS, 1)
+            hint = f"did you mean {close[0]}? " if close else ""
+            raise ValueError(f"no option {pair!r} after the model's name; {hint}there are {', '.join(OPTIONS)}")
+        try:
+            options[key] = OPTIONS[key](value)
+        except ValueError as err:
+            raise ValueError(f"{key} takes {OPTIONS[key].__name__}, got {value!r}") from err
+    return None if name == "multiverse" else name, options
+
+
+class MultiverseLightevalModel(LightevalModel):
+    """A model of this library, as LightEval sees it."""
+
+    def __init__(self, config: Any) -> None:
+        name, options = read_name(config.model_name)
+        self.evaluation = Evaluation(name, tuple(TASKS), **options)
+        # without tags it answers autoregressive tasks only, which greedy_until says
+        self.checkpoint = open_checkpoint(name, self.evaluation.revision, needs_tags=False)
+        evaluation = self.evaluation
+        self.model = load_model(
+            self.checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
+        )
+        # LightEval makes folders of the name: an absolute one would put its results into the model's own folder
+        self.config = config.model_copy(update={"model_name": self.checkpoint.name.strip("/").replace("/", "--")})
+        self._cache = SampleCache(self.config)  # not used: it tells models apart by name, not by weights
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.checkpoint.tokenizer
+
+    @property
+    def add_special_tokens(self) -> bool:
+        """The chat template adds them."""
+        return False
+
+    @property
+    def max_length(self) -> int:
+        """The model's context."""
+        return self.checkpoint.config.max_position_embeddings
+
+    def greedy_until(self, docs: list[Doc]) -> list[ModelResponse]:
+        """Answer documents, all those of one mode at once.
+
+        Raises:
+            ValueError: if the model cannot answer in a task's mode.
+        """
+        responses: dict[int, ModelResponse] = {}
+        for mode in Mode:
+            of_mode = [(number, doc) for number, doc in enumerate(docs) if doc.specific["mode"] == mode.value]
+            if of_mode:
+                responses |= self._answer(mode, of_mode)
+        return [responses[number] for number in range(len(docs))]
+
+    def _answer(self, mode: Mode, docs: list[tuple[int, Doc]]) -> dict[int, ModelResponse]:
+        """Answer the documents of a mode; each task's budget bounds the model's own."""
+        if mode is not Mode.AUTOREGRESSIVE and not self.checkpoint.has_tags:
+            raise ValueError(
+                f"{self.checkpoint.name} has no control tags and cannot branch; "
+                "ask it tasks that end in :autoregressive"
+            )
+        budgets = {doc.generation_size for _, doc in docs if doc.generation_size is not None}
+        budget = min([self.evaluation.max_new_tokens, *budgets])
+        evaluation = dataclasses.replace(self.evaluation, mode=mode, max_new_tokens=budget)
+        trials = [
+            Trial(TASKS[f"mv:{_stem(doc.task_name)}"], Instance(str(number), doc.query, doc.choices[0]), sample,
+                sample_seed(evaluation.seed, sample))
+            for number, doc in docs
+            for sample in range(doc.num_samples)
+        ]  # fmt: skip
+        answers = {
+            (int(each.trial.problem.id), each.trial.sample): each
+            for each in answer_trials(evaluation, self.checkpoint, self.model, trials)
+        }
+        responses = {}
+        for number, doc in docs:
+            of_doc = [answers[number, sample] for sample in range(doc.num_samples)]
+            doc.specific[MEASURES] = [{name: getattr(each.stats, name) for name in MEASURED} for each in of_doc]
+            responses[number] = ModelResponse(
+                input=doc.query,
+                text=[each.document for each in of_doc],
+                output_tokens=[each.ids for each in of_doc],
+            )
+        return responses
+
+    def loglikelihood(self, docs: list[Doc]) -> list[ModelResponse]:
+        """Not offered: the tasks here generate."""
+        raise NotImplementedError("this adapter generates; for log-likelihoods use lighteval accelerate")
+
+    def loglikelihood_rolling(self, docs: list[Doc]) -> list[ModelResponse]:
+        """Not offered: the tasks here generate."""
+        raise NotImplementedError("this adapter generates; for perplexities use lighteval accelerate")
+
+
+def _stem(task_name: str) -> str:
+    """Give ``math_500`` of ``mv:math_500:zero|0``."""
+    return task_name.partition("|")[0].split(":")[1]

@@ -1,0 +1,202 @@
+"""The tasks for LightEval 0.13: ``--custom-tasks multiverse_hf.evaluation.lighteval.tasks``.
+
+``mv:math_500`` asks in parallel; ``mv:math_500:zero`` and ``mv:math_500:autoregressive`` with the sequential suffix,
+the latter, through the adapter, one token after the other. So too for aime24, aime25, gpqa_diamond and chains.
+Prompts, answers and rules are those of ``multiverse eval``. ``mv:math_500@n=4|0`` draws four answers to each problem.
+
+LightEval has no options of tasks; these environment variables stand in for them:
+
+- ``MULTIVERSE_DATA_DIR``: folder with local rows, as ``multiverse eval --data-dir``. Other tasks come from the Hub.
+- ``MULTIVERSE_MAX_NEW_TOKENS``: the length budget (default 32768, the paper's context).
+"""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lighteval.metrics.metrics_sample import SampleLevelComputation, SamplingMetric
+from lighteval.metrics.utils.metric_utils import SampleLevelMetric
+from lighteval.models.model_output import ModelResponse
+from lighteval.tasks.lighteval_task import LightevalTaskConfig
+from lighteval.tasks.requests import Doc, SamplingMethod
+
+from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.answers import AnswerKind, judge
+from multiverse_hf.evaluation.lighteval.measures import MEASURES, measure_transformers
+from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_rows
+from multiverse_hf.judging.verifier import Verifier
+from multiverse_hf.outputs import new_folder
+
+BUDGET = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", MAX_NEW_TOKENS))
+DATA_DIR = Path(os.environ["MULTIVERSE_DATA_DIR"]) if os.environ.get("MULTIVERSE_DATA_DIR") else None
+
+
+# Metrics: thin over evaluation/metrics.py
+
+
+@functools.cache
+def _verifier() -> Verifier:
+    return Verifier()
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _is_right(kind: str, gold: str, text: str) -> bool:
+    """Judge an answer, once for all metrics."""
+    return judge(AnswerKind(kind), gold, text, _verifier()).correct
+
+
+class OfVerdicts(SamplingMetric, SampleLevelComputation):
+    """A metric of which of a problem's answers are right.
+
+    Args:
+        compute_one: makes a number of the verdicts.
+        n: answers to each problem; ``task@n=4`` sets it.
+    """
+
+    def __init__(self, compute_one: Callable[[list[bool]], float], n: int = 1) -> None:
+        super().__init__()
+        self.compute_one, self.n = compute_one, n
+
+    def num_samples(self) -> int:
+        """Answers to each problem."""
+        return self.n
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        """Judge the texts as they were generated: rules are of where in a document the answer stands."""
+        return self.compute_one([_is_right(doc.specific["kind"], doc.choices[0], t) for t in model_response.text])
+
+
+class OfAnswers(SampleLevelComputation):
+    """A metric of the answers' texts, or of what the engine counted (``doc.specific``)."""
+
+    def __init__(self, compute_one: Callable[[list[str], list[Mapping[str, Any]]], float]) -> None:
+        self.compute_one = compute_one
+
+    def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
+        """Return the number."""
+        return self.compute_one(model_response.text, doc.specific[MEASURES])
+
+
+class MeasuredMetric(SampleLevelMetric):
+    """A metric of what the engine counted; there is none where the backend counted nothing.
+
+    Only the adapter and ``accelerate`` count. LightEval's table takes no None, and its JSON file no NaN.
+    """
+
+    def compute_sample(self, **of: Any) -> dict[str, float]:
+        """Return the metric by its name."""
+        return super().compute_sample(**of) if MEASURES in of["doc"].specific else {}
+
+
+def _mean_of(name: str) -> Callable[[list[str], list[Mapping[str, Any]]], float]:
+    return lambda texts, measures: sum(each[name] for each in measures) / len(measures)
+
+
+def make_metrics() -> list[SampleLevelMetric]:
+    """Make the metrics of a task; ``@n=4`` changes them, so each task has its own."""
+    computations = {
+        "pass@1": OfVerdicts(lambda verdicts: pass_at_k(len(verdicts), sum(verdicts), 1)),
+        "avg@n": OfVerdicts(avg_at_n),
+        "# parallel": OfAnswers(_mean_of("parallelism")),
+        "length": OfAnswers(_mean_of("length")),
+        "tokens": OfAnswers(_mean_of("num_tokens")),
+        "parallel rate": OfAnswers(lambda texts, measures: parallel_rate([each["num_forks"] for each in measures])),
+        "well-formed": OfAnswers(lambda texts, measures: sum(map(is_well_formed, texts)) / len(texts)),
+    }
+    return [
+        (MeasuredMetric if isinstance(computation, OfAnswers) else SampleLevelMetric)(
+            metric_name=name,
+            higher_is_better=name not in ("length", "tokens"),
+            category=SamplingMethod.GENERATIVE,
+            sample_level_fn=computation,
+            corpus_level_fn=np.mean,
+        )
+        for name, computation in computations.items()
+    ]
+
+
+# Tasks
+
+
+def prompt_function(task: Task, mode: Mode) -> Callable[[Mapping[str, Any], str], Doc]:
+    """Give what makes a document of a row."""
+
+    def make_doc(row: Mapping[str, Any], task_name: str) -> Doc:
+        problem = task.read(row)
+        specific = {"kind": task.kind.value, "mode": mode.value, "id": problem.id}
+        return Doc(
+            task_name=task_name, query=problem.prompt(mode), choices=[problem.gold], gold_index=0, specific=specific
+        )
+
+    return make_doc
+
+
+def local_dataset(task: Task, data_dir: Path | None) -> Path:
+    """Put rows that do not come from the Hub where ``load_dataset`` reads them: a folder with ``test.parquet``.
+
+    All columns are text there. It would guess types of JSON, and take some answers for dates.
+    """
+    import pyarrow
+    import pyarrow.parquet
+    from huggingface_hub.constants import HF_HOME
+
+    rows = [row for _, row in read_rows(task, data_dir)[0]]
+    names = sorted({name for row in rows for name in row})
+    table = {name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names}
+    digest = hashlib.blake2b(json.dumps(table).encode(), digest_size=8).hexdigest()
+    folder = Path(HF_HOME, "multiverse_hf", f"{task.stem}-{digest}")
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(folder) as part:
+            schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+            pyarrow.parquet.write_table(pyarrow.table(table, schema=schema), part / "test.parquet")
+    return folder
+
+
+def _is_local(task: Task) -> bool:
+    if task.dataset is None:
+        return True
+    if DATA_DIR is None:
+        return False
+    try:
+        find_file(task, DATA_DIR)
+    except CommandError:  # the folder need not hold every task
+        return False
+    return True
+
+
+def make_tasks() -> list[LightevalTaskConfig]:
+    """Make every task in every mode."""
+    configs = []
+    for task in TASKS.values():
+        local = _is_local(task)
+        repo, subset, split = task.dataset, task.config or "default", task.split
+        if local:
+            repo, subset, split = str(local_dataset(task, DATA_DIR)), "default", "test"
+        for mode in Mode:
+            configs.append(
+                LightevalTaskConfig(
+                    name=task.name if mode is Mode.PARALLEL else f"{task.name}:{mode.value}",
+                    prompt_function=prompt_function(task, mode),
+                    hf_repo=repo,
+                    hf_subset=subset,
+                    hf_avail_splits=[split],
+                    evaluation_splits=[split],
+                    few_shots_split=split,
+                    metrics=make_metrics(),
+                    generation_size=BUDGET,
+                    stop_sequence=[],
+                    version=task.version,
+                )
+            )
+    return configs
+
+
+measure_transformers()
+TASKS_TABLE = make_tasks()
