@@ -87,6 +87,7 @@ REFUSED = {
     "custom_generate": (print, "base class"),
     "synced_gpus": (True, "gather the weights"),
     "past_key_values": ((), "input_ids"),
+    "cache": ((), "input_ids"),
     "inputs_embeds": (torch.zeros(1, 3, 32), "input_ids"),
     "logits_to_keep": (1, "leave it out"),
     "position_ids": (torch.arange(3)[None], "attention_mask"),

@@ -102,6 +102,7 @@ REFUSED_ARGUMENTS = {
     "custom_generate": ((), "call it on a model of the base class"),
     "synced_gpus": ((False,), "gather the weights, then let each process generate by itself"),
     "past_key_values": ((), "pass the whole text as input_ids"),
+    "cache": ((), "pass the whole text as input_ids"),
     "inputs_embeds": ((), "pass input_ids"),
     "logits_to_keep": ((), "leave it out: the engine computes the logits it chooses from"),
     "position_ids": ((), "leave it out: positions follow from the tags and from attention_mask"),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .hooks import evaluating
+from .hooks import CACHE, evaluating
 
 COPIES = 3  # outside the pool there is room for one copy in so many slots
 SCRATCH = 1  # slots before the first extent: padding queries write there and read there
@@ -260,7 +260,7 @@ def bytes_per_entry(model: Any) -> int:
     cache = DynamicCache()
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     with evaluating(model):
-        model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=ids, use_cache=True, **{CACHE: cache})
     return sum(
         states.numel() * states.element_size() for layer in cache.layers for states in (layer.keys, layer.values)
     )

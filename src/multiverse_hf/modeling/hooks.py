@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .attention import SLIDING, document_masks, layer_kinds, pad_layouts, to_additive
 from .chunked import CHUNKED
@@ -25,9 +26,19 @@ from .layout import has_block, is_plain
 from .tags import TagSet
 from .traced import lay_out, refuse_blocks
 
-_BACKBONE = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
+# What models call the cache among their arguments: "cache" from transformers 5.24 on.
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_BACKBONE = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
 _MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
 _HOOKED = "_multiverse_hooked"  # keyword that tells ``forward`` that the hooks run around it
+
+
+def named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments of a call by name, the cache by the name that this version of transformers has for it."""
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    if CACHE != "past_key_values" and "past_key_values" in kwargs:
+        kwargs.setdefault(CACHE, kwargs.pop("past_key_values"))
+    return kwargs
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +67,7 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
     Raises:
         ValueError: if a row holds ``</Goal>`` and comes after a cache, or a cache with laid-out rows is gone on with.
     """
-    mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+    mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
     if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
         return None  # the caller brought its own mask
     if kwargs.get("segment_ids") is not None or is_plain():  # last, as a tracer cannot read a context variable
@@ -136,7 +147,7 @@ class LayoutHook:
     def __call__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = {**dict(zip(_BACKBONE, args, strict=False)), **kwargs}
+        kwargs = named(_BACKBONE, args, kwargs)
         if is_traced(module, kwargs):
             return (), self._trace(module, kwargs)
         rows = read_rows(module, kwargs, self.tags)
@@ -160,7 +171,7 @@ class LayoutHook:
 
     def _trace(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments under ``torch.compile`` or ``torch.export``."""
-        ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             mark = torch.as_tensor(getattr(cache, _MARK, False))
             return {**kwargs, "input_ids": refuse_blocks(ids, mark, self.tags.close("goal"))}
@@ -177,10 +188,10 @@ class LayoutHook:
 
     def _mark_cache(self, module: Any, kwargs: dict[str, Any], mark: bool | torch.Tensor = True) -> None:
         """Mark the cache that this call fills, so that no later call goes on from it as if it held causal text."""
-        cache, use_cache = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        cache, use_cache = kwargs.get(CACHE), kwargs.get("use_cache")
         use_cache = module.config.use_cache if use_cache is None else use_cache
         if cache is None and use_cache and not (module.training and getattr(module, "gradient_checkpointing", False)):
-            cache = kwargs["past_key_values"] = DynamicCache(config=module.config)  # as the backbone would make it
+            cache = kwargs[CACHE] = DynamicCache(config=module.config)  # as the backbone would make it
         if cache is not None:
             setattr(cache, _MARK, mark)
 
@@ -203,7 +214,7 @@ class ForcedTokenHooks:
     def _forced(self, module: Any, kwargs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the ids of the rows and where they hold forced tokens, (B, L) each; None if nothing is to be done."""
         if is_traced(module, kwargs):
-            ids, cache = kwargs["input_ids"], kwargs.get("past_key_values")
+            ids, cache = kwargs["input_ids"], kwargs.get(CACHE)
             if cache is not None and cache.get_seq_length() > 0:
                 return None
             _, _, forced, _ = lay_out(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), self.text)
@@ -238,7 +249,7 @@ class ForcedTokenHooks:
     def _ignore_labels(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], module: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        kwargs = named(self.names, args, kwargs)
         labels, shifted = kwargs.get("labels"), kwargs.get("shift_labels")
         if (labels is None and shifted is None) or (found := self._forced(module, kwargs)) is None:
             return (), kwargs

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .attention import SLIDING, layer_kinds, to_additive
 from .cache import LogCache
 from .decoding import PACKED, TURN, Piece, Step, attend_eager, attend_sdpa
-from .hooks import evaluating, uncompiled
+from .hooks import CACHE, evaluating, uncompiled
 from .pages import ROUND, choose_pages
 from .state import Sequence
 from .static import StaticRunner, can_capture
@@ -143,7 +143,7 @@ class ModelRunner:
             input_ids=torch.tensor(ids, device=device)[None],
             position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
             attention_mask=self._masks(masked),
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=self._places(rows or [0]),
             multiverse_step=Step(pieces, attend_eager if self.is_eager else attend_sdpa),
@@ -194,7 +194,7 @@ class ModelRunner:
                 input_ids=torch.tensor(sequence.ids[first:end], device=device)[None],
                 position_ids=torch.from_numpy(sequence.positions[first:end])[None].to(device),
                 attention_mask=self._masks([(alone, Piece(alone.queries, slice(base, base + end), slice(0, end)))]),
-                past_key_values=self.cache,
+                **{CACHE: self.cache},
                 use_cache=True,
                 logits_to_keep=self._places(rows),
             )

@@ -17,6 +17,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from .cache import LogCache
+from .hooks import CACHE
 
 if TYPE_CHECKING:
     from .runner import Reading
@@ -225,7 +226,7 @@ class StaticShape:
             input_ids=inputs["ids"][None],
             position_ids=inputs["positions"][None],
             attention_mask=torch.zeros(1, 1, 1, 1, dtype=self.model.dtype, device=base.device),  # the model makes none
-            past_key_values=self.cache,
+            **{CACHE: self.cache},
             use_cache=True,
             logits_to_keep=inputs["rows"],
             multiverse_step=StaticStep(inputs["places"], inputs["queries"], mask),
