@@ -6,18 +6,21 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, install_line, one_line
+
 try:
+    if sys.stderr.isatty() and not {"-h", "--help"} & set(sys.argv):
+        print("loading torch, transformers and datasets", file=sys.stderr)
     import datasets  # noqa: F401 - used when the work is done, which is late to say that it is missing
     import matplotlib  # noqa: F401
     from tqdm.auto import tqdm
 except ModuleNotFoundError as err:
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {err.name} is missing; pip install -e '.[train]'") from None
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {err.name} is missing; {install_line('train')}") from None
 
 from multiverse_hf.checkpoints import EMBEDDED, EMBEDDED_NAMES
 from multiverse_hf.data.examples import Example, ExampleReader
 from multiverse_hf.data.folders import DROPPED, About, write_dataset
 from multiverse_hf.data.measures import Ruler
-from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, one_line
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.outputs import check_new_folder, new_folder
 

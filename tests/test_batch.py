@@ -22,7 +22,8 @@ from multiverse_hf.batch.rows import Folder, append_rows, check_input, merge, re
 from multiverse_hf.cli import run
 from multiverse_hf.data.chains import Kind, sample_problem
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, Suffix
-from multiverse_hf.errors import CommandError
+from multiverse_hf.errors import CommandError, install_line
+from multiverse_hf.jobs import watch
 from multiverse_hf.jobs.folders import write_row
 
 pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
@@ -539,6 +540,16 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path, capfd: pytes
         assert call(capfd, "--input", source, "--output", folder, *SHORT).returncode == 0
 
 
+def test_a_log_says_how_far_a_run_is(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
+    monkeypatch.setattr(watch, "FIRST_S", 0)
+    monkeypatch.setattr(watch, "EVERY_S", 0)
+    source = tmp_path / "in.jsonl"
+    write_problems(source, 2)
+    done = call(capfd, "--input", source, "--output", tmp_path / "out")
+    assert done.returncode == 0
+    assert re.search(r"^[0-2] of 2 rows after \d+ s", done.stderr, re.MULTILINE)
+
+
 def test_a_missing_package_is_told_with_the_line_that_installs_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -547,10 +558,10 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(
     command = ("--input", source, "--output", tmp_path / "out")
     monkeypatch.setitem(sys.modules, "ray", None)
     done = call(capfd, *command, "--executor", "ray")
-    assert (done.returncode, "pip install 'multiverse_hf[ray]'" in done.stderr) == (1, True)
+    assert (done.returncode, install_line("ray") in done.stderr) == (1, True)
     monkeypatch.setitem(sys.modules, "datatrove", None)
     done = call(capfd, *command)
-    assert (done.returncode, "pip install 'multiverse_hf[batch]'" in done.stderr) == (1, True)
+    assert (done.returncode, install_line("batch") in done.stderr) == (1, True)
 
 
 def test_workers_of_a_machine_share_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -89,6 +90,50 @@ def damaged(folder: Path, tmp_path: Path) -> Path:
 
 
 # What it prints
+
+
+def test_the_built_in_model_says_that_it_only_adds_chains(capfd):
+    done = call(capfd, "generate", "--plain", "--max-new-tokens", "8", "What is the capital of France?")
+    assert "only adds chains" in done.stderr
+    assert "--model" in done.stderr
+    assert (
+        "only adds" not in call(capfd, "generate", "--plain", "--max-new-tokens", "8", "A=5+6; B=7+8; total?").stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("origin", "line"),
+    [
+        (None, "pip install 'multiverse_hf[eval]'"),
+        ({"url": "https://host/x.whl", "archive_info": {}}, "pip install 'multiverse_hf[eval]'"),
+        (
+            {"url": "https://host/repo", "vcs_info": {"vcs": "git", "commit_id": "1"}},
+            "pip install 'multiverse_hf[eval] @ git+https://host/repo'",
+        ),
+        ({"dir_info": {"editable": True}}, "pip install -c '{0}/constraints.txt' -e '{0}[eval]'"),
+        ({"dir_info": {}}, "pip install -c '{0}/constraints.txt' '{0}[eval]'"),
+    ],
+)
+def test_an_extra_is_installed_from_where_the_package_came(origin, line, tmp_path):
+    """In a process of its own, beside another distribution of this name."""
+    checkout, installed = tmp_path / "a checkout", tmp_path / "installed/multiverse_hf-9.dist-info"
+    checkout.mkdir()
+    installed.mkdir(parents=True)
+    for name in ("pyproject.toml", "constraints.txt"):
+        (checkout / name).write_text("")
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: multiverse_hf\nVersion: 9\n")
+    if origin is not None:
+        (installed / "direct_url.json").write_text(json.dumps({"url": checkout.as_uri()} | origin))
+    paths = os.pathsep.join([str(installed.parent), str(ROOT / "src")])
+    code = "from multiverse_hf.errors import install_line; print(install_line('eval'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shlex.split(done.stdout) == shlex.split(line.format(checkout))
 
 
 def test_help_fills_the_lines_of_a_narrow_terminal(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -61,9 +61,14 @@ def test_a_checkpoint_branches_with_nothing_but_torch_and_transformers(version, 
     variables |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
     (tmp_path / "ask.py").write_text(ASK)
     done = subprocess.run(
-        [python, "-W", "error::FutureWarning", "ask.py", saved, json.dumps(CHAT)], cwd=tmp_path, env=variables, capture_output=True, text=True,
-        timeout=600, check=False,
-    )  # fmt: skip
+        [python, "-W", "error::FutureWarning", "ask.py", saved, json.dumps(CHAT)],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["version"] == version

@@ -67,6 +67,11 @@ class Checkpoint:
         """Its vocabulary has the control tags; without them it can write no branches."""
         return bool(self.tokenizer.get_vocab().keys() & set(self.tags.names.tokens))
 
+    @property
+    def is_embedded(self) -> bool:
+        """It comes with this package and solves sums of chains only."""
+        return Path(self.path).parent == EMBEDDED.parent
+
     def encode(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """Tokenize a prompt: text or chat messages.
 

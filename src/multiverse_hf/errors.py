@@ -1,6 +1,33 @@
 """What commands and recipes end with when something is wrong: one line that names it and the way out."""
 
+import contextlib
+import json
+import shlex
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while running, Ctrl-C
+
+
+def install_line(extra: str) -> str:
+    """Return the command that installs an extra of this package, from where the package itself came.
+
+    There may be no release on an index: a checkout and a repository are named by their own address.
+    """
+    origin = {}
+    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
+        origin = json.loads(metadata.distribution("multiverse_hf").read_text("direct_url.json") or "{}")
+    url = str(origin.get("url", ""))
+    if "vcs_info" in origin:
+        return f"pip install 'multiverse_hf[{extra}] @ {origin['vcs_info']['vcs']}+{url}'"
+    folder = Path(unquote(urlsplit(url).path))
+    if url.startswith("file:") and (folder / "pyproject.toml").is_file():
+        pins = folder / "constraints.txt"
+        flags = ["-c", str(pins)] if pins.is_file() else []
+        flags += ["-e"] if origin.get("dir_info", {}).get("editable") else []
+        return shlex.join(["pip", "install", *flags, f"{folder}[{extra}]"])
+    return f"pip install 'multiverse_hf[{extra}]'"
 
 
 class CommandError(Exception):

@@ -4,6 +4,7 @@ datatrove and torch are imported inside functions, so that ``--help`` answers at
 """
 
 import secrets
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,6 +35,8 @@ def run_batch(batch: Batch) -> Outcome:
     """
     check_packages(batch.executor, "--input", {"datatrove": "batch"})
     begin = time.perf_counter()
+    if sys.stderr.isatty():
+        print("reading the rows, loading torch and transformers", file=sys.stderr)
     source, folder = batch.source.expanduser().absolute(), Folder(batch.output.expanduser().absolute(), batch.tasks)
     rows, digest = check_input(source)
     read = {"input": str(source), "input_sha256": digest, "rows": rows}

@@ -9,7 +9,7 @@ import typer
 from multiverse_hf.checkpoints import Dtype, load_weights, open_checkpoint, quiet
 from multiverse_hf.cli.options import DtypeOption, TracebackOption
 from multiverse_hf.cli.terminal import waiting
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.outputs import check_new_folder, new_folder
 
 
@@ -37,7 +37,7 @@ def merge(
 
             model, tokenizer = merge_adapter(adapter, base, dtype.value)
         except ModuleNotFoundError as err:
-            raise CommandError(f"{err.name} is missing; pip install 'multiverse_hf[train]'", FAILURE) from err
+            raise CommandError(f"{err.name} is missing; {install_line('train')}", FAILURE) from err
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
             raise CommandError(f"cannot merge {adapter}: {one_line(err)}") from err
         save_checkpoint(model, tokenizer, output, adapter / "run.json")

@@ -13,7 +13,7 @@ from multiverse_hf.curator.launch import FAILED, Progress
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.results import CurationFolder, read_outcomes
 from multiverse_hf.curator.tally import DISTANCE_STEP, PARALLELISM_STEP, Tally
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.jobs.folders import SETTINGS
 from multiverse_hf.outputs import write_output
 
@@ -50,7 +50,7 @@ def write_report(output: Path) -> Path:
     try:
         import matplotlib  # noqa: F401 - of another extra as well
     except ModuleNotFoundError as err:
-        raise CommandError(f"--report needs {err.name}: pip install 'multiverse_hf[curate]'", FAILURE) from err
+        raise CommandError(f"--report needs {err.name}: {install_line('curate')}", FAILURE) from err
     path = output.expanduser().absolute()
     try:
         stored = json.loads((path / SETTINGS).read_bytes())

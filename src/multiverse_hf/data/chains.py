@@ -125,6 +125,15 @@ def parse_problem(text: str) -> Problem:
     return problem
 
 
+def is_problem(text: str) -> bool:
+    """Return whether a text is a problem of this family, with or without a suffix."""
+    try:
+        parse_problem(text)
+    except ValueError:
+        return False
+    return True
+
+
 def _parse_chain(text: str) -> Chain:
     match = _CHAIN.fullmatch(text)
     if match is None:

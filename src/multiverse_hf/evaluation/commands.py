@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from multiverse_hf.checkpoints import quiet
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
@@ -79,7 +79,7 @@ def check_packages() -> None:
 
     for module in ("pyarrow", "matplotlib"):
         if importlib.util.find_spec(module) is None:
-            raise CommandError(f"{module} is missing; pip install 'multiverse_hf[eval]'", FAILURE)
+            raise CommandError(f"{module} is missing; {install_line('eval')}", FAILURE)
 
 
 def command_line() -> str:

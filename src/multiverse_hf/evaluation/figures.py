@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError, install_line
 
 DPI = 120
 
@@ -19,7 +19,7 @@ def make_figure(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tu
     try:
         from matplotlib.figure import Figure  # without pyplot, which looks for a display
     except ModuleNotFoundError as err:
-        raise CommandError("figures need matplotlib; pip install 'multiverse_hf[eval]'", FAILURE) from err
+        raise CommandError(f"figures need matplotlib; {install_line('eval')}", FAILURE) from err
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False)[0].tolist()
     for each in axes:

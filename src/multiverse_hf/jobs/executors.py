@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError, install_line
 from multiverse_hf.jobs.options import Executor, Job
 from multiverse_hf.jobs.processes import end_forks_with_this_process
 
@@ -41,9 +41,9 @@ def check_packages(executor: Executor, option: str, needed: Mapping[str, str]) -
         raise CommandError(f"{option} needs Linux or macOS; under Windows use WSL", FAILURE)
     for module, extra in needed.items():
         if importlib.util.find_spec(module) is None:
-            raise CommandError(f"{option} needs {module}: pip install 'multiverse_hf[{extra}]'", FAILURE)
+            raise CommandError(f"{option} needs {module}: {install_line(extra)}", FAILURE)
     if executor is Executor.RAY and importlib.util.find_spec("ray") is None:
-        raise CommandError("--executor ray needs Ray: pip install 'multiverse_hf[ray]'", FAILURE)
+        raise CommandError(f"--executor ray needs Ray: {install_line('ray')}", FAILURE)
     if executor is Executor.SLURM and "SLURM_ARRAY_TASK_ID" in os.environ:
         raise CommandError("--executor slurm cannot be used inside a job array; run it where you log in")
     from loguru import logger

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +16,14 @@ from rich.table import Column
 from multiverse_hf.jobs.folders import JobFolder, count_lines
 
 WATCH_S = 0.5
+FIRST_S, EVERY_S = 5, 30  # where nobody sees the bar, in a log: lines that say how far the run is
 FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures; and of all but the bar
 
 
 class Watch:
-    """Looks after a run from a thread: shows in a terminal how far it is, and ends it when a worker was killed.
+    """Looks after a run from a thread: shows how far it is, and ends it when a worker was killed.
+
+    A terminal has a bar. A log has a line after 5 s, and then every 30 s.
 
     A pool whose worker is killed would wait for its task for ever.
     """
@@ -59,9 +63,14 @@ class Watch:
             counts: dict[int, tuple[int, int]] = {}
             alive: set[int] = set()
             missing: set[int] = set()
+            begin = time.monotonic()
+            next_line = begin + FIRST_S
             while not self._stop.wait(WATCH_S):
                 if shown:
                     self._show(progress, task, counts)
+                elif time.monotonic() >= next_line:
+                    next_line += EVERY_S
+                    self._say(time.monotonic() - begin, counts)
                 lost = {pid for pid in alive if not _is_alive(pid)}
                 # missing twice: at the end of a run they go away by themselves
                 if lost & missing and not self.has_lost_worker:
@@ -77,8 +86,13 @@ class Watch:
         if self._before is None:
             self._before = done
         rate = (done - self._before) / max(progress.tasks[0].elapsed or 0.0, WATCH_S)
-        note = _fit(f"{rate:.2g} rows/s · {self.describe()}", self._console.width - FIGURES)
+        speed = f"{rate:.2g} rows/s" if done > self._before else "loading, then the first rows"
+        note = _fit(f"{speed} · {self.describe()}", self._console.width - FIGURES)
         progress.update(task, completed=done, note=note)
+
+    def _say(self, seconds: float, counts: dict[int, tuple[int, int]]) -> None:
+        parts = [f"{self._count(counts)} of {self.rows} rows after {seconds:.0f} s", self.describe()]
+        print(" · ".join(part for part in parts if part), file=self._console.file, flush=True)
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
         """Count the rows that are finished, reading on where the last count ended."""

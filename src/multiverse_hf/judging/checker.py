@@ -14,7 +14,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.outputs import new_folder
 
 JUDGES = {"math-verify": "0.9.0", "latex2sympy2_extended": "1.11.0"}
@@ -80,7 +80,7 @@ def install(folder: Path) -> None:
                 lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr]
                 raise CommandError(
                     f"cannot install math-verify: {one_line(lines[-1], 200)}; with a network, run {COMMAND} once, "
-                    "or pip install 'multiverse_hf[eval]' in an environment without LightEval",
+                    f"or {install_line('eval')} in an environment without LightEval",
                     FAILURE,
                 )
     except subprocess.TimeoutExpired as err:
