@@ -66,6 +66,8 @@ clean:  ## remove caches and build outputs (.venv stays)
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch first and alone: resolved together with the rest, pip may fetch gigabytes of CUDA for a machine without a GPU.
+# pip's torch for Linux is a CUDA build. Without a GPU, uv fetches the CPU build, whose index it knows.
+WANTS_CPU_TORCH = test -z "$(TORCH_PIP_ARGS)" && test "$$(uname -s)" = Linux && ! command -v nvidia-smi rocm-smi >/dev/null
 $(TORCH): constraints.txt
 	@test -n "$(PYTHON)" || { \
 		echo "multiverse_hf needs Python 3.11 or newer, and none of $(PYTHONS) is that." >&2; \
@@ -76,6 +78,9 @@ $(TORCH): constraints.txt
 	@{ test -f $(BIN)/activate && $(PIP) --version >/dev/null 2>&1; } || $(PYTHON) -m venv $(VENV)
 	@echo "installing torch and what else is needed into $(VENV); the first time this takes minutes"
 	@echo "first torch:"
+	@$(WANTS_CPU_TORCH) || exit 0; $(PIP) install -q uv && UV_HTTP_RETRIES=1 $(BIN)/uv pip install -q \
+		--python $(BIN)/python --torch-backend=cpu -c constraints.txt torch 2>/dev/null || \
+		echo "PyTorch's index of CPU builds cannot be reached; pip takes what it finds"
 	$(PIP) install -c constraints.txt $(TORCH_PIP_ARGS) torch
 	@touch $@
 
@@ -85,11 +90,12 @@ $(CORE): $(TORCH) pyproject.toml
 	@touch $@
 
 $(DEV): $(TORCH) pyproject.toml
-	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev]'
+	@echo "then what development needs:"
+	$(PIP) install -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev]'
 	@touch $(CORE) $@
 
 # xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(ECOSYSTEM): $(DEV)
-	$(PIP) install -q -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev,ecosystem]' apache-tvm-ffi
+	$(PIP) install -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev,ecosystem]' apache-tvm-ffi
 	$(PIP) install -q -c constraints.txt --no-deps xgrammar
 	@touch $@
