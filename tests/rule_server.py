@@ -280,9 +280,10 @@ class Server:
             if behaviour.get("schema") is False:
                 message = "response_format of type json_schema is not supported by this model"
                 return send(writer, 400, {"error": {"message": message}})
-        dice = random.Random(hashlib.sha256(body).digest())
-        if dice.random() < behaviour.get("failures", 0) and self.failed[hash(body)] < 2:
-            self.failed[hash(body)] += 1
+        asked = json.dumps(request, sort_keys=True)  # which no client's way of writing JSON changes
+        dice = random.Random(hashlib.sha256(asked.encode()).digest())
+        if dice.random() < behaviour.get("failures", 0) and self.failed[hash(asked)] < 2:
+            self.failed[hash(asked)] += 1
             return await self.fail(dice.choice(behaviour.get("failing", FAILURES)), writer)
         user = request["messages"][-1]["content"]
         at = user.index("\n\n# Task: ")

@@ -19,11 +19,11 @@ from rapidfuzz.distance import Levenshtein
 
 from multiverse_hf.curator.answers import AnswerChecker, boxed, concluded_answers, final_answers
 from multiverse_hf.curator.assembly import parallelism, reasoning_of
-from multiverse_hf.curator.breaker import EndpointDown
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.checks import check_content, check_independence, distance
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
 from multiverse_hf.curator.endpoint import Endpoint, EndpointError
+from multiverse_hf.curator.health import EndpointDown
 from multiverse_hf.curator.options import load_settings
 from multiverse_hf.curator.replies import Reply, read_result, schema_of
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
@@ -594,7 +594,7 @@ def test_a_key_in_a_servers_own_words_is_hidden():
 
 
 def test_a_wait_longer_than_one_may_wait_ends_the_run_and_a_refused_input_does_not():
-    with pytest.raises(EndpointDown, match="asks to wait 86400 s; max_outage_s is 5"):
+    with pytest.raises(EndpointDown, match="asks to wait 86400 s, longer than 5 s; raise --max-outage"):
         ask_once((429, {}, {"Retry-After": "86400"}))
     with pytest.raises(Refusal, match="flagged"):
         ask_once((403, {"error": {"message": "the input was flagged"}}, {}))

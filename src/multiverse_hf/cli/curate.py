@@ -50,6 +50,10 @@ def curate(
     max_attempts: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Times a stage is asked; by default 4.")
     ] = None,
+    max_outage: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="Stop when calls fail for this long, none answered; by default 120."),
+    ] = None,
     judge: Annotated[
         bool | None, typer.Option("--judge/--no-judge", help="Have a model check that paths stand alone, too.")
     ] = None,
@@ -95,7 +99,7 @@ def curate(
         raise CommandError("no rows; name them with --input, or draw those of a run with --report")
     if source is not None:
         options = {"model": model, "base_url": base_url, "concurrency": concurrency, "seed": seed, "judge": judge}
-        options |= {"max_attempts": max_attempts, "subset": subset, "split": split}
+        options |= {"max_attempts": max_attempts, "max_outage_s": max_outage, "subset": subset, "split": split}
         cluster = {"partition": partition, "time": time, "sbatch": sbatch, "dry_run": dry_run or None}
         cluster |= {"cpus_per_task": cpus_per_task, "mem_per_cpu": mem_per_cpu}
         outcome = run_curation(

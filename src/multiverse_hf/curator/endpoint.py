@@ -1,35 +1,33 @@
-"""Calls of an OpenAI-compatible endpoint: bounded in number, tried again where that helps, counted.
-
-Over aiohttp itself: the openai client takes two to five times the CPU for a call, and its retries are neither counted
-nor known to the circuit breaker, and wait a minute at most whatever the endpoint asks for.
-"""
+"""Calls of an OpenAI-compatible endpoint: bounded in number, tried again where that helps, counted."""
 
 import asyncio
 import email.utils
-import itertools
+import errno
 import json
 import logging
-import random
+import os
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from typing import Any
 
-import aiohttp
+from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, Timeout
 from pydantic import BaseModel
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
 
-from multiverse_hf.curator.breaker import Breaker
 from multiverse_hf.curator.drafts import Refusal
+from multiverse_hf.curator.health import CallFailed, Health
 from multiverse_hf.curator.replies import Reply, schema_of
 
 logger = logging.getLogger(__name__)
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0  # between tries of one call, doubled each time
-_NO_SCHEMA = ("response_format", "schema", "structured", "guided", "grammar")
-_OF_THIS_CALL = ("context", "too long", "length", "too large", "filter", "policy", "moderation", "flagged", "safety")
+CONNECT_S = 10.0  # after which there is no such endpoint; an answer may take much longer
+_WAIT = wait_random_exponential(multiplier=0.5, max=30)  # between tries of one call, in seconds
+_NO_SCHEMA = re.compile("response_format|schema|structured|guided|grammar", re.IGNORECASE)
+_NO_SEED = re.compile(r"\bseed\b", re.IGNORECASE)
+_OF_THIS_CALL = re.compile("context|too long|length|too large|filter|policy|moderation|flagged|safety", re.IGNORECASE)
 _NOT_OFFERED = (400, 404, 415, 422, 501)
 _SHOWN = 300  # characters of an endpoint's message
 
@@ -44,7 +42,7 @@ class Endpoint:
     Attributes:
         counts: calls by what became of them: "answered", "rate limited", "server error", "timeout", "connection",
             "refused".
-        breaker: holds calls back while the endpoint is down.
+        health: holds calls back while the endpoint is down.
         takes_schema: whether replies are asked for by JSON schema; else as fenced text.
         takes_seed: whether requests say a seed; some endpoints refuse it.
     """
@@ -56,28 +54,32 @@ class Endpoint:
         concurrency: int = 64,
         timeout_s: float = 600.0,
         max_retries: int = 6,
-        max_outage_s: float = 900.0,
+        max_outage_s: float = 120.0,
         takes_schema: bool = True,
     ) -> None:
         self.counts: Counter[str] = Counter()
-        self.breaker = Breaker(max_outage_s)
+        self.health = Health(max_outage_s)
         self.takes_schema, self.takes_seed = takes_schema, True
-        self.timeout_s, self.max_retries, self.concurrency = timeout_s, max_retries, concurrency
-        self._url, self._key = f"{base_url.rstrip('/')}/chat/completions", api_key
+        self.timeout_s, self.max_retries = timeout_s, max_retries
+        self._url, self._key = base_url, api_key
         self._slots = asyncio.Semaphore(concurrency)
-        self._session: aiohttp.ClientSession | None = None
+        # its own retries are not counted, and do not know how other calls fare
+        self._connect_s = min(timeout_s, CONNECT_S)
+        timeout = Timeout(timeout_s, connect=self._connect_s)
+        self._client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout)
 
     async def __aenter__(self) -> "Endpoint":
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=self.concurrency),
-            headers={"Authorization": f"Bearer {self._key}", "Content-Type": "application/json"},
-            timeout=aiohttp.ClientTimeout(total=self.timeout_s),
-            proxy=_proxy(self._url),  # trust_env would look it up anew for each call, in another thread
-        )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._session.close()
+        await self._client.close()
+
+    @property
+    def trouble(self) -> str | None:
+        """What a user should know while no call is answered."""
+        if (reason := self.health.trouble) is None:
+            return None
+        return f"calls to {self._url} fail: {reason}; trying again until {self.health.max_outage_s:g} s have passed"
 
     async def ask(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
         """Make a call, as often as it takes.
@@ -92,151 +94,116 @@ class Endpoint:
             EndpointError: if no call can be.
             EndpointDown: if none was for long.
         """
-        request = self._write(body, name, form)  # not while a slot is held: a call could be on its way in it
-        async with self._slots:
-            failures = 0
-            for tries in itertools.count():
-                is_probe = await self.breaker.enter()
-                is_behind = (request.has_schema and not self.takes_schema) or (
-                    request.has_seed and not self.takes_seed
-                )
-                if is_behind:  # another call found that out meanwhile
-                    request = self._write(body, name, form)
-                try:
-                    reply = await self._send(request)
-                    self.breaker.succeed()
-                    self.counts["answered"] += 1
-                    return reply
-                except _NoSchema:
+        failures = 0  # while other calls were answered
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(CallFailed),
+            wait=lambda state: self.health.shorten(_WAIT(state)),
+            stop=lambda _: failures > self.max_retries,
+            reraise=True,
+        )
+        try:
+            async with self._slots:
+                async for attempt in retrying:
+                    with attempt:
+                        try:
+                            reply = await self.health.attempt(lambda: self._call(body, name, form))
+                            self.counts["answered"] += 1
+                            return reply
+                        except CallFailed as err:
+                            self.counts[err.kind] += 1
+                            failures += err.kind != "rate limited" and not self.health.is_down
+                            raise
+        except CallFailed as err:
+            raise Refusal("no answer", f"{failures} tries failed, the last with {err}") from err
+        raise AssertionError("unreachable: the last attempt raises")
+
+    async def _call(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
+        """Make one call; and at once another, if the endpoint turns out not to take a schema or a seed."""
+        while True:
+            request = self._write(body, name, form)
+            try:
+                return await self._send(request)
+            except APIStatusError as err:
+                said = self._hide(_message(err.body or err.response.reason_phrase))
+                if err.status_code in _NOT_OFFERED and "response_format" in request and _NO_SCHEMA.search(said):
                     self.takes_schema = False
-                    continue
-                except _NoSeed:
+                elif err.status_code in _NOT_OFFERED and "seed" in request and _NO_SEED.search(said):
                     if self.takes_seed:
                         logger.warning("the endpoint takes no seed; this run goes on without")
                     self.takes_seed = False
-                    continue
-                except _Failed as err:
-                    self._take_note(err)
-                    failures += err.kind != "rate limited" and not self.breaker.is_open
-                    if failures > self.max_retries:
-                        raise Refusal("no answer", f"{failures} tries failed, the last with {err}") from err
-                    # where the endpoint says how long, the breaker holds all calls back
-                    wait = 0.0 if err.retry_after_s else min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**tries)
-                finally:
-                    self.breaker.leave(is_probe)
-                await asyncio.sleep(wait * random.uniform(0.5, 1.0))
-        raise AssertionError("unreachable: the loop has no end")
+                else:
+                    raise self._judge(err, said) from err
 
-    def _take_note(self, err: "_Failed") -> None:
-        """Count a failure, and tell the breaker. A limit on the rate is no sign of an endpoint that is down.
-
-        Raises:
-            EndpointDown: if nothing was answered for long.
-        """
-        self.counts[err.kind] += 1
-        if err.retry_after_s:
-            self.breaker.hold_back(err.retry_after_s)
-        if err.kind == "rate limited":
-            self.breaker.check(str(err))
-        else:
-            self.breaker.fail(str(err))
-
-    async def _send(self, request: "_Request") -> Reply:
-        """Make one call."""
-        try:
-            async with self._session.post(self._url, data=request.data) as response:
-                content = await response.read()
-                if response.ok:
-                    return self._read(content)
-                status, retry_after_s = response.status, _retry_after(response.headers)
-        except TimeoutError as err:  # aiohttp's own are such as well
-            raise _Failed("timeout", f"no answer in {self.timeout_s:g} s") from err
-        except (aiohttp.ClientError, OSError) as err:
-            raise _Failed("connection", self._hide(f"{type(err).__name__}: {err}")) from err
-        said = self._hide(_message(content))
-        if request.has_schema and status in _NOT_OFFERED and any(word in said.lower() for word in _NO_SCHEMA):
-            raise _NoSchema
-        if request.has_seed and status in _NOT_OFFERED and re.search(r"\bseed\b", said, re.IGNORECASE):
-            raise _NoSeed
-        raise self._failure(status, said, retry_after_s)
-
-    def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> "_Request":
+    def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> dict[str, Any]:
         """Ask for a schema; or show it in the last message and ask for fenced text, where the endpoint takes none."""
-        schema = schema_of(form)
+        request, schema = dict(body), schema_of(form)
         if not self.takes_seed:
-            body = {field: value for field, value in body.items() if field != "seed"}
-        has_seed = "seed" in body
+            request.pop("seed", None)
         if self.takes_schema:
             wanted = {"type": "json_schema", "json_schema": {"name": name, "strict": True, "schema": schema}}
-            return _Request(json.dumps({**body, "response_format": wanted}).encode(), True, has_seed)
+            return request | {"response_format": wanted}
         *before, last = body["messages"]
         text = f"Answer with one JSON object of this schema, between ```json and ```:\n{json.dumps(schema)}"
-        messages = [*before, {**last, "content": f"{last['content']}\n\n{text}"}]
-        return _Request(json.dumps({**body, "messages": messages}).encode(), False, has_seed)
+        return request | {"messages": [*before, {**last, "content": f"{last['content']}\n\n{text}"}]}
 
-    def _failure(self, status: int, said: str, retry_after_s: float) -> Exception:
-        """Say what a status means."""
-        message = f"HTTP {status}: {said[:_SHOWN]}"
-        if status == 429 and "insufficient_quota" not in said:
-            return _Failed("rate limited", message, retry_after_s)
-        if status >= 500 or status in (408, 409, 425):
-            return _Failed("server error", message, retry_after_s)
-        is_named = any(word in said.lower() for word in _OF_THIS_CALL)
-        # without such a word a 403 may be a key that was revoked, which is no fault of the row
-        if (status in (400, 413, 422) and self.counts["answered"]) or (status in (400, 403, 413, 422) and is_named):
-            self.counts["refused"] += 1
-            return Refusal("no answer", message, is_final=True)
-        return EndpointError(message)
-
-    def _read(self, content: bytes) -> Reply:
-        """Read an answer; what is none is a fault of the server.
+    async def _send(self, request: Mapping[str, Any]) -> Reply:
+        """Make one call.
 
         Raises:
-            _Failed: then.
+            CallFailed: if there was no answer, or one that is none.
+            APIStatusError: if it was refused.
         """
+        known = {field: request[field] for field in ("model", "messages")}
+        others = {field: value for field, value in request.items() if field not in known}
         try:
-            data = json.loads(content)
+            async with asyncio.timeout(self.timeout_s):  # the client's own is for each piece of an answer
+                raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
+        except APITimeoutError as err:
+            raise CallFailed("timeout", f"no connection in {self._connect_s:g} s") from err
+        except TimeoutError as err:
+            raise CallFailed("timeout", f"no answer in {self.timeout_s:g} s") from err
+        except APIConnectionError as err:
+            raise CallFailed("connection", self._hide(_explain(err))) from err
+        data: Any = raw.http_response.text
+        try:
+            data = json.loads(data)
             choice, usage = data["choices"][0], data.get("usage")
             usage = usage if isinstance(usage, dict) else {}
             counted = (_count(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
             return Reply(_text(choice["message"].get("content")), choice.get("finish_reason"), *counted)
-        except (ValueError, LookupError, TypeError, AttributeError) as err:
-            said = self._hide(_message(content))
-            raise _Failed("server error", f"an answer that is none: {said[:_SHOWN]}") from err
+        except (ValueError, LookupError, TypeError, AttributeError) as err:  # a fault of the server
+            said = self._hide(_message(data.get("error", data) if isinstance(data, dict) else data))
+            raise CallFailed("server error", f"an answer that is none: {said[:_SHOWN]}") from err
+
+    def _judge(self, err: APIStatusError, said: str) -> Exception:
+        """Return what a refusal means: for this call's next try, for this call, or for all of them."""
+        status, message = err.status_code, f"HTTP {err.status_code}: {said[:_SHOWN]}"
+        if status == 429 and "insufficient_quota" not in said:
+            return CallFailed("rate limited", message, _retry_after(err.response.headers))
+        if status >= 500 or status in (408, 409, 425):
+            return CallFailed("server error", message, _retry_after(err.response.headers))
+        # without a word of it a 403 may be a key that was revoked, which is no fault of the row
+        if (status in (400, 413, 422) and self.counts["answered"]) or (
+            status in (400, 403, 413, 422) and _OF_THIS_CALL.search(said)
+        ):
+            self.counts["refused"] += 1
+            return Refusal("no answer", message, is_final=True)
+        return EndpointError(message)
 
     def _hide(self, text: str) -> str:
         """Take the key out of a message, should an endpoint say it."""
         return " ".join(text.split()).replace(self._key, "***")
 
 
-def _proxy(url: str) -> str | None:
-    """Give the proxy that the environment names for an address."""
-    parts = urlsplit(url)
-    return None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
-
-
-class _Request(NamedTuple):
-    """A request's bytes, and whether a schema and a seed are in them."""
-
-    data: bytes
-    has_schema: bool
-    has_seed: bool
-
-
-class _NoSchema(Exception):
-    """The endpoint takes no schema."""
-
-
-class _NoSeed(Exception):
-    """The endpoint takes no seed."""
-
-
-class _Failed(Exception):
-    """A call that may be made again."""
-
-    def __init__(self, kind: str, message: str, retry_after_s: float = 0.0) -> None:
-        super().__init__(message)
-        self.kind, self.retry_after_s = kind, retry_after_s
+def _explain(error: BaseException) -> str:
+    """Return why there was no connection: the error that all others were raised for."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    if isinstance(error, socket.gaierror):
+        return f"no such host ({error.strerror})"
+    if isinstance(error, OSError) and error.errno in errno.errorcode:
+        return os.strerror(error.errno).lower()
+    return f"{type(error).__name__}: {error}"
 
 
 def _text(content: Any) -> str:
@@ -251,14 +218,10 @@ def _count(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0
 
 
-def _message(content: bytes) -> str:
-    """Give an endpoint's own words: what OpenAI's have in ``error``, else all of it."""
-    try:
-        data = json.loads(content)
-        error = data.get("error", data)
-        return f"{error['message']} {error.get('code') or ''}" if isinstance(error, dict) else str(error)
-    except (ValueError, LookupError, AttributeError):
-        return content[:_SHOWN].decode(errors="replace")
+def _message(error: Any) -> str:
+    """Return an endpoint's own words: what OpenAI's have in ``message``, else all of it."""
+    is_usual = isinstance(error, dict) and "message" in error
+    return f"{error['message']} {error.get('code') or ''}" if is_usual else str(error)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

@@ -6,6 +6,7 @@ What needs the ``curate`` extra is imported inside functions, so that ``--help``
 import dataclasses
 import json
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from multiverse_hf.begun import explain_option
 from multiverse_hf.checkpoints import quiet
-from multiverse_hf.curator.options import Curation, Settings
+from multiverse_hf.curator.options import ANSWERS_AGAIN, Curation, Settings
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.executors import check_packages, cores, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.folders import count_lines
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 NEEDED = {
     "datatrove": "curate",
-    "aiohttp": "curate",
+    "openai": "curate",
+    "tenacity": "curate",
     "rapidfuzz": "curate",
     "math_verify": "curate",
 }
@@ -93,7 +95,7 @@ def run_curation(curation: Curation) -> Outcome:
             workers = min(curation.workers or cores(), curation.tasks)
             progress = Progress(folder, curation.settings)
             advice = ", with fewer --workers or a lower concurrency"
-            job = start_tasks(CurateRows(work), curation, workers, rows, PRELOAD, advice, progress.describe)
+            job = start_tasks(CurateRows(work), curation, workers, rows, PRELOAD, advice, progress)
             if job is not None:
                 return Outcome(folder.result, finished_before=before, job=job)
         if not folder.result.exists():
@@ -143,7 +145,7 @@ def _settle(curation: Curation, work: "Work", digest: str) -> None:
             return explain_option(name, stored, value)
         return f"with {name} {json.dumps(stored.get(name))}, now it is {json.dumps(value)}"
 
-    packages = ("aiohttp", "datatrove", "rapidfuzz", "math-verify")
+    packages = ("openai", "datatrove", "rapidfuzz", "math-verify")
     settle(work.folder, curation.output, asked, INFORMATION, explain, packages, is_dry_run=curation.cluster.dry_run)
 
 
@@ -166,34 +168,47 @@ def _read_summary(folder: "CurationFolder") -> dict[str, Any]:
 
 
 class Progress:
-    """Says in a few words how a run is doing, from what its tasks write down."""
+    """Says how a run is doing, from what its tasks write down."""
 
     def __init__(self, folder: "CurationFolder", settings: Settings) -> None:
         self.folder, self.settings = folder, settings
+        self._trouble = ""  # as it was told last
+        self._begin = time.time()
 
     def describe(self) -> str:
         """Give rejected rows, tokens, cost, and whether something is amiss."""
-        total, down = self.read()
+        total, troubles = self.read()
+        if not total:
+            return ""
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
-        parts = [f"{total.get('rejected', 0)} rejected", f"{(prompt + completion) / 1e6:.2f} M tokens"]
+        parts = ["no call is answered"] if troubles else []
+        parts += [f"{total.get('rejected', 0)} rejected", f"{(prompt + completion) / 1e6:.2f} M tokens"]
         if (cost := self.settings.cost(self.settings.model, prompt, completion)) is not None:
             parts.append(f"${cost:.2f}")
         if again := sum(total.get(f"calls {kind}", 0) for kind in FAILED):
             parts.append(f"{again} calls again")
-        if down:
-            parts.append("endpoint down, trying")
         return " · ".join(parts)
 
-    def read(self) -> tuple[dict[str, int], bool]:
-        """Add up what the tasks wrote last; and say whether one holds the endpoint to be down."""
-        total: dict[str, int] = {}
-        down = False
+    def news(self) -> str:
+        """Return what a user should know at once, if it is new: why no call is answered, or that calls are again."""
+        _, troubles = self.read()
+        before, self._trouble = self._trouble, "; ".join(sorted(troubles))
+        if self._trouble == before:
+            return ""
+        return self._trouble or ANSWERS_AGAIN
+
+    def read(self) -> tuple[dict[str, int], set[str]]:
+        """Add up what the tasks wrote last, and collect their troubles with the endpoint."""
+        total: Counter[str] = Counter()
+        troubles: set[str] = set()
         for task in range(self.folder.tasks):
+            path = self.folder.status(task)
             try:
-                status = json.loads(self.folder.status(task).read_bytes())
+                status, is_new = json.loads(path.read_bytes()), path.stat().st_mtime > self._begin
             except (OSError, ValueError):
                 continue
-            down |= bool(status.pop("is_down", False))
-            for name, count in status.items():
-                total[name] = total.get(name, 0) + count
-        return total, down
+            trouble = status.pop("trouble", None)
+            if trouble and is_new:  # an earlier run may have been killed in it
+                troubles.add(trouble)
+            total.update(status)
+        return total, troubles

@@ -22,6 +22,7 @@ OURS = {  # fields of a request that are said elsewhere, or whose answer nothing
     "stream": "replies are read whole",
 }
 ROUTER = "https://router.huggingface.co/v1"
+ANSWERS_AGAIN = "the endpoint answers again"  # said and logged after calls failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Settings:
         concurrency: calls of a task at once.
         timeout_s: of a call.
         max_retries: how often a call is made again that failed, while others do not.
-        max_outage_s: how long no call may be answered before the run stops.
+        max_outage_s: how long calls may fail, with none answered, before the run stops.
         prices: by model, of its prompts and completions, in US dollars for a million tokens.
     """
 
@@ -64,7 +65,7 @@ class Settings:
     concurrency: int = 64
     timeout_s: float = 600.0
     max_retries: int = 6
-    max_outage_s: float = 900.0
+    max_outage_s: float = 120.0
     prices: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
+from loguru import logger
+
 from multiverse_hf.curator.answers import AnswerChecker
-from multiverse_hf.curator.breaker import EndpointDown
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.curation import Curator, Outcome
 from multiverse_hf.curator.drafts import Limits
 from multiverse_hf.curator.endpoint import Endpoint, EndpointError
-from multiverse_hf.curator.options import Settings
+from multiverse_hf.curator.health import EndpointDown
+from multiverse_hf.curator.options import ANSWERS_AGAIN, Settings
 from multiverse_hf.curator.results import (
     CurationFolder,
     describe_bad_row,
@@ -72,14 +74,14 @@ class CurateRows(PartStep):
             try:
                 asyncio.run(_TaskRun(self.work, rank, world_size, finished, file).run())
             except BaseExceptionGroup as group:
-                raise _explain(group) from group
+                raise _explain(group, self.work.settings.base_url) from group
 
     def merge(self) -> None:
         """Write accepted and rejected rows, each in the input's order."""
         merge(self.work.folder, self.work.rows, self.work.settings)
 
 
-def _explain(group: BaseExceptionGroup) -> BaseException:
+def _explain(group: BaseExceptionGroup, url: str) -> BaseException:
     """Give what went wrong first, where it is the endpoint's fault with the way out."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
@@ -89,7 +91,7 @@ def _explain(group: BaseExceptionGroup) -> BaseException:
             f"the endpoint takes no calls: {error}; mend that, and give the same command again", FAILURE
         )
     if isinstance(error, EndpointDown):
-        return CommandError(f"the endpoint is down: {error}; the same command goes on later", FAILURE)
+        return CommandError(f"the endpoint {url} is down: {error}; then the same command goes on", FAILURE)
     return error
 
 
@@ -187,7 +189,11 @@ class _TaskRun:
             self.counts["completion_tokens"] += attempt.completion_tokens
 
     async def _keep_status(self) -> None:
+        logged = None
         while True:
+            if (trouble := self.endpoint.trouble) != logged:
+                logged = trouble
+                logger.warning(trouble or ANSWERS_AGAIN)
             self._write_status()
             await asyncio.sleep(STATUS_S)
 
@@ -196,9 +202,8 @@ class _TaskRun:
         status: dict[str, Any] = dict(self.counts)
         if self.endpoint is not None:
             calls = Counter({f"calls {name}": count for name, count in self.endpoint.counts.items()})
-            calls["outages"] = self.endpoint.breaker.num_opened
-            status = dict(self.counts + calls)
-            status["is_down"] = self.endpoint.breaker.is_open
+            calls["outages"] = self.endpoint.health.num_outages
+            status = dict(self.counts + calls) | {"trouble": self.endpoint.trouble}
         write_output(self.work.folder.status(self.rank), json.dumps(status) + "\n")
 
 

@@ -12,13 +12,16 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from multiverse_hf.errors import FAILURE, CommandError, install_line
 from multiverse_hf.jobs.options import Executor, Job
 from multiverse_hf.jobs.processes import end_forks_with_this_process
+
+if TYPE_CHECKING:
+    from multiverse_hf.jobs.watch import Notes
 
 
 def cores() -> int:
@@ -60,7 +63,7 @@ def start_tasks(
     rows: int,
     preload: Sequence[str],
     advice: str = "",
-    describe: Callable[[], str] | None = None,
+    notes: "Notes | None" = None,
 ) -> str | None:
     """Run the tasks that are open; give Slurm's number of the job where it is Slurm that will run them.
 
@@ -71,7 +74,7 @@ def start_tasks(
         rows: in all.
         preload: modules that workers need.
         advice: what helps when memory runs out.
-        describe: as for :class:`~.watch.Watch`.
+        notes: as for :class:`~.watch.Watch`.
 
     Raises:
         CommandError: if a task fails.
@@ -84,7 +87,7 @@ def start_tasks(
         return _submit_slurm(slurm_executor(step, job))
     from multiverse_hf.jobs.watch import Watch
 
-    with Watch(folder, rows, describe) as watch:
+    with Watch(folder, rows, notes) as watch:
         try:
             if job.executor is Executor.RAY:
                 _run_ray(step, job)

@@ -5,8 +5,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import multiprocess
 from rich.console import Console
@@ -20,23 +19,33 @@ FIRST_S, EVERY_S = 5, 30  # where nobody sees the bar, in a log: lines that say 
 FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures; and of all but the bar
 
 
+class Notes(Protocol):
+    """What else there is to know of a run."""
+
+    def describe(self) -> str:
+        """Return it in a few words, parted by middle dots, for the end of the bar."""
+
+    def news(self) -> str:
+        """Return a line of it that has not been shown yet, or no text."""
+
+
 class Watch:
     """Looks after a run from a thread: shows how far it is, and ends it when a worker was killed.
 
-    A terminal has a bar. A log has a line after 5 s, and then every 30 s.
+    A terminal has a bar. A log has a line after 5 s, and then every 30 s. Both have news at once.
 
     A pool whose worker is killed would wait for its task for ever.
     """
 
-    def __init__(self, folder: JobFolder, rows: int, describe: Callable[[], str] | None = None) -> None:
+    def __init__(self, folder: JobFolder, rows: int, notes: Notes | None = None) -> None:
         """Look after a run.
 
         Args:
             folder: of it.
             rows: in all.
-            describe: says in a few words what else there is to know.
+            notes: what else is shown.
         """
-        self.folder, self.rows, self.describe = folder, rows, describe or str
+        self.folder, self.rows, self.notes = folder, rows, notes
         self.has_lost_worker = False
         self._before: int | None = None  # rows that were there when it was first shown
         self._stop = threading.Event()
@@ -66,6 +75,8 @@ class Watch:
             begin = time.monotonic()
             next_line = begin + FIRST_S
             while not self._stop.wait(WATCH_S):
+                if self.notes is not None and (line := self.notes.news()):
+                    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
                 if shown:
                     self._show(progress, task, counts)
                 elif time.monotonic() >= next_line:
@@ -86,13 +97,16 @@ class Watch:
         if self._before is None:
             self._before = done
         rate = (done - self._before) / max(progress.tasks[0].elapsed or 0.0, WATCH_S)
-        speed = f"{rate:.2g} rows/s" if done > self._before else "loading, then the first rows"
-        note = _fit(f"{speed} · {self.describe()}", self._console.width - FIGURES)
-        progress.update(task, completed=done, note=note)
+        speed = f"{rate:.2g} rows/s" if done > self._before else ""
+        said = " · ".join(filter(None, (speed, self._describe()))) or "loading, then the first rows"
+        progress.update(task, completed=done, note=_fit(said, self._console.width - FIGURES))
 
     def _say(self, seconds: float, counts: dict[int, tuple[int, int]]) -> None:
-        parts = [f"{self._count(counts)} of {self.rows} rows after {seconds:.0f} s", self.describe()]
-        print(" · ".join(part for part in parts if part), file=self._console.file, flush=True)
+        parts = [f"{self._count(counts)} of {self.rows} rows after {seconds:.0f} s", self._describe()]
+        print(" · ".join(filter(None, parts)), file=self._console.file, flush=True)
+
+    def _describe(self) -> str:
+        return self.notes.describe() if self.notes is not None else ""
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
         """Count the rows that are finished, reading on where the last count ended."""
@@ -106,7 +120,6 @@ class Watch:
 
 def _fit(note: str, width: int) -> str:
     """Drop what there is no room for, whole parts from the end."""
-    note = note.removesuffix(" · ")
     while len(note) > width and note:
         note = note.rpartition(" · ")[0]
     return note
