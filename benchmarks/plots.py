@@ -29,8 +29,23 @@ def make_axes(x_label: str, y_label: str) -> tuple[Any, Any]:
     return figure, axes
 
 
+def plain_ticks(axis: Any) -> None:
+    """Label a logarithmic axis at its powers, or where it spans few of them, at plain numbers."""
+    from matplotlib.ticker import AutoLocator
+
+    low, high = sorted(axis.get_view_interval())
+    if sum(low <= place <= high for place in axis.get_majorticklocs()) < 3:
+        axis.set_major_locator(AutoLocator())
+        axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")  # by default 5.8 x 10^0
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure, whole or not at all: it is drawn before the file is opened."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == "log":
+                plain_ticks(axis)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     path.write_bytes(picture.getvalue())

@@ -212,6 +212,19 @@ def test_an_answer_is_laid_out_to_the_token_or_refused(num_tokens: int, num_path
     assert answer.length == 1 + answer.path_tokens + conclusion
 
 
+def test_logarithmic_axes_have_plain_labels(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots = load("plots")
+    figure, axes = plots.make_axes("x", "y")
+    axes.set_yscale("log", base=10)
+    axes.plot([1, 2, 4], [5.5, 6, 9])  # no power of ten in view
+    plots.save(figure, tmp_path / "plot.png")
+    for labels, shown in ((axes.get_xticklabels(which="both"), "2"), (axes.get_yticklabels(which="both"), "7")):
+        texts = {label.get_text() for label in labels} - {""}
+        assert shown in texts
+        assert all(float(text) > 0 for text in texts)
+
+
 def test_items_take_turns_and_each_repeat_begins_with_another() -> None:
     assert "".join(load("multiverse_hf.evaluation.experiments.timing").in_turns("abc", 4)) == "abcbcacababc"
 

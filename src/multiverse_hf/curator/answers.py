@@ -9,7 +9,7 @@ from multiverse_hf.curator.sentences import split_sentences
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import Document, Text
 from multiverse_hf.judging.boxes import boxed
-from multiverse_hf.judging.equality import compare
+from multiverse_hf.judging.equality import compare_answers
 from multiverse_hf.judging.exact import exact_value
 from multiverse_hf.judging.verifier import Verifier, VerifierError
 
@@ -117,7 +117,7 @@ class AnswerChecker:
     def _equal(self, ours: str, theirs: str, is_prose: bool) -> bool:
         """Compare two answers; of sentences, which say more than an answer, what math-verify finds in them."""
         self._verifier.timeout_s = self.timeout_s
-        if ours == theirs or compare(ours, theirs, self._verifier)[0]:
+        if ours == theirs or compare_answers(ours, theirs, self._verifier)[0]:
             return True
         try:
             return is_prose and self._verifier.is_same(ours, theirs, search=True)

@@ -41,7 +41,7 @@ from enum import StrEnum
 
 from multiverse_hf.data.chains import read_answer
 from multiverse_hf.judging.boxes import last_boxed
-from multiverse_hf.judging.equality import Rule, compare
+from multiverse_hf.judging.equality import Rule, compare_answers
 from multiverse_hf.judging.letters import read_letters
 from multiverse_hf.judging.verifier import Verifier
 
@@ -93,8 +93,9 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
     if kind is AnswerKind.EXACT:
         same = gold.split() == answer.split()
         return Verdict(same, Rule.TEXT if same else Rule.DIFFERENT, answer)
-    correct, rule = _compare_letters(gold, answer) if kind is AnswerKind.LETTER else compare(gold, answer, verifier)
-    return Verdict(correct, rule, answer)
+    if kind is AnswerKind.LETTER:
+        return Verdict(*_compare_letters(gold, answer), answer)
+    return Verdict(*compare_answers(gold, answer, verifier), answer)
 
 
 # What an answer says

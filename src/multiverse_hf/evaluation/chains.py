@@ -40,7 +40,7 @@ def unseen_chains(
 
 
 def training_problems(model: str) -> set[str]:
-    """Give the chains problems a run was trained on, from the ``run.json`` beside it; none if there is no such file.
+    """Return the chains problems a run was trained on, from the ``run.json`` beside it; none if there is no such file.
 
     Raises:
         CommandError: if the file is not what sft.py writes.

@@ -64,7 +64,7 @@ def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
 
 
 def warn_of_refusals(samples: Sequence[Sample]) -> None:
-    """Say how many prompts could not be asked: they count as wrong, and nothing is known of their answers."""
+    """Warn of prompts that could not be asked: they count as wrong, and nothing is known of their answers."""
     if refused := [sample for sample in samples if sample.error is not None]:
         print(
             f"warning: {len(refused)} of {len(samples)} prompts were refused and count as wrong answers of no length; "
@@ -83,7 +83,7 @@ def check_packages() -> None:
 
 
 def command_line() -> str:
-    """Give the command as it may be published: of absolute paths only the last part, which is true elsewhere too."""
+    """Return the command as it may be published: of absolute paths only the last part, which is true elsewhere too."""
     arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
     return shlex.join(["multiverse", *arguments])
 

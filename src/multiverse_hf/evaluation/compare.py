@@ -147,7 +147,7 @@ def show_difference(metric: str, of: Mapping[str, float]) -> str:
 
 
 def write_page(comparison: Mapping[str, Any]) -> str:
-    """Give the comparison in Markdown. Problems are named by their ids alone."""
+    """Return the comparison in Markdown. Problems are named by their ids alone."""
     lines = ["# Comparison", ""]
     for side in ("a", "b"):
         run = comparison[side]

@@ -68,7 +68,7 @@ def measure_ids(ids: Sequence[int], tags: TagSet) -> AnswerMeasures:
 
 
 def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
-    """Say whether an answer parses: every tag stands where the grammar allows it and is closed (paper, MapReduce
+    """Check that an answer parses: every tag stands where the grammar allows it and is closed (paper, MapReduce
     structure). Text without tags is well formed.
     """
     try:
@@ -131,7 +131,7 @@ def parallel_rate(num_forks: Sequence[int]) -> float:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
-    """Give the mean of one value per problem, and its percentile bootstrap interval (95 %) over problems.
+    """Return the mean of one value per problem, and its percentile bootstrap interval (95 %) over problems.
 
     Problems are drawn again, not samples: two samples of one problem are no independent evidence. The same values and
     seed give the same interval.

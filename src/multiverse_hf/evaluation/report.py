@@ -115,7 +115,7 @@ def _code(text: str) -> str:
 
 
 def describe_sampling(results: Mapping[str, Any]) -> str:
-    """Say in a line how answers were drawn."""
+    """Return in a line how answers were drawn."""
     sampling = results["sampling"]
     drawn = (
         f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}" if sampling["do_sample"] else "greedy"
@@ -127,7 +127,7 @@ def describe_sampling(results: Mapping[str, Any]) -> str:
 
 
 def _how(results: Mapping[str, Any]) -> list[str]:
-    """Give the first lines: prompt, sampling, model, versions, hardware, commit, data."""
+    """Return the first lines: prompt, sampling, model, versions, hardware, commit, data."""
     model, machine, prompts = results["model"], results["hardware"], results["prompts"]
     system = f", system prompt `{prompts['system_prompt']}`" if prompts["system_prompt"] else ", no system prompt"
     where = "not measured: all answers were there before"

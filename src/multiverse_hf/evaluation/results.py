@@ -77,7 +77,7 @@ def _mean(of: Callable[[Sample], float]) -> Callable[[Samples], float]:
 
 
 def metrics_of(num_samples: int) -> dict[str, Callable[[Samples], float]]:
-    """Give the metrics of a run by name: each makes a number of one problem's samples."""
+    """Return the metrics of a run by name: each makes a number of one problem's samples."""
 
     def pass_at(k: int) -> Callable[[Samples], float]:
         return lambda samples: pass_at_k(len(samples), sum(sample.correct for sample in samples), k)
@@ -105,7 +105,7 @@ def by_problem(samples: Samples) -> dict[str, list[Sample]]:
 
 
 def estimate(samples: Samples, num_samples: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Give every metric of some samples of one task, with its interval."""
+    """Return every metric of some samples of one task, with its interval."""
     problems = by_problem(samples).values()
     return {
         name: {key: round(value, 6) for key, value in asdict(bootstrap([of(each) for each in problems], seed)).items()}
@@ -137,7 +137,7 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
 
 
 def describe_prompts(evaluation: Evaluation) -> dict[str, str | None]:
-    """Give the prompts of record."""
+    """Return the prompts of record."""
     template = evaluation.mode.suffix.end("{problem}")
     return {
         "system_prompt": evaluation.system_prompt,

@@ -50,7 +50,7 @@ class RunProgress:
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Give the seed of a problem's k-th answer; runs of different seeds share none."""
+    """Return the seed of a problem's k-th answer; runs of different seeds share none."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=7).digest(), "little")
 
 
@@ -249,7 +249,7 @@ def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list
 
 
 def describe_model(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
-    """Say which model it is, for the results."""
+    """Return which model it is, for the results."""
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision,

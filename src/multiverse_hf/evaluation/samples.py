@@ -187,7 +187,7 @@ def _read_shard(path: Path) -> Iterator[Sample]:
 
 
 def _read_journal(path: Path) -> Iterator[tuple[int, Sample]]:
-    """Give the samples of the journal's whole lines, each with the place where its line ends."""
+    """Return the samples of the journal's whole lines, each with the place where its line ends."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

@@ -107,7 +107,7 @@ class Evaluation:
         }
 
     def messages(self, problem: Instance) -> str | list[dict[str, str]]:
-        """Give what the model is asked."""
+        """Return what the model is asked."""
         prompt = problem.prompt(self.mode)
         if self.system_prompt is None:
             return prompt
@@ -115,7 +115,7 @@ class Evaluation:
 
 
 Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and gives its results
-OPTIONS = {"num_samples": "n", "tasks": "task"}  # settings whose option has another name
+OPTION_NAMES = {"num_samples": "n", "tasks": "task"}  # settings whose option has another name
 # May differ when a run is gone on with: they do not change an answer.
 HOW = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
 
@@ -160,10 +160,8 @@ def check_run(
             return f"with another model ({stored.get('model')})"
         if name == "problems" or (name == "limit" and asks_more):
             return "with other problems"
-        end = "; it goes on with as many problems or more" if name == "limit" else ""
-        return (
-            explain_option(name, stored, value, lambda name, value: name_option(OPTIONS.get(name, name), value)) + end
-        )
+        words = explain_option(name, stored, value, lambda name, to: name_option(OPTION_NAMES.get(name, name), to))
+        return words + ("; it goes on with as many problems or more" if name == "limit" else "")
 
     check_begun(path.parent, stored, asked, ("limit", "problems") if goes_on else (), explain)
     return begun if goes_on else None

@@ -64,7 +64,7 @@ class Instance:
     group: str | None = None
 
     def prompt(self, mode: Mode) -> str:
-        """Give the prompt of record."""
+        """Return the prompt of record."""
         return mode.suffix.end(self.question)
 
 
@@ -103,7 +103,7 @@ def _plain(name: str) -> str:
 
 
 def row_id(text: str) -> str:
-    """Give a problem an id of its text: rows are called alike whatever file they stand in, and in which order."""
+    """Return an id of a problem's text: rows are called alike whatever file they stand in, and in which order."""
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=6).hexdigest()
 
 
@@ -111,7 +111,7 @@ def row_id(text: str) -> str:
 
 
 def _field(row: Mapping[str, Any], *names: str) -> str:
-    """Give the first of some columns that a row has, as text.
+    """Return the first of some columns that a row has, as text.
 
     Raises:
         ValueError: if it has none of them.
@@ -212,7 +212,7 @@ def find_file(task: Task, folder: Path) -> Path:
     return found[0]
 
 
-def read_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, Any]], str]:
+def read_task_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, Any]], str]:
     """Read a task's rows with their numbers, and return where from.
 
     Args:
@@ -245,7 +245,7 @@ def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = 
     Raises:
         CommandError: if they cannot be had, a row is not as it should be, or two are the same.
     """
-    rows, source = read_rows(task, data_dir)
+    rows, source = read_task_rows(task, data_dir)
     place = source if task.file is not None else f"{task.name}: {source}"
     kind = "line" if source.endswith(".jsonl") else "row"
     problems: dict[str, Instance] = {}

@@ -63,7 +63,7 @@ _SLASH = re.compile(r"(?<![\w})\]^])(\d+)\s*/\s*(\d+)\s*(?=[a-zA-Z\\(])")
 _SET = r"\{"
 
 
-def compare(gold: str, answer: str, verifier: Verifier) -> _Outcome:
+def compare_answers(gold: str, answer: str, verifier: Verifier) -> _Outcome:
     """Compare an answer with the right one, and say by which rule."""
     if len(answer) > MAX_CHARACTERS:
         return False, Rule.UNREADABLE

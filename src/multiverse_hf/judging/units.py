@@ -197,7 +197,7 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _tokens(text: str) -> Iterator[str | None]:
-    """Give a unit's words; None for what is no word of a unit. A composite gives the words it stands for."""
+    """Return a unit's words; None for what is no word of a unit. A composite gives the words it stands for."""
     end = 0
     for match in _TOKEN.finditer(text):
         if text[end : match.start()].strip():

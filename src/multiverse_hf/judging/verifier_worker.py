@@ -52,7 +52,7 @@ def read(text: str) -> Any:
 
 
 def compare(gold: str, answer: str) -> tuple[bool, str | None]:
-    """Say whether math-verify holds two answers to be the same, and if it reads one of them at all."""
+    """Check whether math-verify holds two answers to be the same, and if it reads them at all."""
     from math_verify import verify
 
     read_: list[Any] = []
@@ -72,7 +72,7 @@ def compare(gold: str, answer: str) -> tuple[bool, str | None]:
 
 
 def compare_prose(gold: str, answer: str) -> tuple[bool, str | None]:
-    """Say whether math-verify finds the same in two texts that say more than an answer."""
+    """Check whether math-verify finds the same in two texts that say more than an answer."""
     from math_verify import parse, verify
 
     found = [

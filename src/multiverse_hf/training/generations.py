@@ -16,7 +16,7 @@ from multiverse_hf.modeling.tags import encode_prompt
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class Generation:
     """One answer and what is known of it."""
 
     prompt: Sequence[Mapping[str, str]]
@@ -37,7 +37,7 @@ class Sample:
 
 def write_answers(
     model: Any, encoder: RowEncoder, records: Sequence[Record], form: Form, max_new_tokens: int, batch_size: int
-) -> list[Sample]:
+) -> list[Generation]:
     """Have a model answer the prompts of records, greedily, as ``generate`` does for a user."""
     tokenizer, names = encoder.tokenizer, encoder.tags.names
     hidden = set(tokenizer.all_special_ids) - set(encoder.tags.control_ids)
@@ -58,7 +58,7 @@ def write_answers(
             except DocumentError:
                 is_well_formed = False
             samples.append(
-                Sample(
+                Generation(
                     prompt, text, read_answer(record.document.render()), stats.parallelism, stats.length,
                     stats.num_tokens, stats.num_forks, str(stats.finish_reason), is_well_formed,
                 )
@@ -66,7 +66,7 @@ def write_answers(
     return samples
 
 
-def summary(samples: Sequence[Sample]) -> dict[str, float]:
+def summary(samples: Sequence[Generation]) -> dict[str, float]:
     """Give the means over answers; accuracy over those whose record names an answer, if any does."""
     judged = [sample.is_right for sample in samples if sample.is_right is not None]
     values = {
@@ -120,7 +120,7 @@ class GenerationCallback(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             lines = [
                 json.dumps(
-                    {name: getattr(sample, name) for name in (*Sample.__slots__, "is_right")}, ensure_ascii=False
+                    {name: getattr(sample, name) for name in (*Generation.__slots__, "is_right")}, ensure_ascii=False
                 )
                 for sample in samples
             ]

@@ -48,7 +48,7 @@ def cut(prompts: Sequence[list[int]], size: int) -> list[list[list[int]]]:
 
 
 def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, Any]:
-    """Give both sides' speeds and their ratio."""
+    """Return both sides' speeds and their ratio."""
 
     def total(of: Sequence[Timed], name: str) -> float:
         return sum(getattr(timed, name) for timed in of)
@@ -78,7 +78,7 @@ def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, 
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Say what came out, for people."""
+    """Return what came out, in lines for people."""
     lines = [
         f"batch {row['batch']:3}: {row['speedup']:.2f} times as fast per token [{row['min']:.2f}, {row['max']:.2f}], "
         f"# parallel {row['parallelism']:.2f}; {row['answers']} answers in {row['seconds']['parallel']:.1f} s, one "

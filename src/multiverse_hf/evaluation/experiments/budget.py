@@ -69,7 +69,7 @@ def measure_budgets(
 
 
 def rising_part(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Give the budgets of the rising part: where either model still gains by the next one, and that one."""
+    """Return the budgets of the rising part: where either model still gains by the next one, and that one."""
     rising: set[int] = set()
     for row, following in itertools.pairwise(rows):
         if any(following[side]["pass@1"]["value"] > row[side]["pass@1"]["value"] for side in SIDES):
@@ -78,7 +78,7 @@ def rising_part(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Say what came out, for people."""
+    """Return what came out, in lines for people."""
     lines = [
         f"length {row['budget']:5}: parallel {show('pass@1', row['parallel']['pass@1'])}, autoregressive "
         f"{show('pass@1', row['autoregressive']['pass@1'])}, difference {100 * row['difference']['value']:+.1f} "

@@ -43,7 +43,7 @@ class Fit:
         return 100 * self.b_ms / (self.a_ms + self.b_ms)
 
     def to_dict(self) -> dict[str, float]:
-        """Give all of it as the result stores it."""
+        """Return all of it as the result stores it."""
         return {
             name: round(value, 6) for name, value in (asdict(self) | {"share_percent": self.share_percent}).items()
         }
@@ -107,7 +107,7 @@ def measure_latency(subject: Subject, repeats: int = REPEATS) -> dict[str, Any]:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Say what came out, for people."""
+    """Return what came out, in lines for people."""
     curve, shares = result["fit"], result["share_percent_of_repeats"]
     theirs = ", ".join(f"{share} % at {tokens // 1024}k tokens" for tokens, share in paper.LATENCY_SHARES.items())
     return [

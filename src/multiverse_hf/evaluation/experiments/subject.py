@@ -39,7 +39,7 @@ class Subject:
         return cls(evaluation, checkpoint, model, problems)
 
     def prompts(self) -> list[list[int]]:
-        """Give the prompts' token ids.
+        """Return the prompts' token ids.
 
         Raises:
             CommandError: if one does not fit the context.
@@ -74,7 +74,7 @@ def shown(items: Iterable[Item], total: int, title: str) -> Iterable[Item]:
 
 
 def describe(subject: Subject, experiment: str) -> dict[str, Any]:
-    """Say of a result where it comes from."""
+    """Return what a result says of where it comes from."""
     checkpoint = subject.checkpoint
     return {
         "schema": 1,

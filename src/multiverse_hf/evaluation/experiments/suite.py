@@ -96,7 +96,7 @@ def _cells(row: str, task: str, results: Mapping[str, Any]) -> list[str]:
 
 
 def write_page(result: Mapping[str, Any]) -> str:
-    """Give the table in Markdown, with the paper's numbers where its tasks are among ours."""
+    """Return the table in Markdown, with the paper's numbers where its tasks are among ours."""
     head = result["rows"]["parallel"]
     asked = [f"{row}: `{of['model']['name']}`, `{of['prompts']['template']}`." for row, of in result["rows"].items()]
     lines = [f"Sampling: {describe_sampling(head).rpartition(', structure')[0]}. {' '.join(asked)}", ""]
@@ -112,7 +112,7 @@ def write_page(result: Mapping[str, Any]) -> str:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Say what came out, for people."""
+    """Return what came out, in lines for people."""
     return [
         f"{task} {row:15} {' '.join(f'{cell:26}' for cell in _cells(row, task, of)[:3])}"
         for task in result["rows"]["parallel"]["tasks"]

@@ -71,7 +71,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def in_turns(items: Sequence[Item], repeats: int) -> Iterator[Item]:
-    """Give items in turns, all of them ``repeats`` times, each time beginning with another: what else runs on the
+    """Return items in turns, all of them ``repeats`` times, each time beginning with another: what else runs on the
     machine then meets all of them alike.
     """
     for repeat in range(repeats):

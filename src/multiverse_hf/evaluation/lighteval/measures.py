@@ -65,7 +65,7 @@ def _mended(generate: Any, pad: int | None) -> Any:
 
 
 def stop_sequences_criteria(tokenizer: Any, stop_sequences: Sequence[str], batch: Any) -> Any:
-    """Give transformers' criteria for stop sequences. The end token needs none: ``generate`` knows it."""
+    """Return transformers' criteria for stop sequences. The end token needs none: ``generate`` knows it."""
     from transformers import StoppingCriteriaList
     from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -74,7 +74,7 @@ def stop_sequences_criteria(tokenizer: Any, stop_sequences: Sequence[str], batch
 
 
 def find_tags(tokenizer: Any) -> TagSet | None:
-    """Give the tags of a tokenizer, None if it has none."""
+    """Return the tags of a tokenizer, None if it has none."""
     if not set(MULTIVERSE.tokens) & set(tokenizer.get_vocab()):
         return None
     return TagSet.from_tokenizer(tokenizer)

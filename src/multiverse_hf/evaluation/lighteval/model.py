@@ -147,5 +147,5 @@ class MultiverseLightevalModel(LightevalModel):
 
 
 def _stem(task_name: str) -> str:
-    """Give ``math_500`` of ``mv:math_500:zero|0``."""
+    """Return ``math_500`` of ``mv:math_500:zero|0``."""
     return task_name.partition("|")[0].split(":")[1]

@@ -29,7 +29,7 @@ from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind, judge
 from multiverse_hf.evaluation.lighteval.measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
-from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_rows
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_task_rows
 from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import new_folder
 
@@ -125,7 +125,7 @@ def make_metrics() -> list[SampleLevelMetric]:
 
 
 def prompt_function(task: Task, mode: Mode) -> Callable[[Mapping[str, Any], str], Doc]:
-    """Give what makes a document of a row."""
+    """Return what makes a document of a row."""
 
     def make_doc(row: Mapping[str, Any], task_name: str) -> Doc:
         problem = task.read(row)
@@ -146,7 +146,7 @@ def local_dataset(task: Task, data_dir: Path | None) -> Path:
     import pyarrow.parquet
     from huggingface_hub.constants import HF_HOME
 
-    rows = [row for _, row in read_rows(task, data_dir)[0]]
+    rows = [row for _, row in read_task_rows(task, data_dir)[0]]
     names = sorted({name for row in rows for name in row})
     table = {name: [None if row.get(name) is None else str(row[name]) for row in rows] for name in names}
     digest = hashlib.blake2b(json.dumps(table).encode(), digest_size=8).hexdigest()
