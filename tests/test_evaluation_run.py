@@ -21,7 +21,7 @@ from multiverse_hf import embedded_model
 from multiverse_hf.cli import run
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, judge
-from multiverse_hf.evaluation.report import to_html, write_page
+from multiverse_hf.evaluation.report import markdown_table, to_html, write_page
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
 from multiverse_hf.evaluation.task_files import find_task
@@ -125,6 +125,7 @@ def test_no_text_of_an_answer_breaks_out_of_the_report(whole: Path) -> None:
     assert "<h1>A heading" not in html
     assert "<script>" not in html
     assert html.count("``` `x`") == 3
+    assert to_html("\n".join(markdown_table(["a|b"], [["c|d"]])), "title").count("<td>c|d</td>") == 1
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from multiverse_hf.checkpoints import quiet
 from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
@@ -111,17 +111,13 @@ def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None]
 def print_results(results: dict[str, Any], output: Path) -> None:
     """Print what a run came to, for people."""
     print(f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
-    table = Table(box=SIMPLE_HEAD)
     names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
-    for column in ("task", "problems", *names.values()):
-        table.add_column(column, overflow="fold")
-    for name, task in results["tasks"].items():
-        cells = [show(metric, task["metrics"][metric]) for metric in names]
-        table.add_row(name, str(task["problems"]), *cells)
-        for group, of in task["groups"].items():
-            cells = [show(metric, of["metrics"][metric]) for metric in names]
-            table.add_row(f"  {group}", str(of["problems"]), *cells, style="dim")
-    _console().print(table)
+    rows = [
+        [title, str(of["problems"]), *(show(metric, of["metrics"][metric]) for metric in names)]
+        for name, task in results["tasks"].items()
+        for title, of in ((name, task), *((f"  {group}", of) for group, of in task["groups"].items()))
+    ]
+    _print_table(["task", "problems", *names.values()], rows)
     print(f"{output / 'report.html'}\n{output / 'results.json'}")
 
 
@@ -150,18 +146,17 @@ def print_comparison(comparison: dict[str, Any], output: Path) -> None:
         run_of = comparison[side]
         print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
     print("B - A, paired by problem")
-    table = Table(box=SIMPLE_HEAD)
-    for column in ("task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"):
-        table.add_column(column, overflow="fold")
-    for name, task in comparison["tasks"].items():
-        if task["problems"]:
-            metrics = ("pass@1", "parallelism", "length")
-            cells = [comparing.show_difference(metric, task["differences"][metric]) for metric in metrics]
-            table.add_row(name, str(task["problems"]), *cells, str(len(task["helped"])), str(len(task["hurt"])))
-    _console().print(table)
+    tasks = {name: task for name, task in comparison["tasks"].items() if task["problems"]}
+    rows = [
+        [name, *comparing.compared_cells(task, ("pass@1", "parallelism", "length"))] for name, task in tasks.items()
+    ]
+    _print_table(["task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"], rows)
     print(output / "comparison.html")
 
 
-def _console() -> Console:
-    """Return what prints tables: as wide as they are, and folded to a terminal's width."""
-    return Console(width=None if sys.stdout.isatty() else 1000)
+def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table as wide as it is, and folded to a terminal's width."""
+    table = Table(*(Column(name, overflow="fold") for name in columns), box=SIMPLE_HEAD)
+    for cells in rows:
+        table.add_row(*cells)
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)

@@ -9,7 +9,7 @@ from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, judge
 from multiverse_hf.evaluation.figures import error_bars, make_figure, save_figure
 from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
-from multiverse_hf.evaluation.report import describe_sampling, to_html
+from multiverse_hf.evaluation.report import describe_sampling, markdown_table, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
 from multiverse_hf.evaluation.samples import Sample, read_samples
 from multiverse_hf.evaluation.tasks import TASKS
@@ -146,6 +146,12 @@ def show_difference(metric: str, of: Mapping[str, float]) -> str:
     return f"{scale * of['value']:+.{digits}f} [{scale * of['low']:+.{digits}f}, {scale * of['high']:+.{digits}f}]"
 
 
+def compared_cells(task: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+    """Return a task's line of a table: problems, differences, how many were helped and hurt."""
+    differences = [show_difference(metric, task["differences"][metric]) for metric in metrics]
+    return [str(task["problems"]), *differences, str(len(task["helped"])), str(len(task["hurt"]))]
+
+
 def write_page(comparison: Mapping[str, Any]) -> str:
     """Return the comparison in Markdown. Problems are named by their ids alone."""
     lines = ["# Comparison", ""]
@@ -160,12 +166,8 @@ def write_page(comparison: Mapping[str, Any]) -> str:
     lines += ["", "Differences are B - A, paired by problem; in brackets 95 % intervals, bootstrap over problems.", ""]
     lines += ["![Shares of right answers, and where parallel writing helped or hurt](comparison.svg)", ""]
     header = ["pass@1, points", "# parallel", "length", "tokens", "well formed, points"]
-    lines += ["| task | problems | " + " | ".join(header) + " | helped | hurt |", "|---|---|" + "---|" * 7]
-    for name, task in comparison["tasks"].items():
-        if task["problems"]:
-            cells = [show_difference(metric, task["differences"][metric]) for metric in COMPARED]
-            counts = f"{len(task['helped'])} | {len(task['hurt'])}"
-            lines.append(f"| {name} | {task['problems']} | {' | '.join(cells)} | {counts} |")
+    cells = [[name, *compared_cells(task, COMPARED)] for name, task in comparison["tasks"].items() if task["problems"]]
+    lines += markdown_table(["task", "problems", *header, "helped", "hurt"], cells)
     for name, task in comparison["tasks"].items():
         if not task["problems"]:
             lines += ["", f"{name}: no problem in common."]
@@ -190,15 +192,13 @@ def _is_about_parallel(comparison: Mapping[str, Any]) -> bool:
 def _flips(flips: Sequence[Mapping[str, Any]]) -> list[str]:
     if not flips:
         return ["No problem."]
-    lines = [
-        "| problem | group | right in A | right in B | # parallel A | # parallel B |",
-        "|---|---|---|---|---|---|",
-    ]
-    for flip in flips[:MOST_SHOWN]:
-        lines.append(
-            f"| {flip['id']} | {flip['group'] or ''} | {100 * flip['before']:.0f} % | {100 * flip['after']:.0f} % | "
-            f"{flip['parallelism_before']:.2f} | {flip['parallelism_after']:.2f} |"
-        )
+    header = ["problem", "group", "right in A", "right in B", "# parallel A", "# parallel B"]
+    cells = [
+        [flip["id"], flip["group"] or "", *(f"{100 * flip[side]:.0f} %" for side in ("before", "after")),
+         *(f"{flip[side]:.2f}" for side in ("parallelism_before", "parallelism_after"))]
+        for flip in flips[:MOST_SHOWN]
+    ]  # fmt: skip
+    lines = markdown_table(header, cells)
     if len(flips) > MOST_SHOWN:
         lines += ["", f"And {len(flips) - MOST_SHOWN} more, in comparison.json."]
     return lines

@@ -2,7 +2,7 @@
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,11 @@ def write_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
         if task["groups"]:
             lines += [f"## {name} by group", "", *_table(task["groups"], results["n"]), ""]
     lines += ["## How answers were judged", "", f"By version {results.get('rules_version', 1)} of the rules.", ""]
-    lines += ["| task | " + "rule: answers | ended by: answers |", "|---|---|---|"]
-    for name, task in results["tasks"].items():
-        counts = [", ".join(f"{key} {n}" for key, n in task[of].items()) for of in ("rules", "finish_reasons")]
-        lines.append(f"| {name} | {' | '.join(counts)} |")
+    counts = [
+        [name, *(", ".join(f"{key} {n}" for key, n in task[of].items()) for of in ("rules", "finish_reasons"))]
+        for name, task in results["tasks"].items()
+    ]
+    lines += markdown_table(["task", "rule: answers", "ended by: answers"], counts)
     lines += ["", "## Answered wrong"]
     for name, task in results["tasks"].items():
         wrong = [sample for sample in samples if sample.task == name and not sample.correct]
@@ -161,17 +162,20 @@ def show(name: str, of: Mapping[str, float]) -> str:
     return f"{of['value']:.{digits}f} [{of['low']:.{digits}f}, {of['high']:.{digits}f}]"
 
 
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Return the lines of a table."""
+    lines = [[str(cell).replace("|", r"\|") for cell in cells] for cells in (header, ["---"] * len(header), *rows)]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
 def _table(rows: Mapping[str, Mapping[str, Any]], num_samples: int) -> list[str]:
     scores = ["pass@1"] + [f"pass@{2**k}" for k in range(1, 9) if 2**k <= num_samples]
     names = [*scores, *SHOWN]
-    lines = [
-        "| | problems | " + " | ".join(SHOWN.get(name, name) for name in names) + " |",
-        "|---|" + "---|" * (len(names) + 1),
+    cells = [
+        [name, row["problems"], *(show(each, row["metrics"][each]) for each in names)] for name, row in rows.items()
     ]
-    for name, row in rows.items():
-        cells = [show(metric, row["metrics"][metric]) for metric in names]
-        lines.append(f"| {name} | {row['problems']} | {' | '.join(cells)} |")
-    return [*lines, "", "Means over problems; in brackets 95 % intervals, bootstrap over problems."]
+    table = markdown_table(["", "problems", *(SHOWN.get(name, name) for name in names)], cells)
+    return [*table, "", "Means over problems; in brackets 95 % intervals, bootstrap over problems."]
 
 
 def draw(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:

@@ -9,7 +9,7 @@ from multiverse_hf.checkpoints import Checkpoint, open_checkpoint
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.experiments import paper
 from multiverse_hf.evaluation.figures import error_bars, make_figure, save_figure
-from multiverse_hf.evaluation.report import describe_sampling, show
+from multiverse_hf.evaluation.report import describe_sampling, markdown_table, show
 from multiverse_hf.evaluation.settings import Evaluate, Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 from multiverse_hf.outputs import new_folder
@@ -103,8 +103,7 @@ def write_page(result: Mapping[str, Any]) -> str:
     for task, of in head["tasks"].items():
         lines += [f"{task}, {of['problems']} problems of {of['source']} (`{of['fingerprint']}`):", ""]
         columns = ["pass@1", "# parallel", "length", "paper, 32B: pass@1", "# parallel"]
-        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        lines += [f"| {row} | {' | '.join(_cells(row, task, of))} |" for row, of in result["rows"].items()]
+        lines += markdown_table(["", *columns], ([row, *_cells(row, task, of)] for row, of in result["rows"].items()))
         lines.append("")
     machine = result["hardware"]
     lines.append(f"{machine['device']}, {machine['cores']} cores; commit {result['commit']}." if machine else "")
