@@ -21,7 +21,7 @@ from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
-from multiverse_hf.outputs import check_output, write_output
+from multiverse_hf.outputs import check_output, json_text, write_output
 from multiverse_hf.provenance import commit, versions
 
 
@@ -126,7 +126,7 @@ def main() -> None:
         report["results"][kind] = result
         print(kind, json.dumps(result))
     if args.output:
-        write_output(args.output, json.dumps(report, indent=1) + "\n")
+        write_output(args.output, json_text(report, indent=1))
 
 
 if __name__ == "__main__":
