@@ -4,13 +4,13 @@ python benchmarks/parse_documents.py
 python benchmarks/parse_documents.py --documents 1000 --characters 30000
 """
 
-import argparse
 import json
 import platform
 import random
 import time
 
 from multiverse_hf.documents import parse_document
+from multiverse_hf.errors import ScriptParser
 
 WORDS = ("so the sum a < b & c gives <sub>2</sub> and $x^2 + 1$ which holds for every", "n.\n")
 
@@ -33,7 +33,7 @@ def make_document(rng: random.Random, characters: int, blocks: int = 8, paths: i
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--documents", type=int, default=1000)
     parser.add_argument("--characters", type=int, default=30_000, help="of each document")
     args = parser.parse_args()

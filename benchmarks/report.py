@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from multiverse_hf.errors import CommandError
+from multiverse_hf.errors import CommandError, ScriptParser
 from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.provenance import commit, hardware, versions
 
@@ -38,11 +38,7 @@ def output_file(text: str) -> Path:
 def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     """Make a benchmark's parser from its module's docstring, with the flags all benchmarks share."""
     description, _, examples = (doc or "").partition("\n\n    python")
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog="examples:\n    python" + examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = ScriptParser(description=description, epilog="examples:\n    python" + examples)
     parser.add_argument("--repeats", type=count, default=repeats, help="interleaved repeats (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=None, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, install_line, one_line
+from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, ScriptParser, install_line, one_line
 
 try:
     if sys.stderr.isatty() and not {"-h", "--help"} & set(sys.argv):
@@ -27,7 +27,7 @@ from multiverse_hf.outputs import check_new_folder, new_folder
 
 def build_parser(description: str, title: str | None, licence: str | None) -> argparse.ArgumentParser:
     """Give a parser with the options that every builder has."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; new, or empty")
     parser.add_argument("--title", help=f"of the card (default: {title or 'the folder name'})", default=title)
     parser.add_argument(

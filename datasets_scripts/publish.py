@@ -8,7 +8,6 @@ them is the default. Files of an earlier build that this one does not have are d
 the repository stay. Credentials are those of the Hub's client: HF_TOKEN, or what ``hf auth login`` has stored.
 """
 
-import argparse
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatch
@@ -17,7 +16,7 @@ from typing import Any
 
 from multiverse_hf.checkpoints import quiet
 from multiverse_hf.data.folders import CARD, CONFIGS, DROPPED, PLOTS, STATISTICS
-from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, one_line
+from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, ScriptParser, one_line
 
 BUILT = (CARD, STATISTICS, PLOTS, DROPPED, *(f"{config}/*.parquet" for config in CONFIGS))  # what a build writes
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -134,7 +133,7 @@ def upload(folder: Path, files: list[str], repository: str, private: bool, messa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="as build_multiverse_1k.py or build_chains.py wrote it")
     parser.add_argument("repository", help="OWNER/NAME on the Hub; made if it is not there")
     parser.add_argument("--private", action="store_true", help="make a new repository private")

@@ -11,7 +11,6 @@ the card as ``card.yaml``: everything the card says is found in the files beside
 model-index, and ``.eval_results/*.yaml`` for benchmarks that the Hub has registered.
 """
 
-import argparse
 import difflib
 import json
 import math
@@ -23,7 +22,7 @@ from typing import Any
 import yaml
 
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, ScriptParser, one_line
 from multiverse_hf.outputs import check_output, output_folder, write_output
 
 TEMPLATE = Path(__file__).parent / "card.md.jinja"
@@ -519,7 +518,7 @@ def check_card(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="the model's, with run.json and evaluation*.json in it")
     parser.add_argument("--facts", type=Path, help=f"what no run knows; by default the folder's {FACTS}")
     parser.add_argument(

@@ -3,7 +3,6 @@
 python recipes/multiverse-tiny/embed.py --run runs/multiverse-tiny/parallel --name multiverse-tiny
 """
 
-import argparse
 import csv
 import json
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.errors import CommandError, ScriptParser, one_line
 from multiverse_hf.outputs import check_output, output_folder
 
 ASSETS = Path(__file__).parents[2] / "src/multiverse_hf/assets"
@@ -32,7 +31,7 @@ def write_log(path: Path, history: list[dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True, help="the run's output folder")
     parser.add_argument("--name", required=True, help="of the checkpoint in the package")
     args = parser.parse_args()

@@ -9,7 +9,6 @@ more, of each kind, of the sizes that a small model was trained on, and writes t
 checkpoints.
 """
 
-import argparse
 import json
 import time
 from itertools import islice
@@ -18,7 +17,7 @@ from pathlib import Path
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct
 from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, ScriptParser, one_line
 from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
 from multiverse_hf.outputs import check_output, json_text, write_output
@@ -73,7 +72,7 @@ def measure(model, tokenizer, problems: list[Problem], suffix: str, batch_size: 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of the checkpoint")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--problems", type=int, default=500, help="of each kind")

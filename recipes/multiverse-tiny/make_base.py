@@ -3,7 +3,6 @@
 python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
 """
 
-import argparse
 import random
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast, Qwen3Config
 
 from multiverse_hf.data.chains import Kind, document, sample_problem
-from multiverse_hf.errors import CommandError
+from multiverse_hf.errors import CommandError, ScriptParser
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.outputs import check_output, output_folder
@@ -66,7 +65,7 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--intermediate-size", type=int, default=576)

@@ -19,7 +19,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
 from multiverse_hf.outputs import check_output, write_output
 
 HERE = Path(__file__).parent
@@ -153,7 +153,7 @@ def draw(path: Path, rows: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("runs/paper-tiny"), help="folder (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--num-rows", type=int, default=36_000, help="rows each model trains on (default: 36000)")

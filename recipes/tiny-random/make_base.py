@@ -5,14 +5,13 @@
 It has no tags and no chat template, as a base model of the Hub has none, and it learns nothing worth keeping.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.errors import CommandError, ScriptParser, one_line
 from multiverse_hf.modeling.modeling_multiverse import base_class
 from multiverse_hf.outputs import check_output, output_folder
 
@@ -39,7 +38,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ScriptParser(description=__doc__)
     parser.add_argument(
         "--architecture", default="llama", help="model type, e.g. llama, qwen2, qwen3 (default: llama)"
     )

@@ -1,10 +1,15 @@
 """What commands and recipes end with when something is wrong: one line that names it and the way out."""
 
+import argparse
 import contextlib
+import difflib
 import json
 import shlex
+import sys
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while running, Ctrl-C
@@ -42,3 +47,34 @@ def one_line(error: BaseException | str, most: int = 400) -> str:
     """Put a message on one line."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def find_unknown(arguments: Sequence[str], known: Collection[str]) -> str | None:
+    """Return what is wrong with the first option that is not known, abbreviations among them; None if all are known.
+
+    Args:
+        arguments: of a command line.
+        known: the options, as they are spelled.
+    """
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if option == "--":  # what follows is no option
+            return None
+        if option.startswith("--") and option not in known:
+            close = difflib.get_close_matches(option, known, 1)
+            return f"no option {option}" + (f"; did you mean {close[0]}?" if close else "; --help lists them")
+    return None
+
+
+class ScriptParser(argparse.ArgumentParser):
+    """Parser of a script: takes options as they are spelled only, and names the closest to one it does not know."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """Parse a command line; an unknown option ends the script, before anything else that is wrong."""
+        args = sys.argv[1:] if args is None else list(args)
+        if wrong := find_unknown(args, self._option_string_actions):
+            self.error(wrong)
+        return super().parse_known_args(args, namespace)
