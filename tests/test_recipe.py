@@ -84,14 +84,15 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     said = run("env", f"PATH={path}", "bash", "-ec", commands, cwd=tmp_path)
     chosen = "chosen, as not given: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
     assert said.count(chosen) == 1
-    assert '"rows": 52, "kept": 50, "dropped": {"unreadable": 1, "malformed document": 1}' in said
+    assert "train: 52 rows read, 50 kept, 2 dropped\n  line 4: unreadable: no JSON: " in said
+    assert "\n  line 5: malformed document: line 1, column 8: " in said
 
     out = tmp_path / "runs/tiny-lora"
     record = json.loads((out / "run.json").read_text())
     assert record["data"]["rows"]["kept"] == 50
     assert record["last_evaluation"]["eval_generated_well_formed"] == 1.0
     dropped = [json.loads(line) for line in (out / "dropped_rows.jsonl").read_text().splitlines()]
-    assert [entry["row"] for entry in dropped] == [3, 4]
+    assert [entry["line"] for entry in dropped] == [4, 5]
     history = json.loads(next(out.glob("checkpoint-*/trainer_state.json")).read_text())["log_history"]
     steps = [entry for entry in history if "loss" in entry]
     assert {entry["parallel_share"] for entry in steps} == {0.0, 0.5, 1.0}
@@ -116,8 +117,9 @@ def test_rows_are_checked_for_the_recipe_of_a_gpu_without_the_models_weights(
     options = ["--config", str(ROOT / "recipes/qwen2.5-7b/sft.yaml"), "--model_name_or_path", "bare"]
     options += ["--dataset_name", "mine.jsonl", "--use_cpu"]
     assert call(monkeypatch, SFT, *options, "--check_rows") == 0
-    assert 'train rows: {"rows": 31, "kept": 30, "dropped": {"unreadable": 1}}' in capfd.readouterr().out
-    assert call(monkeypatch, SFT, *options) != 0
+    said = capfd.readouterr().out
+    assert "train: 31 rows read, 30 kept, 1 dropped\n  line 31: unreadable: no JSON: " in said
+    assert call(monkeypatch, SFT, *options, "--attn_implementation", "multiverse_sdpa") != 0
     assert "error: cannot load bare: " in capfd.readouterr().err
 
 
@@ -138,8 +140,8 @@ def test_without_options_a_run_makes_the_papers_passes_and_says_which_rows_it_is
     options += ["--use_cpu", "--output_dir", "out", "--eval_strategy", "epoch", "--eval_generations", "0"]
     assert call(monkeypatch, SFT, *options, "--check_rows") == 0
     checked = capfd.readouterr().out
-    assert 'train rows: {"rows": 6, "kept": 6' in checked
-    assert 'test rows: {"rows": 3, "kept": 2, "dropped": {"malformed document": 1}}' in checked
+    assert "train: 6 rows read, 6 kept, 0 dropped\n" in checked
+    assert "test: 3 rows read, 2 kept, 1 dropped\n  row 3: malformed document: " in checked
     assert "out/dropped_test_rows.jsonl" in checked
     assert call(monkeypatch, SFT, *options, "--logging_steps", "1") == 0
     said = capfd.readouterr().out
@@ -151,7 +153,7 @@ def test_without_options_a_run_makes_the_papers_passes_and_says_which_rows_it_is
     assert record["model"]["attn_implementation"] == "multiverse_sdpa"
     assert record["data"]["test_rows"] == {"rows": 3, "kept": 2, "dropped": {"malformed document": 1}}
     (dropped,) = map(json.loads, (tmp_path / "out/dropped_test_rows.jsonl").read_text().splitlines())
-    assert dropped["row"] == 2
+    assert dropped["row"] == 3
     assert "Evaluated on `test`: 3 read, 2 kept" in (tmp_path / "out/report.md").read_text()
     assert [entry[-1] for entry in losses(tmp_path / "out")] == [round(6 * share) / 6 for share in PAPER_SHARES]
     assert next((tmp_path / "out").rglob("events.out.tfevents*"))
@@ -275,6 +277,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "finished/run.json").write_text("{}")
     (folder / "a-file").touch()
     (folder / "rows.jsonl").write_text('{"text": "x"}')
+    doubtful = [{"prompt": prompt, "document": document} for prompt, document in ("xy", "xy", "z<")]
+    lines = [json.dumps(row).replace("<", "<Think>") for row in doubtful]
+    (folder / "doubtful.jsonl").write_text("\n".join(lines))
+    (folder / "close.yaml").write_text("learning_rat: 3")
     (folder / "broken.yaml").write_text("[1, {")
     (folder / "unknown.yaml").write_text("learning_speed: 1")
     return folder
@@ -435,6 +441,15 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--config", "broken.yaml"], ["broken.yaml", "expected"]),
         ([SFT, "--config", "unknown.yaml"], ["learning_speed"]),
         ([SFT, "--learning_speed", "1"], ["learning_speed"]),
+        ([SFT, "--learning_rat", "3"], ["no option --learning_rat", "did you mean --learning_rate?"]),
+        ([SFT, "--config", "close.yaml"], ["close.yaml", "no option --learning_rat", "did you mean --learning_rate?"]),
+        ([SFT, "--config"], ["--config names no file"]),
+        ([SFT, "--model_name_or_path", "runs/mine/base"], ["no model folder runs/mine/base", "give an existing one"]),
+        (
+            [SFT, "--dataset_name", "doubtful.jsonl", "--strict"],
+            ["strict: 2 rows", "line 2 of train (repeats", "mend"],
+        ),
+        ([SFT, "--dataset_name", "doubtful.jsonl", "--strict", "--check_rows"], ["strict: 2 rows", "line 2 of train"]),
         ([SFT, "--per_device_train_batch_size", "0"], ["per_device_train_batch_size", "at least 1"]),
         ([SFT, "--learning_rate", "-1"], ["learning_rate", "-1"]),
         ([SFT, "--num_rows", "2", "--report_to", "nothing"], ["nothing", "tensorboard"]),
@@ -519,6 +534,34 @@ def test_bad_input_is_refused_at_once(
     assert code == 2, line
     assert "error: " in line
     assert all(word in line for word in words), line
+
+
+SCRIPTS = sorted(
+    str(path.relative_to(ROOT))
+    for folder in ("recipes", "benchmarks", "datasets_scripts", "model_cards")
+    for path in (ROOT / folder).rglob("*.py")
+    if "def main(" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_script_takes_part_of_an_option_for_the_option(
+    script: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for written in ("--hel", "--hel=x"):
+        assert call(monkeypatch, script, written) == 2
+        *_, line = capfd.readouterr().err.splitlines()
+        assert line.endswith("error: no option --hel; did you mean --help?")
+
+
+def test_no_command_takes_part_of_an_option_for_the_option(capfd: pytest.CaptureFixture[str], unquiet: None) -> None:
+    from multiverse_hf import cli
+
+    commands = [command.name or command.callback.__name__ for command in cli.app.registered_commands]
+    assert "generate" in commands
+    for command in commands:
+        assert cli.run([command, "--hel"]) == 2
+        assert "No such option: --hel. Did you mean --help?" in capfd.readouterr().err
 
 
 def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:

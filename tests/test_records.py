@@ -135,7 +135,7 @@ def test_lines_that_no_parser_can_follow_and_files_that_cannot_be_read_say_so(tm
 
 def test_rows_that_were_cut_are_counted():
     record = read_record({"prompt": "Where?", "document": DOCUMENT + "0" * 400})
-    built = build_rows([record, record], encoder(max_length=300, cut=True), both)
+    built = build_rows(enumerate([record, record], 1), encoder(max_length=300, cut=True), both)
     assert built.report.summary() == {"rows": 2, "kept": 2, "dropped": {}, "cut": 2}
     assert "2 of 2 rows have blocks (2 to 2 paths a block, 1 deep at most)" in built.describe()
     assert built.describe().endswith("300 at most")
@@ -206,29 +206,97 @@ def test_one_bad_row_costs_that_row_and_is_reported(tmp_path):
         {"id": "a", "prompt": "Where?", "document": DOCUMENT},
         {"id": "b", "prompt": "Where?", "document": "<Think>"},
         {"id": "c", "prompt": "Where?", "document": DOCUMENT + "0" * 300},
-        {"prompt": "Where?", "document": "Left."},
+        {"prompt": "Where to?", "document": "Left."},
     ]
     lines = [json.dumps(row) for row in rows]
     (tmp_path / "rows.jsonl").write_text("\n".join([*lines[:2], "{not json", "", *lines[2:]]) + "\n")
-    built = build_rows(load_rows(str(tmp_path / "rows.jsonl")), encoder(max_length=200), both)
+    built = build_rows(number_rows(str(tmp_path / "rows.jsonl")), encoder(max_length=200), both, unit="line")
     assert built.report.summary() == {
         "rows": 5,
         "kept": 2,
         "dropped": {"malformed document": 1, "unreadable": 1, "too long": 1},
     }
-    dropped = [json.loads(line) for line in built.report.lines().splitlines()]
-    assert [(entry["row"], entry.get("id")) for entry in dropped] == [(1, "b"), (2, None), (3, "c")]
-    assert "line 3" in dropped[1]["detail"]
+    dropped = [json.loads(line) for line in built.report.lines(built.report.dropped).splitlines()]
+    # as an editor counts them: the fourth line is blank
+    assert [(entry["line"], entry.get("id")) for entry in dropped] == [(2, "b"), (3, None), (5, "c")]
+    said = built.report.describe().splitlines()
+    assert said[0] == "5 rows read, 2 kept, 3 dropped"
+    assert said[1].startswith("  line 2 (id b): malformed document: line 1, column 8: ")
+    assert said[2].startswith("  line 3: unreadable: no JSON: ")
+    assert said[3].startswith("  line 5 (id c): too long: ")
     assert [(choice.parallel, choice.sequential) for choice in built.choices] == [(0, 1), (2, 3)]
     for choice in built.choices:
         assert choice.parallel_length == len(built.rows[choice.parallel]["input_ids"])
         assert choice.sequential_length == len(built.rows[choice.sequential]["input_ids"])
 
 
+ENDS = {
+    "a line that says another": ("Answer: 3", "2", True),
+    "a line that says it": ("Answer: 2", "2", False),
+    "the same value": ("Answer: 1/2", "0.5", False),
+    "another sign": ("Answer: -2", "2", True),
+    "a number that begins alike": ("Answer: 2.5", "2", True),
+    "a unit": ("Answer: $1,200 a week", 1200, False),
+    "a name": ("Answer: x = 2.", "2", False),
+    "words": ("Answer: Berlin", "berlin", False),
+    "other words": ("Answer: Berlin", "Paris", True),
+    "no line, another number": ("So the total is 26.", "27", True),
+    "no line, the number": ("So the total is 26.", "26", False),
+    "no line, no number": ("So the total is twenty-six.", "26", False),
+    "no line, words": ("So it is in Berlin.", "Paris", False),
+    "LaTeX": (r"Answer: \frac12", "0.5", False),
+    "no answer": ("Answer: 2", None, False),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_an_answer_that_its_document_contradicts_is_doubtful(case):
+    end, answer, is_doubtful = ENDS[case]
+    record = read_record({"prompt": "Where?", "document": f"{BLOCK}\n{end}", "answer": answer})
+    assert (record.doubt is not None) == is_doubtful, record.doubt
+    if is_doubtful:
+        assert repr(str(answer)) in record.doubt
+        assert end.removeprefix("Answer: ") in record.doubt
+
+
+def test_what_follows_the_reasoning_has_to_hold_the_answer():
+    for end, is_doubtful in (("It is 2 of them.", False), ("It is 3 of them.", True)):
+        record = read_record({"prompt": "Where?", "document": f"<Think>\n2\n</Think>\n\n{end}", "answer": 2})
+        assert (record.doubt is not None) == is_doubtful
+
+
+def test_rows_that_repeat_an_earlier_one_are_named_and_kept(tmp_path):
+    rows = [
+        {"id": "a", "prompt": "Where?", "document": DOCUMENT},
+        {"id": "b", "prompt": f" Where?  {PARALLEL_SUFFIX}", "document": DOCUMENT},
+        {"prompt": "Where?", "document": "Left."},
+        {"prompt": "And then?", "document": DOCUMENT},
+        {"prompt": "Why?", "document": "Because.", "answer": "No"},
+        {"prompt": "Why?", "document": "Answer: Because", "answer": "No"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    built = build_rows(number_rows(str(tmp_path / "rows.jsonl")), encoder(), both, unit="line")
+    assert built.report.summary() == {"rows": 6, "kept": 6, "dropped": {}, "doubtful": 4}
+    assert [(entry["line"], entry.get("id"), entry["detail"]) for entry in built.report.doubtful] == [
+        (2, "b", "repeats the prompt and the document of line 1"),
+        (3, None, "repeats the prompt of line 1, with another document"),
+        (4, None, "repeats the document of line 1, under another prompt"),
+        (
+            6,
+            None,
+            "answer is 'No', and the document ends in 'Because'; repeats the prompt of line 5, with another document",
+        ),
+    ]
+    assert built.report.describe().splitlines()[:2] == [
+        "6 rows read, 6 kept, 0 dropped, 4 doubtful",
+        "  line 2 (id b): doubtful: repeats the prompt and the document of line 1",
+    ]
+
+
 def test_a_record_that_has_one_form_is_encoded_once():
     record = read_record({"prompt": "Where?", "document": DOCUMENT})
     fixed = Record(record.messages, record.document, Form.SEQUENTIAL)
-    built = build_rows([record, fixed], encoder(), both)
+    built = build_rows(enumerate([record, fixed], 1), encoder(), both)
     assert [choice.is_fixed for choice in built.choices] == [False, True]
     assert built.rows[2] == built.rows[1]
 

@@ -1,44 +1,89 @@
-"""From rows of a dataset to what a trainer reads, with a report of what was dropped and why."""
+"""From rows of a dataset to what a trainer reads, with a report of what was dropped or is doubtful, and why."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from multiverse_hf.data.curriculum import Choice
 from multiverse_hf.data.records import Form, Record, RowError, read_record
 from multiverse_hf.data.rows import RowEncoder
+from multiverse_hf.data.suffixes import Suffix
+
+_SHOWN = 5  # rows of each kind that are told; the file has all of them
 
 
 @dataclass
 class RowReport:
-    """What became of the rows of a dataset."""
+    """What became of the rows of a dataset.
+
+    Attributes:
+        unit: what a row's number counts, from 1: "line" of a JSONL file, or "row".
+        dropped, doubtful: number, id if there is one, reason and detail of each.
+    """
 
     num_rows: int = 0
     num_cut: int = 0
     dropped: list[dict[str, Any]] = field(default_factory=list)
+    doubtful: list[dict[str, Any]] = field(default_factory=list)
+    unit: str = "row"
 
     @property
     def num_kept(self) -> int:
         """Rows that are trained on."""
         return self.num_rows - len(self.dropped)
 
-    def drop(self, row: Any, error: RowError) -> None:
+    @property
+    def bad(self) -> list[dict[str, Any]]:
+        """What was dropped and what is doubtful, in the rows' order."""
+        return sorted([*self.dropped, *self.doubtful], key=lambda entry: entry[self.unit])
+
+    def drop(self, number: int, row: Any, error: RowError) -> None:
         """Count a row out."""
-        name = row.get("id") if isinstance(row, dict) else None
-        entry = {"row": self.num_rows - 1} | ({} if name is None else {"id": name})
-        self.dropped.append(entry | {"reason": str(error.reason), "detail": error.detail})
+        self.dropped.append(
+            self._entry(number, row, str(error.reason), error.detail.removeprefix(f"line {number} is "))
+        )
+
+    def doubt(self, number: int, row: Any, detail: str) -> None:
+        """Name a row that is kept and may not be what was meant."""
+        self.doubtful.append(self._entry(number, row, "doubtful", detail))
+
+    def _entry(self, number: int, row: Any, reason: str, detail: str) -> dict[str, Any]:
+        name = row.get("id") if isinstance(row, Mapping) else None
+        return {self.unit: number} | ({} if name is None else {"id": name}) | {"reason": reason, "detail": detail}
 
     def summary(self) -> dict[str, Any]:
-        """Give the counts, by reason."""
+        """Return the counts, by reason."""
         reasons = Counter(entry["reason"] for entry in self.dropped)
         counts = {"rows": self.num_rows, "kept": self.num_kept, "dropped": dict(reasons.most_common())}
-        return counts | ({"cut": self.num_cut} if self.num_cut else {})
+        return counts | {
+            name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count
+        }
 
-    def lines(self) -> str:
-        """Give what was dropped as JSON lines: the row's number from 0, its id, the reason and the detail."""
-        return "".join(json.dumps(entry, default=str) + "\n" for entry in self.dropped)
+    def lines(self, entries: Sequence[Mapping[str, Any]]) -> str:
+        """Return entries as JSON lines."""
+        return "".join(json.dumps(entry, default=str) + "\n" for entry in entries)
+
+    def describe(self) -> str:
+        """Return the counts, and the first rows that were dropped or are doubtful, a line each."""
+        counts = {"kept": self.num_kept, "dropped": len(self.dropped)}
+        counts |= {name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count}
+        lines = [", ".join([f"{self.num_rows} rows read", *(f"{count} {what}" for what, count in counts.items())])]
+        for entries, what in ((self.dropped, "dropped"), (self.doubtful, "doubtful")):
+            lines += [f"  {self.name(entry)}: {_shorten(entry)}" for entry in entries[:_SHOWN]]
+            lines += [f"  and {len(entries) - _SHOWN} more {what}"] if len(entries) > _SHOWN else []
+        return "\n".join(lines)
+
+    def name(self, entry: Mapping[str, Any]) -> str:
+        """Return how people find a row: ``line 3 (id a)``."""
+        return f"{self.unit} {entry[self.unit]}" + (f" (id {entry['id']})" if "id" in entry else "")
+
+
+def _shorten(entry: Mapping[str, Any]) -> str:
+    text = " ".join(f"{entry['reason']}: {entry['detail']}".split())
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 @dataclass
@@ -63,21 +108,79 @@ class TrainingRows:
             f"{lengths[-1]} at most"
         )
 
+    def columns(self, places: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """Return what the collator reads, by column: of all rows, or of those at some places."""
+        rows = self.rows if places is None else [self.rows[at] for at in places]
+        return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "kinds", "plain")}
+
+    def hold_out(self, count: int) -> tuple["TrainingRows", "TrainingRows"]:
+        """Part the last records from the others, for evaluation.
+
+        Raises:
+            ValueError: if nothing is left to train on.
+        """
+        at = len(self.records) - count
+        if at < 1:
+            raise ValueError(
+                f"eval_rows holds out {count} of {len(self.records)} rows; add rows to train on, or give eval_rows 0 "
+                "and eval_strategy no"
+            )
+        first, last = (
+            TrainingRows(self.records[part], self.rows, self.choices[part], self.report)
+            for part in (slice(at), slice(at, None))
+        )
+        return first, last
+
+
+@dataclass
+class _Repeats:
+    """Finds rows whose prompt or document an earlier row has."""
+
+    unit: str
+    prompts: dict[bytes, int] = field(default_factory=dict)
+    documents: dict[bytes, int] = field(default_factory=dict)
+
+    def find(self, number: int, record: Record) -> str | None:
+        """Return what an earlier row has in common with this one, None for nothing."""
+        chat = [
+            (message["role"], " ".join(Suffix.PARALLEL.exchange(message["content"]).split()))
+            for message in record.messages
+        ]
+        prompt, document = (
+            hashlib.blake2b(text.encode(), digest_size=16).digest()
+            for text in (json.dumps(chat), record.document.render())
+        )
+        asked, answered = self.prompts.setdefault(prompt, number), self.documents.setdefault(document, number)
+        if number == asked == answered:
+            return None
+        if asked == answered:
+            return f"repeats the prompt and the document of {self.unit} {asked}"
+        if asked != number:
+            return f"repeats the prompt of {self.unit} {asked}, with another document"
+        return f"repeats the document of {self.unit} {answered}, under another prompt"
+
 
 def build_rows(
-    source: Iterable[Any], encoder: RowEncoder, forms: Sequence[Form], system_prompt: str | None = None
+    source: Iterable[tuple[int, Any]],
+    encoder: RowEncoder,
+    forms: Sequence[Form],
+    system_prompt: str | None = None,
+    unit: str = "row",
 ) -> TrainingRows:
     """Encode every row in each form that is asked for. A row that one form fails is dropped, with the reason; so is
     one whose parallel form fails, whatever is asked for: a baseline reads the rows of the model it is compared with.
 
     Args:
-        source: rows as :func:`~.records.load_rows` gives them, or :class:`~.records.Record` objects.
+        source: rows with their numbers, as :func:`~.records.number_rows` gives them, or :class:`~.records.Record`
+            objects, of which none is doubtful.
         encoder: turns records into ids and labels.
         forms: the forms that some epoch reads: ``PARALLEL``, ``SEQUENTIAL``, or both in this order.
         system_prompt: said before a chat that has no system message of its own.
+        unit: what the numbers count: "line" or "row".
     """
-    built = TrainingRows()
-    for row in source:
+    built = TrainingRows(report=RowReport(unit=unit))
+    repeats = _Repeats(unit)
+    for number, row in source:
         built.report.num_rows += 1
         try:
             if isinstance(row, RowError):
@@ -88,8 +191,11 @@ def build_rows(
             if not record.form and Form.PARALLEL not in forms:
                 encoder.encode(record, Form.PARALLEL)  # too long for the parallel model: the baseline does not read it
         except RowError as err:
-            built.report.drop(row, err)
+            built.report.drop(number, row, err)
             continue
+        doubts = [] if isinstance(row, Record) else [record.doubt, repeats.find(number, record)]
+        if found := "; ".join(filter(None, doubts)):
+            built.report.doubt(number, row, found)
         first, last = len(built.rows), len(built.rows) + len(encoded) - 1  # the same where there is one form
         lengths = [len(each["input_ids"]) for each in encoded]
         built.choices.append(Choice(first, last, lengths[0], lengths[-1]))

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,13 @@ class Record:
         messages: the chat before the answer.
         document: the answer, as a tree.
         form: the one form it is read in, None for whichever an epoch asks for.
+        doubt: what of the row may not be as it was meant, None if nothing was found.
     """
 
     messages: tuple[Mapping[str, str], ...]
     document: Document
     form: Form | None = None
+    doubt: str | None = None
 
 
 def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | None = None) -> Record:
@@ -108,7 +111,7 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
         check(document)
     except DocumentError as err:
         raise RowError(Reason.MALFORMED, str(err)) from err
-    return Record(tuple(messages), document)
+    return Record(tuple(messages), document, doubt=_contradiction(parse_document(text, names), answer))
 
 
 def is_encodable(text: str) -> bool:
@@ -164,6 +167,48 @@ def read_answer(text: str) -> str | None:
     """Give what stands on the last line ``Answer: ...``, None if there is no such line."""
     match = _ANSWER.search(text)
     return match[1] if match else None
+
+
+_NUMBER = re.compile(r"(?<![\w.,/])-?\d+(?:\.\d+)?(?![\w/]|[.,]\d)")
+
+
+def _contradiction(document: Document, answer: str | None) -> str | None:
+    """Return how a document contradicts the answer of its row, None where it does not or nobody can tell.
+
+    What stands after ``Answer:``, or outside ``<Think>``, has to hold the answer or be a part of it. A document
+    without either contradicts a whole number only: if it ends in other numbers. LaTeX and sentences are not compared.
+    """
+    last = document.children[-1]
+    end = last.text.strip() if isinstance(last, Text) else ""
+    if not (answer or "").strip() or not end or "\\" in end + answer or len(answer.split()) > 4:
+        return None
+    said = read_answer(end)
+    has_think = any(isinstance(child, Think) for child in document.children)
+    ours, theirs = (_plain(text) for text in (answer, said or end))
+    if said or has_think:
+        agree = _holds(theirs, ours) or _holds(ours, theirs) or _value(ours) == _value(theirs) is not None
+    else:
+        numbers = _NUMBER.findall(theirs.splitlines()[-1])
+        agree = not re.fullmatch(r"-?\d+", ours) or not numbers or ours in numbers
+    return None if agree else f"answer is {answer.strip()!r:.60}, and the document ends in {(said or end)[-60:]!r}"
+
+
+def _plain(text: str) -> str:
+    """Return a text without what changes no answer: case, dollar signs, stars, thousands' commas, a full stop."""
+    return re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"[$*`]", "", text)).strip().removesuffix(".").casefold()
+
+
+def _holds(text: str, part: str) -> bool:
+    """Return whether a text holds another as whole words and numbers."""
+    return re.search(rf"(?<![\w.,/-]){re.escape(part)}(?![\w/]|[.,]\d)", text) is not None
+
+
+def _value(text: str) -> Fraction | None:
+    """Return the value of a number or a fraction, None of anything else."""
+    try:
+        return Fraction(text.replace(" ", "").removesuffix("%"))
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
@@ -249,7 +294,8 @@ def _read_lines(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[tupl
             try:
                 yield number, json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as err:
-                yield number, RowError(Reason.UNREADABLE, f"line {number} is no JSON: {err}")
+                what = f"{err.msg} at column {err.colno}" if isinstance(err, json.JSONDecodeError) else err
+                yield number, RowError(Reason.UNREADABLE, f"line {number} is no JSON: {what}")
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:

@@ -3,12 +3,14 @@
 import copy
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.chunked import CHUNKED
 from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
 from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
@@ -132,6 +134,35 @@ def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, *
     others = [end for end in ends if end != tokenizer.eos_token_id]
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, *others] if others else tokenizer.eos_token_id
     return Base(model, tokenizer, tags, new_ids)
+
+
+def load_for_training(data: Any, training: Any, model_args: Any) -> Base | Tokens:
+    """Load the base model of a run, with tags where it has none; without its weights where rows are only checked.
+
+    Args:
+        data, training, model_args: the run's options. What TRL's trainer would do to the model and its tokenizer
+            (``chat_template_path``, ``eos_token``, ``model_init_kwargs``) is done here, before rows are encoded.
+
+    Raises:
+        CommandError: if there is none, or it cannot be trained on documents.
+    """
+    from trl import get_quantization_config
+
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    template, training.chat_template_path = training.chat_template_path, None
+    if template is not None and not Path(template).is_file():
+        raise CommandError(f"chat_template_path is a file of Jinja text, and {template} is none")
+    options, training.model_init_kwargs = dict(training.model_init_kwargs or {}), None
+    try:
+        text = None if template is None else Path(template).read_text(encoding="utf-8")
+        quantization = get_quantization_config(model_args)
+        options |= {} if quantization is None else {"quantization_config": quantization}
+        options |= {"dtype": model_args.dtype or "float32", "attn_implementation": model_args.attn_implementation}
+        path = str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+        tokens = load_tokens(path, revision, data.tags, chat_template=text, eos_token=training.eos_token)
+        return tokens if data.check_rows else load_base(path, revision, tokens, **options)
+    except Exception as err:  # a checkpoint is input: safetensors, pickle, json and the Hub raise errors of their own
+        raise CommandError(f"cannot load {name}: {one_line(err)}") from err
 
 
 def default_attention(device_type: str, keeps_apart: bool) -> str:

@@ -1,10 +1,36 @@
 """A run on one page: what it read, how its loss fell, what its answers are like. Markdown and one picture."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multiverse_hf.outputs import write_output
+
 KINDS = ("tag", "goal", "path", "conclusion", "think", "answer")
+
+
+def finish_run(record: dict[str, Any], trainer: Any, metrics: dict[str, Any]) -> None:
+    """Write what a run was, to its folder: ``run.json``, and the page with its picture.
+
+    Args:
+        record: settings and rows, as :func:`~.runs.describe_run` gives them.
+        trainer: a :class:`~.trainer.MultiverseSFTTrainer` that has trained.
+        metrics: of the training.
+    """
+    output, history = Path(trainer.args.output_dir), trainer.state.log_history
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    if losses:  # the trainer's own, after a resume, is of the last part alone
+        metrics = metrics | {"train_loss": sum(losses) / len(losses)}
+    last = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
+    evaluation = {k: v for entry in last if entry["step"] == last[-1]["step"] for k, v in entry.items()}
+    text = json.dumps(record | {"metrics": metrics, "last_evaluation": evaluation}, indent=1, default=str)
+    num_epochs = max(1, round(trainer.state.epoch or 1))
+    draw_run(output / "report.png", history, [trainer.sampler.parallel_share(epoch) for epoch in range(num_epochs)])
+    write_output(output / "report.md", write_page(json.loads(text), "report.png"))
+    write_output(output / "run.json", text + "\n")
+    (output / "begun.json").unlink(missing_ok=True)
+    print(f"report: {output / 'report.md'}")
 
 
 def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequence[float]) -> None:

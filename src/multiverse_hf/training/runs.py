@@ -1,15 +1,31 @@
 """The folder of a run: one process writes there, nothing that is there is lost, and it is resumed as it was begun."""
 
+import contextlib
+import errno
 import json
+import platform
+import re
+import sys
 import zipfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.outputs import lock_file
+from safetensors import SafetensorError, safe_open
 
+from multiverse_hf import __version__
+from multiverse_hf.data.rows import RowEncoder
+from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, one_line
+from multiverse_hf.outputs import lock_file
+from multiverse_hf.training.arguments import OF_CHAINS
+from multiverse_hf.training.splits import Splits
+
+_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 # What a resumed run may be told anew: none of it changes what is computed. And what starts with one of the prefixes.
 MAY_CHANGE = {
-    "check_rows", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
+    "check_rows", "strict", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
     "do_eval", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "per_device_eval_batch_size", "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
@@ -29,10 +45,10 @@ def find_checkpoint(output: Path, resume: str | bool | None) -> str | None:
         The checkpoint's folder; None if the run begins.
 
     Raises:
-        ValueError: if the folder holds a run or a model that would be overwritten, or the checkpoint is not whole.
+        CommandError: if the folder holds a run or a model that would be overwritten, or the checkpoint is not whole.
     """
     if (output / "run.json").exists():
-        raise ValueError(f"{output} holds a finished run; choose another output_dir, or move it away")
+        raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
     # the state is written last: a checkpoint without it was being written when the run was killed
     written = [state.parent for state in output.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
     if resume is True and written:
@@ -42,18 +58,18 @@ def find_checkpoint(output: Path, resume: str | bool | None) -> str | None:
         resume = None
     elif resume:
         if not (Path(resume) / "trainer_state.json").is_file():
-            raise ValueError(f"{resume} holds no checkpoint to resume from; leave out resume_from_checkpoint")
+            raise CommandError(f"{resume} holds no checkpoint to resume from; leave out resume_from_checkpoint")
         if damaged := damaged_file(Path(resume)):
-            raise ValueError(f"{damaged} is damaged; resume from another checkpoint")
+            raise CommandError(f"{damaged} is damaged; resume from another checkpoint")
     elif written:
-        raise ValueError(
+        raise CommandError(
             f"{output} holds an unfinished run; go on with it (--resume_from_checkpoint true), choose another "
             "output_dir, or move it away"
         )
     if not (output / "begun.json").exists():
         models = [output / name for name in ("config.json", "adapter_config.json")]
         if found := [file.name for file in models if file.exists()]:
-            raise ValueError(f"{output} holds a model ({found[0]}); choose another output_dir")
+            raise CommandError(f"{output} holds a model ({found[0]}); choose another output_dir")
     return resume
 
 
@@ -63,19 +79,17 @@ def _newest_whole(checkpoints: list[Path]) -> str:
         if damaged is None:
             return str(checkpoint)
         print(f"{damaged} is damaged; the run goes on from the checkpoint before, if there is one")
-    raise ValueError(f"no checkpoint in {checkpoints[0].parent} is whole; move the folder away, and begin anew")
+    raise CommandError(f"no checkpoint in {checkpoints[0].parent} is whole; move the folder away, and begin anew")
 
 
 def _step(checkpoint: Path) -> int:
-    """Give the step of a checkpoint, by its folder's name ``checkpoint-<step>``."""
+    """Return the step of a checkpoint, by its folder's name ``checkpoint-<step>``."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def damaged_file(checkpoint: Path) -> Path | None:
-    """Give a file of a checkpoint that is cut short, as a full disk or a broken copy leaves it; None if none is."""
-    from safetensors import SafetensorError, safe_open
-
+    """Return a file of a checkpoint that is cut short, as a full disk or a broken copy leaves it; None if none is."""
     for file in sorted(checkpoint.rglob("*")):
         try:
             if file.suffix == ".safetensors":
@@ -90,30 +104,97 @@ def damaged_file(checkpoint: Path) -> Path | None:
     return None
 
 
-def claim(output: Path) -> Any:
-    """Keep a run's folder for this process as long as the object that is given lives.
+@contextlib.contextmanager
+def claim(output: Path, is_needed: bool = True) -> Iterator[None]:
+    """Keep a run's folder for this process inside the context.
 
     Raises:
-        ValueError: if another run is writing there.
+        CommandError: if another run is writing there.
     """
-    lock = (output / ".running").open("w")
-    if lock_file(lock) is False:
-        raise ValueError(f"another run is writing to {output}; choose another output_dir")
-    return lock
+    if not is_needed:
+        yield
+        return
+    file = output / ".running"
+    with file.open("w") as lock:
+        if lock_file(lock) is False:
+            raise CommandError(f"another run is writing to {output}; choose another output_dir")
+        try:
+            yield
+        finally:
+            file.unlink(missing_ok=True)
 
 
-def check_same_run(run: Path, record: dict[str, Any]) -> None:
+@contextlib.contextmanager
+def errors_in_a_line() -> Iterator[None]:
+    """End the process in a line where a user, what the user gave or a full disk ends it."""
+    try:
+        yield
+    except CommandError as err:
+        print(f"error: {err}", file=sys.stderr)
+        sys.exit(err.code)
+    except KeyboardInterrupt:
+        print("stopped; what was saved goes on with --resume_from_checkpoint true", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except (OSError, RuntimeError, SafetensorError) as err:
+        is_full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # as torch and safetensors say it
+        if not is_full and not re.search(r"No space left|File too large|PytorchStreamWriter failed", str(err)):
+            raise
+        way = "make room, then --resume_from_checkpoint true"
+        print(f"error: cannot write: {one_line(err, 120)}; {way}", file=sys.stderr)
+        sys.exit(FAILURE)
+
+
+def describe_run(
+    data: Any, training: Any, model_args: Any, splits: Splits, dataset: Any, encoder: RowEncoder, model: Any
+) -> dict[str, Any]:
+    """Return what a run keeps of itself: all settings, the rows' counts and fingerprint, versions.
+
+    Args:
+        data, training, model_args: the options, resolved.
+        splits: the rows.
+        dataset: the encoded rows to train on.
+        encoder: knows the ``max_length`` of rows.
+        model: the base.
+    """
+    config, is_chains = model.config, data.dataset_name == "chains"
+    return {
+        "data": {name: value for name, value in asdict(data).items() if is_chains or name not in OF_CHAINS}
+        | {
+            "fingerprint": dataset._fingerprint,
+            "num_tokens": sum(map(len, dataset["input_ids"])),
+            "rows": splits.train.report.summary(),
+            "trained_on": len(splits.train.records),
+            "test_rows": splits.test.report.summary() if data.dataset_test_split else None,
+        },
+        "training": training.to_dict() | {"max_length": encoder.max_length},
+        "model": asdict(model_args)
+        | {
+            "attn_implementation": config._attn_implementation,
+            "model_type": config.get_text_config().model_type,
+        },
+        "processes": training.world_size,
+        "versions": {"multiverse_hf": __version__}
+        | {name: version(name) for name in _PACKAGES}
+        | {"python": platform.python_version()},
+    }
+
+
+def check_same_run(checkpoint: str | None, record: dict[str, Any]) -> None:
     """Check that a run is resumed with the rows and options it was begun with.
 
     The sampler would go on in another order, over other rows.
 
     Args:
-        run: the folder that the checkpoint is in.
+        checkpoint: the folder to resume from, None if the run begins.
         record: what this run was told: data, training, model, processes.
 
     Raises:
-        ValueError: if they are others, or the folder's record is damaged.
+        CommandError: if they are others, or the folder's record is damaged.
     """
+    if checkpoint is None:
+        return
+    run = Path(checkpoint).resolve().parent
     told = next((file for file in (run / "begun.json", run / "run.json") if file.is_file()), None)
     if told is None:
         return
@@ -121,7 +202,7 @@ def check_same_run(run: Path, record: dict[str, Any]) -> None:
         before = json.loads(told.read_bytes())
         parts, processes = {part: before[part] for part in ("data", "training", "model")}, before["processes"]
     except (ValueError, KeyError, TypeError) as err:
-        raise ValueError(f"{told} is damaged; begin anew in another output_dir") from err
+        raise CommandError(f"{told} is damaged; begin anew in another output_dir", FAILURE) from err
     now = json.loads(json.dumps(record, default=str))
     changed = [
         (name, value, now[part].get(name))
@@ -131,7 +212,8 @@ def check_same_run(run: Path, record: dict[str, Any]) -> None:
     ]
     for name, was, wanted in [*changed, ("number of processes", processes, now["processes"])]:
         if was != wanted:
-            raise ValueError(
+            raise CommandError(
                 f"{run} was begun with {name} {was}, now it is {wanted}; resume it with the same rows and options, or "
-                "choose another output_dir"
+                "choose another output_dir",
+                FAILURE,
             )

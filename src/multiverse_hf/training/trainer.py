@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointWrapper
 from torch.utils.data import DataLoader, Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from multiverse_hf.data.curriculum import CurriculumSampler
 from multiverse_hf.data.rows import IGNORE, TokenKind
@@ -63,21 +63,24 @@ class MultiverseSFTTrainer(SFTTrainer):
     """SFTTrainer over rows of :func:`~multiverse_hf.data.building.build_rows`.
 
     The loss is TRL's own, computed in chunks from the last hidden states. Logged beside it, for each kind of token
-    that
-    occurs: ``loss_<kind>`` in nats and ``accuracy_<kind>``, and, while training, ``parallel_share``, the share of the
-    epoch's rows in parallel form.
+    that occurs: ``loss_<kind>`` in nats and ``accuracy_<kind>``, and, while training, ``parallel_share``, the share of
+    the epoch's rows in parallel form.
 
     Args:
-        *args, **kwargs: as for SFTTrainer; ``data_collator`` is a
-        :class:`~multiverse_hf.data.collation.DocumentCollator`.
+        args: rows stay whole and keep all columns, whatever they say.
         sampler: which rows an epoch reads.
+        **kwargs: as for SFTTrainer; ``data_collator`` is a
+            :class:`~multiverse_hf.data.collation.DocumentCollator`.
     """
 
-    def __init__(self, *args: Any, sampler: CurriculumSampler, **kwargs: Any) -> None:
+    def __init__(self, *, args: SFTConfig, sampler: CurriculumSampler, **kwargs: Any) -> None:
         self.sampler = sampler
+        args.remove_unused_columns = False  # the collator wants `plain` and `kinds`
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        args.max_length = None  # rows are as long as they shall be; truncation would cut blocks
         # by mode and kind: sums of losses and of right guesses, and how many tokens
         self._kind_sums: dict[str, dict[TokenKind, list[float]]] = {"train": {}, "eval": {}}
-        super().__init__(*args, **kwargs)
+        super().__init__(args=args, **kwargs)
         self.add_callback(TokenCount(self))
         if isinstance(self.model, PeftModel):
             # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
