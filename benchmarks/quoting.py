@@ -114,10 +114,10 @@ def compare(name: str, documents: list[Document], measure: Callable[[str], int])
 
 def tokens(found: Document, measure: Callable[[str], int]) -> dict[str, tuple[int, int]]:
     """Give the tokens asked and answered for one document in both ways."""
-    draft = Draft(Trace(1, "1", "The problem.", reasoning_of(found)), Limits())
+    draft = Draft.begin(Trace(1, "1", "The problem.", reasoning_of(found)), Limits())
     sentences = [sentence.strip() for sentence in draft.sentences]
     for stage in STAGES[: STAGES.index(REFILL)]:
-        setattr(draft, stage.name, stage.form.model_validate(rule_server.answer(stage.name, found, sentences)))
+        draft = stage.check(draft, stage.form.model_validate(rule_server.answer(stage.name, found, sentences)))
     quotes = rule_server.answer("refill", found, sentences)
     REFILL.check(draft, REFILL.form.model_validate(quotes))
     texts = original_text(REFILL.form.model_validate(quotes), draft.sentences)

@@ -4,6 +4,7 @@
 import asyncio
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from multiverse_hf.curator.checks import check_content, check_independence, dist
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
 from multiverse_hf.curator.endpoint import Endpoint, EndpointError
 from multiverse_hf.curator.health import EndpointDown
-from multiverse_hf.curator.options import load_settings
+from multiverse_hf.curator.options import Settings, load_settings
 from multiverse_hf.curator.replies import Reply, read_result, schema_of
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
 from multiverse_hf.curator.stages import JUDGE, STAGES, prompt_versions
@@ -174,15 +175,13 @@ def target(kind: Kind | str = Kind.NESTED, seed: int = 0, num_chains: int | None
 
 def drafted(trace: Trace, found: Document, stage_name: str) -> tuple[Draft, Any, dict[str, Any]]:
     """Take a draft up to a stage by the rule server's answers; give the stage and its true answer too."""
-    draft = Draft(trace, Limits())
+    draft = Draft.begin(trace, Limits())
     sentences = [sentence.strip() for sentence in draft.sentences]
     for stage in STAGES:
         truth = rule_server.answer(stage.name, found, sentences)
         if stage.name == stage_name:
             return draft, stage, truth
-        result = stage.form.model_validate(truth)
-        stage.check(draft, result)
-        setattr(draft, stage.name, result)
+        draft = stage.check(draft, stage.form.model_validate(truth))
     raise KeyError(stage_name)
 
 
@@ -190,11 +189,10 @@ def drafted(trace: Trace, found: Document, stage_name: str) -> tuple[Draft, Any,
 def test_the_true_answers_give_the_document_with_the_originals_text(seed: int, kind: Kind):
     trace, found = target(kind, seed)
     draft, stage, truth = drafted(trace, found, "mapreduce")
-    stage.check(draft, stage.form.model_validate(truth))
+    draft = stage.check(draft, stage.form.model_validate(truth))
     check(draft.document, max_depth=2)
     assert draft.document.sequential() == found.sequential()
     assert [len(block.paths) for block, _ in draft.document.blocks()] == [len(b.paths) for b, _ in found.blocks()]
-    assert draft.text == draft.document.render()
     assert draft.distance == 0 == sum(draft.path_distances)
     assert len(draft.path_distances) == found.num_paths
 
@@ -278,7 +276,7 @@ def test_a_rewritten_sentence_keeps_its_place_and_what_is_around_it():
     reasoning = (
         "We need f(1) and f(2). Let us see.\nFirst f(1) = 2, since 1 + 1 = 2. \nSimilarly f(2) = 5. That is all."
     )
-    draft = Draft(Trace(1, "1", "p", reasoning), Limits())
+    draft = Draft.begin(Trace(1, "1", "p", reasoning), Limits())
     answers = {
         "summary": {"steps": [{"summary": "s", "substeps": []} for _ in range(4)]},
         "groups": {"groups": [{"steps": ["2", "3"], "argument": "a"}]},
@@ -293,26 +291,23 @@ def test_a_rewritten_sentence_keeps_its_place_and_what_is_around_it():
         },
     }
     for stage in STAGES[:-1]:
-        result = stage.form.model_validate(answers[stage.name])
-        stage.check(draft, result)
-        setattr(draft, stage.name, result)
+        draft = stage.check(draft, stage.form.model_validate(answers[stage.name]))
     stage = STAGES[-1]
     block = {"block": "B1", "outlines": ["7: find f(1)", "find f(2)"], "conclusion": "f(1) = 2 and f(2) = 5."}
     with pytest.raises(Refusal, match=r"path 2 refers to another path: 'Similarly f\(2\)"):
         stage.check(draft, stage.form.model_validate({"blocks": [block], "rewrites": []}))
-    draft.limits = Limits(max_distance=0.6)
+    patient = replace(draft, limits=Limits(max_distance=0.6))
     rewrites = [{"sentence": 4, "text": "Now f(2) = 5."}]
-    stage.check(draft, stage.form.model_validate({"blocks": [block], "rewrites": rewrites}))
-    assert draft.text == (
+    found = stage.check(patient, stage.form.model_validate({"blocks": [block], "rewrites": rewrites}))
+    assert found.text == (
         "<Think>\nWe need f(1) and f(2). Let us see.\n<Parallel>\n<Goal>\n<Outline>\n1: find f(1)\n</Outline>\n"
         "<Outline>\n2: find f(2)\n</Outline>\n</Goal>\n<Path>\n1: First f(1) = 2, since 1 + 1 = 2.\n</Path>\n"
         "<Path>\n2: Now f(2) = 5.\n</Path>\n<Conclusion>\nf(1) = 2 and f(2) = 5.\n</Conclusion>\n</Parallel>\n"
         "That is all.\n</Think>"
     )
     # two sentences of 21 characters became "Now f(2) = 5.": nine letters for three, none of which they share
-    assert draft.path_distances == [0.0, pytest.approx(9 / len("2: Similarly f(2) = 5. "), abs=0.02)]
-    assert 0 < draft.distance < 0.2
-    draft.limits = Limits(max_distance=0.2)
+    assert found.path_distances == [0.0, pytest.approx(9 / len("2: Similarly f(2) = 5. "), abs=0.02)]
+    assert 0 < found.distance < 0.2
     with pytest.raises(Refusal, match=r"path 2 has distance 0\.38.* became 'Now'"):
         stage.check(draft, stage.form.model_validate({"blocks": [block], "rewrites": rewrites}))
     dropped = {"blocks": [block], "rewrites": [{"sentence": 4, "text": ""}]}
@@ -540,7 +535,7 @@ KEY = "sk-of-this-test-only"
 CHOICE = {"finish_reason": "stop", "message": {"content": GOOD}}
 
 
-def ask_once(*answers: tuple[int, Any, dict[str, str]], extra: dict[str, Any] | None = None, **options: Any) -> Reply:
+def ask_once(*answers: tuple[int, Any, dict[str, str]], extra: dict[str, Any] | None = None) -> Reply:
     """Ask a real server that gives these answers one after the other."""
     from aiohttp import test_utils, web
 
@@ -555,7 +550,8 @@ def ask_once(*answers: tuple[int, Any, dict[str, str]], extra: dict[str, Any] | 
         app.router.add_post("/v1/chat/completions", handle)
         async with test_utils.TestServer(app) as server:
             address = f"http://{server.host}:{server.port}/v1"
-            async with Endpoint(address, KEY, max_retries=0, max_outage_s=5, **options) as endpoint:
+            settings = Settings("m", address, max_retries=0, max_outage_s=5)
+            async with Endpoint(settings, KEY) as endpoint:
                 body = {"model": "m", "messages": [{"role": "user", "content": "x"}], **(extra or {})}
                 return await endpoint.ask(body, "groups", STAGES[1].form)
 
@@ -746,8 +742,8 @@ def test_each_lie_of_the_rule_server_is_refused(stage_name: str):
     for kind in (*rule_server.LIES, *rule_server.STAGE_LIES.get(stage_name, ())):
         text, finish_reason = rule_server.lie(kind, truth, found, sentences)
         if kind == "other ending":  # which only the answer shows
-            stage.check(draft, read_result(reply(text, finish_reason), stage.form))
-            assert final_answers(draft.sequential) != final_answers(trace.reasoning)
+            changed = stage.check(draft, read_result(reply(text, finish_reason), stage.form))
+            assert final_answers(reasoning_of(changed.plain)) != final_answers(trace.reasoning)
         else:
             with pytest.raises(Refusal):
                 stage.check(draft, read_result(reply(text, finish_reason), stage.form))

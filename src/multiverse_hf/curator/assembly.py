@@ -2,15 +2,11 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
+from multiverse_hf.curator.forms import BlockText, PlacedStep, Refill, Structure
 from multiverse_hf.documents import Document, Element, Path, Text
 from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
-
-if TYPE_CHECKING:
-    from multiverse_hf.curator.stages.mapreduce import BlockText
-    from multiverse_hf.curator.stages.refill import Refill
-    from multiverse_hf.curator.stages.structure import Structure
 
 _SURROUNDING = re.compile(r"\A(?:[ \t]*\n)+|\s+\Z")  # what a block boundary replaces; not the first line's indentation
 
@@ -22,7 +18,7 @@ class PlannedBlock(NamedTuple):
     paths: "list[list[str | PlannedBlock]]"
 
 
-def plan(structure: "Structure") -> "list[str | PlannedBlock]":
+def plan(structure: Structure) -> "list[str | PlannedBlock]":
     """Give the document as steps and blocks in order; blocks are named B1, B2, ... in the order in which they open."""
     count = 0
 
@@ -31,7 +27,7 @@ def plan(structure: "Structure") -> "list[str | PlannedBlock]":
         count += 1
         return f"B{count}"
 
-    def inner(step) -> "list[str | PlannedBlock]":
+    def inner(step: PlacedStep) -> "list[str | PlannedBlock]":
         found: list[str | PlannedBlock] = [] if step.parts else [step.step]
         for part in step.parts:
             if len(part.steps) == 1:
@@ -50,7 +46,7 @@ def plan(structure: "Structure") -> "list[str | PlannedBlock]":
     return items
 
 
-def block_names(structure: "Structure") -> dict[str, int]:
+def block_names(structure: Structure) -> dict[str, int]:
     """Give the name of every block with its number of paths, in the order in which they open."""
     return {block.name: len(block.paths) for block in _blocks(plan(structure))}
 
@@ -63,7 +59,7 @@ def _blocks(items: "Sequence[str | PlannedBlock]") -> Iterator[PlannedBlock]:
                 yield from _blocks(path)
 
 
-def path_sentences(structure: "Structure", refill: "Refill") -> set[int]:
+def path_sentences(structure: Structure, refill: Refill) -> set[int]:
     """Give the numbers of the sentences that stand in some path."""
     leaves = {
         item
@@ -75,7 +71,7 @@ def path_sentences(structure: "Structure", refill: "Refill") -> set[int]:
     return {number for leaf in leaves for number in refill.numbers(leaf)}
 
 
-def original_text(refill: "Refill", sentences: Sequence[str]) -> dict[str, str]:
+def original_text(refill: Refill, sentences: Sequence[str]) -> dict[str, str]:
     """Give the text of each step: its sentences, as they stand in the original."""
     texts: dict[str, str] = {}
     for quote in refill.quotes:
@@ -88,7 +84,7 @@ def _join(before: str, text: str) -> str:
     return f"{before}\n{text}" if before and text and not before[-1].isspace() else before + text
 
 
-def assemble(structure: "Structure", texts: Mapping[str, str], blocks: "Mapping[str, BlockText] | None" = None) -> str:
+def assemble(structure: Structure, texts: Mapping[str, str], blocks: Mapping[str, BlockText] | None = None) -> str:
     """Write the document, in ``<Think>``: exactly one newline between tags, labels in outlines and paths.
 
     Args:

@@ -1,18 +1,12 @@
 """A document on its way through the stages: what each of them found, and why a reply was refused."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from multiverse_hf.curator.forms import Groups, Refill, Structure, Summary
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
 from multiverse_hf.curator.traces import Trace
 from multiverse_hf.documents import Document
-
-if TYPE_CHECKING:
-    from multiverse_hf.curator.stages.groups import Groups
-    from multiverse_hf.curator.stages.mapreduce import MapReduce
-    from multiverse_hf.curator.stages.refill import Refill
-    from multiverse_hf.curator.stages.structure import Structure
-    from multiverse_hf.curator.stages.summary import Summary
 
 
 class Refusal(Exception):
@@ -42,37 +36,40 @@ class Limits:
     max_depth: int = 2
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Draft:
-    """What is known of a document so far. A stage fills in its own field.
+    """What is known of a document so far. Each stage makes a draft with more in it.
 
     Attributes:
         sentences: of the reasoning.
         opening: of what every stage is asked: the problem and the numbered sentences.
         plain: the document with the original's sentences and without outlines and conclusions, from stage 4 on.
-        document, text: the whole one, from stage 5 on.
-        sequential: the reasoning of the latest of them, made sequential again.
+        document: the whole one, from stage 5 on.
         distance: of it to the original.
         path_distances: of each path to the text it was quoted from, in the order in which paths open.
     """
 
     trace: Trace
     limits: Limits
-    sentences: list[str] = field(init=False)
-    opening: str = field(init=False)
-    summary: "Summary | None" = None
-    groups: "Groups | None" = None
-    structure: "Structure | None" = None
-    refill: "Refill | None" = None
-    mapreduce: "MapReduce | None" = None
+    sentences: Sequence[str]
+    opening: str
+    summary: Summary | None = None
+    groups: Groups | None = None
+    structure: Structure | None = None
+    refill: Refill | None = None
     plain: Document | None = None
     document: Document | None = None
-    text: str | None = None
-    sequential: str = ""
     distance: float | None = None
-    path_distances: list[float] = field(default_factory=list)
+    path_distances: Sequence[float] = ()
 
-    def __post_init__(self) -> None:
-        self.sentences = split_sentences(self.trace.reasoning)
-        numbered = number_sentences(self.sentences)
-        self.opening = f"# Problem\n\n{self.trace.prompt}\n\n# Reasoning\n\n{numbered}"
+    @classmethod
+    def begin(cls, trace: Trace, limits: Limits) -> "Draft":
+        """Return the draft that stage 1 is asked about."""
+        sentences = split_sentences(trace.reasoning)
+        opening = f"# Problem\n\n{trace.prompt}\n\n# Reasoning\n\n{number_sentences(sentences)}"
+        return cls(trace, limits, sentences, opening)
+
+    @property
+    def text(self) -> str:
+        """The whole document."""
+        return self.document.render()

@@ -19,6 +19,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponen
 
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.curator.health import CallFailed, Health
+from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.replies import Reply, schema_of
 
 logger = logging.getLogger(__name__)
@@ -47,26 +48,16 @@ class Endpoint:
         takes_seed: whether requests say a seed; some endpoints refuse it.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        api_key: str,
-        concurrency: int = 64,
-        timeout_s: float = 600.0,
-        max_retries: int = 6,
-        max_outage_s: float = 120.0,
-        takes_schema: bool = True,
-    ) -> None:
+    def __init__(self, settings: Settings, api_key: str) -> None:
+        self.settings = settings
         self.counts: Counter[str] = Counter()
-        self.health = Health(max_outage_s)
-        self.takes_schema, self.takes_seed = takes_schema, True
-        self.timeout_s, self.max_retries = timeout_s, max_retries
-        self._url, self._key = base_url, api_key
-        self._slots = asyncio.Semaphore(concurrency)
+        self.health = Health(settings.max_outage_s)
+        self.takes_schema, self.takes_seed = settings.json_schema, True
+        self._key = api_key
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        timeout = Timeout(settings.timeout_s, connect=min(settings.timeout_s, CONNECT_S))
         # its own retries are not counted, and do not know how other calls fare
-        self._connect_s = min(timeout_s, CONNECT_S)
-        timeout = Timeout(timeout_s, connect=self._connect_s)
-        self._client = AsyncOpenAI(base_url=base_url, api_key=api_key, max_retries=0, timeout=timeout)
+        self._client = AsyncOpenAI(base_url=settings.base_url, api_key=api_key, max_retries=0, timeout=timeout)
 
     async def __aenter__(self) -> "Endpoint":
         return self
@@ -79,7 +70,8 @@ class Endpoint:
         """What a user should know while no call is answered."""
         if (reason := self.health.trouble) is None:
             return None
-        return f"calls to {self._url} fail: {reason}; trying again until {self.health.max_outage_s:g} s have passed"
+        until = f"trying again until {self.settings.max_outage_s:g} s have passed"
+        return f"calls to {self.settings.base_url} fail: {reason}; {until}"
 
     async def ask(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
         """Make a call, as often as it takes.
@@ -98,7 +90,7 @@ class Endpoint:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(CallFailed),
             wait=lambda state: self.health.shorten(_WAIT(state)),
-            stop=lambda _: failures > self.max_retries,
+            stop=lambda _: failures > self.settings.max_retries,
             reraise=True,
         )
         try:
@@ -156,12 +148,12 @@ class Endpoint:
         known = {field: request[field] for field in ("model", "messages")}
         others = {field: value for field, value in request.items() if field not in known}
         try:
-            async with asyncio.timeout(self.timeout_s):  # the client's own is for each piece of an answer
+            async with asyncio.timeout(self.settings.timeout_s):  # the client's own is for each piece of an answer
                 raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
         except APITimeoutError as err:
-            raise CallFailed("timeout", f"no connection in {self._connect_s:g} s") from err
+            raise CallFailed("timeout", f"no connection in {self._client.timeout.connect:g} s") from err
         except TimeoutError as err:
-            raise CallFailed("timeout", f"no answer in {self.timeout_s:g} s") from err
+            raise CallFailed("timeout", f"no answer in {self.settings.timeout_s:g} s") from err
         except APIConnectionError as err:
             raise CallFailed("connection", self._hide(_explain(err))) from err
         data: Any = raw.http_response.text

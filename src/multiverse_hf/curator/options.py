@@ -119,6 +119,11 @@ class Settings:
                 "base_url holds a key or a query; put the key into an environment variable, api_key_env"
             )
 
+    @property
+    def judge_name(self) -> str | None:
+        """The model that judges; None if there is no judge."""
+        return (self.judge_model or self.model) if self.judge else None
+
     def api_key(self) -> str:
         """Give the key, which is never written anywhere.
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf import __version__
+from multiverse_hf.curator.assembly import parallelism
 from multiverse_hf.curator.curation import Outcome
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.stages import prompt_versions
 from multiverse_hf.curator.tally import Tally
-from multiverse_hf.curator.traces import Trace
 from multiverse_hf.errors import FAILURE, CommandError
 from multiverse_hf.jobs.folders import JobFolder, whole_lines, writing
 from multiverse_hf.outputs import write_output
@@ -46,31 +46,32 @@ class CurationFolder(JobFolder):
         return self.path / "status" / f"{task:05d}.json"
 
 
-def describe_outcome(trace: Trace, outcome: Outcome, settings: Settings) -> dict[str, Any]:
+def describe_outcome(outcome: Outcome, settings: Settings) -> dict[str, Any]:
     """Give the line of a trace in its task's part: a finished row, or why there is none."""
-    attempts = [asdict(each) for each in outcome.attempts]
+    draft, trace, attempts = outcome.draft, outcome.draft.trace, [asdict(each) for each in outcome.attempts]
     row: dict[str, Any] = {"id": trace.id, "prompt": trace.prompt}
-    if outcome.document is not None:
+    if outcome.refusal is None:
         for each in attempts:
             del each["reply"]
-        row |= {"document": outcome.document, "answer": trace.answer, "sequential": trace.reasoning}
+        row |= {"document": draft.text, "answer": trace.answer, "sequential": trace.reasoning}
         usage = {name: sum(each[name] for each in attempts) for name in ("prompt_tokens", "completion_tokens")}
         row["provenance"] = {
             "curator": __version__,
             "model": settings.model,
-            "judge": (settings.judge_model or settings.model) if settings.judge else None,
+            "judge": settings.judge_name,
             "prompts": prompt_versions(),
             "seed": settings.seed,
             "attempts": attempts,
             "usage": usage | {"calls": len(attempts)},
-            "distance": outcome.distance,
-            "path_distances": outcome.path_distances,
-            "parallelism": outcome.parallelism,
+            "distance": draft.distance,
+            "path_distances": draft.path_distances,
+            "parallelism": parallelism(draft.document),
         }
     else:
         row |= {"answer": trace.answer, "reasoning": trace.reasoning}
-        row |= {"stage": outcome.stage, "check": outcome.check, "detail": outcome.detail, "attempts": attempts}
-    return {"number": trace.number, "accepted": outcome.document is not None, "row": row}
+        row |= {"stage": outcome.stage, "check": outcome.refusal.check, "detail": outcome.refusal.detail}
+        row["attempts"] = attempts
+    return {"number": trace.number, "accepted": outcome.refusal is None, "row": row}
 
 
 def describe_bad_row(number: int, detail: str) -> dict[str, Any]:

@@ -69,9 +69,8 @@ class Tally:
 
     def cost(self, settings: Settings) -> float | None:
         """Give what all replies cost in US dollars; None if a price is missing."""
-        judge = settings.judge_model or settings.model
         costs = [settings.cost(settings.model, self.tokens["prompt"], self.tokens["completion"])]
-        if settings.judge:
+        if (judge := settings.judge_name) is not None:
             costs.append(settings.cost(judge, self.judge_tokens["prompt"], self.judge_tokens["completion"]))
         return None if None in costs else sum(costs)
 

@@ -13,7 +13,6 @@ from loguru import logger
 from multiverse_hf.curator.answers import AnswerChecker
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.curation import Curator, Outcome
-from multiverse_hf.curator.drafts import Limits
 from multiverse_hf.curator.endpoint import Endpoint, EndpointError
 from multiverse_hf.curator.health import EndpointDown
 from multiverse_hf.curator.options import ANSWERS_AGAIN, Settings
@@ -125,26 +124,8 @@ class _TaskRun:
         gc.freeze()  # what is imported stays: else every full collection looks it over, and all calls wait meanwhile
         log, answers = CallLog(self.work.folder.calls(self.rank)), AnswerChecker()
         try:
-            async with Endpoint(
-                settings.base_url,
-                settings.api_key(),
-                settings.concurrency,
-                settings.timeout_s,
-                settings.max_retries,
-                settings.max_outage_s,
-                settings.json_schema,
-            ) as self.endpoint:
-                curator = Curator(
-                    model=settings.model,
-                    request=settings.request,
-                    judge_model=(settings.judge_model or settings.model) if settings.judge else None,
-                    seed=settings.seed,
-                    max_attempts=settings.max_attempts,
-                    limits=Limits(settings.max_distance),
-                    ask=self.endpoint.ask,
-                    answers=answers,
-                    log=log,
-                )
+            async with Endpoint(settings, settings.api_key()) as self.endpoint:
+                curator = Curator(settings, self.endpoint.ask, answers, log)
                 rows = self._open_rows()
                 # more rows than calls: while some are checked, others have a request ready for each slot that is free
                 num_workers = settings.concurrency + settings.concurrency // 2 + 1
@@ -176,7 +157,7 @@ class _TaskRun:
                 self._write(describe_bad_row(number, trace.detail))
                 continue
             outcome = await curator.curate(trace)
-            self._write(describe_outcome(trace, outcome, self.work.settings))
+            self._write(describe_outcome(outcome, self.work.settings))
             self._count(outcome)
 
     def _write(self, line: dict[str, Any]) -> None:
