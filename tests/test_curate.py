@@ -586,16 +586,28 @@ def test_rows_come_from_parquet_and_datasets_as_well(tmp_path: Path, serve, capf
         assert [row["id"] for row in curated(folder)] == [trace["id"] for trace in traces]
 
 
+@pytest.mark.slow
 def test_no_key_is_written_anywhere(tmp_path: Path, serve):
-    source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve()
+    source, server = tmp_path / "traces.jsonl", serve()
     write_traces(source, 5)
-    server.behave(failures=0.2, failing=["500", "drop"], lies=0.3)
-    done = finish(options(source, folder, server, "--tasks", 2, "--report", "--traceback"))
-    assert done.returncode == 0, done.stderr
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    assert len(files) > 10
-    for data in (done.stdout.encode(), done.stderr.encode(), *(path.read_bytes() for path in files)):
-        assert KEY.encode() not in data
+    refused = {"status": 401, "message": f"Incorrect API key provided: {KEY}"}
+    dead = {"status": 500, "message": f"no such key: {KEY}"}
+    odd = dead | {"status": 200}
+    for name, behaviour, code in (
+        ("bad", {"failures": 0.2, "failing": ["500", "drop"], "lies": 0.3}, 0),
+        ("refused", refused, 1),
+        ("dead", dead, 1),
+        ("odd", odd, 1),
+        ("silent", {"down": True}, 1),
+    ):
+        server.behave(**behaviour)
+        more = ("--tasks", 2, "--traceback", "--max-outage", 4, *(("--report",) if code == 0 else ()))
+        done = finish(options(source, tmp_path / name, server, *more))
+        assert done.returncode == code, done.stderr
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert len(files) > 8
+        for data in (done.stdout.encode(), done.stderr.encode(), *(path.read_bytes() for path in files)):
+            assert KEY.encode() not in data, name
 
 
 def test_a_folder_goes_on_with_the_run_it_was_begun_with_only(tmp_path: Path, serve, capfd):

@@ -115,16 +115,17 @@ class Endpoint:
             request = self._write(body, name, form)
             try:
                 return await self._send(request)
-            except APIStatusError as err:
-                said = self._hide(_message(err.body or err.response.reason_phrase))
-                if err.status_code in _NOT_OFFERED and "response_format" in request and _NO_SCHEMA.search(said):
-                    self.takes_schema = False
-                elif err.status_code in _NOT_OFFERED and "seed" in request and _NO_SEED.search(said):
-                    if self.takes_seed:
-                        logger.warning("the endpoint takes no seed; this run goes on without")
-                    self.takes_seed = False
-                else:
-                    raise self._judge(err, said) from err
+            except APIStatusError as err:  # an endpoint may say the key, so this error is in no traceback
+                status, said = err.status_code, self._hide(_message(err.body or err.response.reason_phrase))
+                retry_after_s = _retry_after(err.response.headers)
+            if status in _NOT_OFFERED and "response_format" in request and _NO_SCHEMA.search(said):
+                self.takes_schema = False
+            elif status in _NOT_OFFERED and "seed" in request and _NO_SEED.search(said):
+                if self.takes_seed:
+                    logger.warning("the endpoint takes no seed; this run goes on without")
+                self.takes_seed = False
+            else:
+                raise self._failure(status, said, retry_after_s)
 
     def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> dict[str, Any]:
         """Ask for a schema; or show it in the last message and ask for fenced text, where the endpoint takes none."""
@@ -156,24 +157,20 @@ class Endpoint:
             raise CallFailed("timeout", f"no answer in {self.settings.timeout_s:g} s") from err
         except APIConnectionError as err:
             raise CallFailed("connection", self._hide(_explain(err))) from err
-        data: Any = raw.http_response.text
+        text = raw.http_response.text
         try:
-            data = json.loads(data)
-            choice, usage = data["choices"][0], data.get("usage")
-            usage = usage if isinstance(usage, dict) else {}
-            counted = (_count(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
-            return Reply(_text(choice["message"].get("content")), choice.get("finish_reason"), *counted)
-        except (ValueError, LookupError, TypeError, AttributeError) as err:  # a fault of the server
-            said = self._hide(_message(data.get("error", data) if isinstance(data, dict) else data))
-            raise CallFailed("server error", f"an answer that is none: {said[:_SHOWN]}") from err
+            return _read(text)
+        except (ValueError, LookupError, TypeError, AttributeError):  # a fault of the server; it may say the key, too
+            said = self._hide(text)[:_SHOWN]
+        raise CallFailed("server error", f"an answer that is none: {said}")
 
-    def _judge(self, err: APIStatusError, said: str) -> Exception:
+    def _failure(self, status: int, said: str, retry_after_s: float) -> Exception:
         """Return what a refusal means: for this call's next try, for this call, or for all of them."""
-        status, message = err.status_code, f"HTTP {err.status_code}: {said[:_SHOWN]}"
+        message = f"HTTP {status}: {said[:_SHOWN]}"
         if status == 429 and "insufficient_quota" not in said:
-            return CallFailed("rate limited", message, _retry_after(err.response.headers))
+            return CallFailed("rate limited", message, retry_after_s)
         if status >= 500 or status in (408, 409, 425):
-            return CallFailed("server error", message, _retry_after(err.response.headers))
+            return CallFailed("server error", message, retry_after_s)
         # without a word of it a 403 may be a key that was revoked, which is no fault of the row
         if (status in (400, 413, 422) and self.counts["answered"]) or (
             status in (400, 403, 413, 422) and _OF_THIS_CALL.search(said)
@@ -196,6 +193,15 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in errno.errorcode:
         return os.strerror(error.errno).lower()
     return f"{type(error).__name__}: {error}"
+
+
+def _read(text: str) -> Reply:
+    """Read an answer, with whatever error comes of one that is none."""
+    data = json.loads(text)
+    choice, usage = data["choices"][0], data.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    counted = (_count(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion"))
+    return Reply(_text(choice["message"].get("content")), choice.get("finish_reason"), *counted)
 
 
 def _text(content: Any) -> str:
