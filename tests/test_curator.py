@@ -24,7 +24,7 @@ from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.checks import check_content, check_independence, distance
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
 from multiverse_hf.curator.endpoint import Endpoint, EndpointError
-from multiverse_hf.curator.health import EndpointDown
+from multiverse_hf.curator.health import CallFailed, EndpointDown, Health
 from multiverse_hf.curator.options import Settings, load_settings
 from multiverse_hf.curator.replies import Reply, read_result, schema_of
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
@@ -596,6 +596,33 @@ def test_a_wait_longer_than_one_may_wait_ends_the_run_and_a_refused_input_does_n
         ask_once((403, {"error": {"message": "the input was flagged"}}, {}))
     with pytest.raises(EndpointError, match="403"):
         ask_once((403, {"error": {"message": "no such key"}}, {}))
+
+
+def test_a_run_does_not_stop_while_a_call_is_on_its_way():
+    async def run() -> None:
+        health, may_answer = Health(max_outage_s=0.2), asyncio.Event()
+
+        async def answer() -> Reply:
+            await may_answer.wait()
+            return reply("late")
+
+        async def fail() -> Reply:
+            raise CallFailed("server error", "HTTP 503: too many calls")
+
+        slow = asyncio.create_task(health.attempt(answer))
+        for _ in range(4):  # together longer than an outage may be
+            with pytest.raises(CallFailed):
+                await health.attempt(fail)
+            await asyncio.sleep(0.1)
+        may_answer.set()
+        assert (await slow).text == "late"
+        with pytest.raises(CallFailed):  # a new outage
+            await health.attempt(fail)
+        await asyncio.sleep(0.3)
+        with pytest.raises(EndpointDown, match="the last one failed: HTTP 503: too many calls"):
+            await health.attempt(fail)
+
+    asyncio.run(run())
 
 
 # Replies and the log

@@ -55,7 +55,7 @@ class Endpoint:
         self.takes_schema, self.takes_seed = settings.json_schema, True
         self._key = api_key
         self._slots = asyncio.Semaphore(settings.concurrency)
-        timeout = Timeout(settings.timeout_s, connect=min(settings.timeout_s, CONNECT_S))
+        timeout = Timeout(None, connect=min(settings.timeout_s, CONNECT_S))  # timeout_s is for a whole call
         # its own retries are not counted, and do not know how other calls fare
         self._client = AsyncOpenAI(base_url=settings.base_url, api_key=api_key, max_retries=0, timeout=timeout)
 
@@ -149,7 +149,7 @@ class Endpoint:
         known = {field: request[field] for field in ("model", "messages")}
         others = {field: value for field, value in request.items() if field not in known}
         try:
-            async with asyncio.timeout(self.settings.timeout_s):  # the client's own is for each piece of an answer
+            async with asyncio.timeout(self.settings.timeout_s):
                 raw = await self._client.chat.completions.with_raw_response.create(**known, extra_body=others)
         except APITimeoutError as err:
             raise CallFailed("timeout", f"no connection in {self._client.timeout.connect:g} s") from err

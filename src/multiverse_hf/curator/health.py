@@ -76,15 +76,13 @@ class Health:
             await asyncio.sleep(wait * random.uniform(1, 1.1))
         self._on_their_way += 1
         try:
-            reply = await send()
+            try:
+                reply = await send()
+            finally:
+                self._on_their_way -= 1
         except CallFailed as err:
-            self._on_their_way -= 1
             self._fail(err)
             raise
-        except BaseException:
-            self._on_their_way -= 1
-            raise
-        self._on_their_way -= 1
         self._in_a_row, self._faults, self._wait_s = 0, 0, FIRST_WAIT_S
         return reply
 
