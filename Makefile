@@ -18,11 +18,12 @@ PYTEST_ARGS ?=
 TORCH := $(VENV)/.stamp-torch
 CORE := $(VENV)/.stamp-core
 DEV := $(VENV)/.stamp-dev
+DOCS := $(VENV)/.stamp-docs
 ECOSYSTEM := $(VENV)/.stamp-ecosystem
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-ecosystem style quality train-tiny evaluate-tiny paper-tiny clean
+.PHONY: help venv demo test test-slow test-ecosystem style quality docs train-tiny evaluate-tiny paper-tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -49,6 +50,9 @@ quality: $(DEV)  ## check lint, format and the direction of imports
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/lint-imports
+
+docs: $(DOCS)  ## build the site of the documentation in site/ (offline; a warning or a broken link fails)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, over an hour)
 	$(BIN)/python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
@@ -93,6 +97,10 @@ $(DEV): $(TORCH) pyproject.toml
 	@echo "then what development needs:"
 	$(PIP) install -c constraints.txt -e '.[train,qlora,batch,curate,eval,dev]'
 	@touch $(CORE) $@
+
+$(DOCS): $(CORE)
+	$(PIP) install -c constraints.txt -e '.[docs]'
+	@touch $@
 
 # xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(ECOSYSTEM): $(DEV)

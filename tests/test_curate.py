@@ -229,10 +229,10 @@ def shape(found: Any) -> list[tuple[str, bool]]:
     ]
 
 
-def test_the_readmes_commands_run_as_pasted(tmp_path: Path, serve):
+def test_the_commands_of_the_docs_run_as_pasted(tmp_path: Path, serve):
     (pasted,) = (
         text
-        for text in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        for text in re.findall(r"```bash\n(.*?)```", (ROOT / "docs/curation.md").read_text(), re.DOTALL)
         if "curate.yaml" in text
     )
     traces = write_traces(tmp_path / "all.jsonl", 20)

@@ -1,6 +1,6 @@
 """LightEval: our tasks judge as ``multiverse eval`` does, and its own commands run in an environment of their own.
 
-The commands are slow: the environment is made with pip, from the network's package index, as the README says.
+The commands are slow: the environment is made with pip, from the network's package index, as the docs say.
 """
 
 import importlib.util
@@ -150,7 +150,7 @@ print(loggers.xxhash.xxh64("text").hexdigest())
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An environment made as the README says."""
+    """An environment made as the docs say."""
     folder = tmp_path_factory.mktemp("fresh") / "venv"
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     install = [folder / "bin/python", "-m", "pip", "install", "-q", "--disable-pip-version-check"]
@@ -187,9 +187,9 @@ def test_the_tasks_judge_as_the_evaluation_does_beside_lighteval(environment: Pa
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_readme_run_as_pasted(environment: Path, tmp_path: Path) -> None:
-    readme = (ROOT / "README.md").read_text()
-    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lighteval custom" in text)
+def test_the_commands_of_the_docs_run_as_pasted(environment: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs/evaluation.md").read_text()
+    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) if "lighteval custom" in text)
     (tmp_path / "src").symlink_to(ROOT / "src")
     variables = clean_variables(tmp_path) | {"PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     done = subprocess.run(

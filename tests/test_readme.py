@@ -2,7 +2,9 @@
 
 import json
 import os
+import pkgutil
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,13 +12,26 @@ from pathlib import Path
 
 import pytest
 
+import multiverse_hf
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+PAGES = {page: page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
+
+
+def code(page: str, language: str, holds: str = "") -> str:
+    """Return the one block of code of a page that holds a text."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", PAGES[ROOT / page], re.DOTALL)
+    (block,) = (text for text in blocks if holds in text)
+    return block
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
-    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, second = code("README.md", "python"), code("docs/engine.md", "python")
     assert len(first.strip().splitlines()) <= 10
     end = "print('-' * 8)\n"
     done = subprocess.run([sys.executable, "-c", first + end + second], capture_output=True, text=True, timeout=1800)
@@ -43,12 +58,8 @@ def run_in(folder: Path, commands: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("datatrove", reason="needs multiverse_hf[batch]")
-    answer, submit = (
-        text
-        for page in ("README.md", "docs/batch.md")
-        for text in re.findall(r"```bash\n(.*?)```", PAGES[ROOT / page], re.DOTALL)
-        if "generate --input" in text
-    )
+    answer = code("docs/batch.md", "bash", "prompts.jsonl\nmultiverse generate --input")
+    submit = code("docs/batch.md", "bash", "--executor slurm")
     done = run_in(tmp_path, answer + submit)
     rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
     assert [(row["id"], row["answer"]) for row in rows] == [("a", "44"), ("b", "26")]
@@ -59,7 +70,7 @@ def test_the_commands_for_many_prompts_run_as_pasted(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_commands_of_evaluation_run_as_pasted(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow", reason="needs multiverse_hf[eval]")
-    (block,) = (text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "multiverse compare" in text)
+    block = code("docs/evaluation.md", "bash", "multiverse compare")
     install, commands = block[: block.index("multiverse eval")], block[block.index("multiverse eval") :]
     assert [line.split()[0] for line in install.splitlines()] == ["pip", "pip"]
     done = run_in(tmp_path, commands)
@@ -68,13 +79,28 @@ def test_the_commands_of_evaluation_run_as_pasted(tmp_path: Path) -> None:
     assert comparison["tasks"]["mv:chains"]["problems"] == 12
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_a_page_names_is_there(page: Path) -> None:
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", PAGES[page]) if not link.startswith("http")]
     programs = re.findall(r"`(?:python|accelerate launch) ([\w/.-]+\.py)", PAGES[page])
-    assert links or page.name != "README.md"
+    assert links or page != ROOT / "README.md"
     for path in (*(page.parent / link for link in links), *(ROOT / program for program in programs)):
         assert path.exists(), path
+
+
+def test_every_name_of_the_reference_is_there() -> None:
+    pages = [text for page, text in PAGES.items() if page.parent.name == "reference"]
+    names = [name for text in pages for name in re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)]
+    assert {f"multiverse_hf.{name}" for name in multiverse_hf.__all__} - set(names) == {"multiverse_hf.__version__"}
+    for name in names:
+        pkgutil.resolve_name(name)  # raises where there is none
+
+
+@pytest.mark.slow
+def test_the_pictures_are_what_their_script_draws() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs/pictures.py"))
+    assert drawn["draw_branches"]() == (ROOT / "docs/branches.svg").read_text()
+    assert drawn["draw_layout"]() == (ROOT / "docs/layout.svg").read_text()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

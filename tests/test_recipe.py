@@ -67,8 +67,8 @@ def block(paths: list[str], label: str = "") -> str:
 
 
 @pytest.mark.slow
-def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_readme(tmp_path: Path) -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_docs(tmp_path: Path) -> None:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
     (block,) = (text for text in blocks if "recipes/sft.py" in text)
     at = block.index("python recipes/")
     install, commands = block[:at], block[at:]

@@ -78,7 +78,8 @@ class Endpoint:
 
         Args:
             body: the request, without a ``response_format``.
-            name, form: of the result.
+            name: of the result.
+            form: of the result.
 
         Raises:
             Refusal: if this call cannot be answered: refused for what is in it, or failed ``max_retries`` times while

@@ -158,11 +158,12 @@ class MultiverseEngine:
 
         Args:
             prompt: text or chat messages, in which tags are text, or token ids.
-            generation_config, **kwargs: as for the model's ``generate``; ``max_time`` counts from now.
+            generation_config: as for the model's ``generate``.
             seed: of the sampling noise; with one, the same request gives the same answer. By default drawn from
                 torch's generator.
             logprobs: keep the log-probability of each sampled token and the entropy, and so many likeliest tokens.
             on_event: called with every event, in the engine's thread; keep it short.
+            **kwargs: as for the model's ``generate``; ``max_time`` counts from now.
 
         Raises:
             ValueError: if the request can never be answered, with the numbers, or an option is wrong.
@@ -246,8 +247,9 @@ class MultiverseEngine:
 
         Args:
             prompts: each as for :meth:`submit`; one string is one prompt.
-            generation_config, **kwargs: as for :meth:`submit`, for all of them, and ``num_return_sequences``. Equal
-                prompts get different noise, as in the model's ``generate``.
+            generation_config: as for :meth:`submit`, for all of them.
+            **kwargs: as for :meth:`submit`, for all of them, and ``num_return_sequences``. Equal prompts get
+                different noise, as in the model's ``generate``.
 
         Returns:
             The results, in order; with ``num_return_sequences`` those of one prompt next to each other.

@@ -3,7 +3,7 @@
 At a fork the engine begins each path with ``\\n<Path>\\n1:``, and at a reduce it writes ``\\n<Conclusion>\\n``. No
 model chose these tokens. The first token of a path, and of what follows the paths, is among them: in document order
 the token before it belongs to another path, so nothing predicts it. One definition serves training, log-probabilities
-and evaluation (paper, section on training; docs/design.md, "Forced tokens").
+and evaluation (paper, section on training; docs/decisions.md, "Forced tokens").
 """
 
 from collections.abc import Sequence
@@ -97,7 +97,8 @@ def labels_for(
     Args:
         input_ids: (B, L) token ids.
         tags: the control tags, a :class:`~.tags.TagSet`, or a Multiverse model, which holds them.
-        attention_mask, position_ids: as the model is given them, or None.
+        attention_mask: as the model is given it, or None.
+        position_ids: as the model is given them, or None.
 
     Returns:
         (B, L) int64, on the device of ``input_ids``.

@@ -208,7 +208,8 @@ class MultiverseForCausalLM:
         Args:
             pretrained_model_name_or_path: folder or repository id, of a Multiverse checkpoint, of a base model whose
                 tokenizer has the tags, or of an adapter for one of these (with peft installed, as in transformers).
-            *args, **kwargs: as for ``AutoModelForCausalLM.from_pretrained``; what the config has a place for, such as
+            *args: as for ``AutoModelForCausalLM.from_pretrained``.
+            **kwargs: as for ``AutoModelForCausalLM.from_pretrained``; what the config has a place for, such as
                 ``use_cache`` or ``attention_dropout``, goes there. With ``output_loading_info=True`` a checkpoint that
                 lacks weights is loaded all the same, and the info says which. Weights that the model has no place for
                 are passed over, and transformers reports them.

@@ -88,7 +88,8 @@ class GenerationCallback(TrainerCallback):
 
     Args:
         trainer: whose model and log these are.
-        encoder, records: the prompts.
+        encoder: of the prompts.
+        records: the prompts.
         form: whose suffix they end with.
         max_new_tokens: positions past the prompt.
     """
