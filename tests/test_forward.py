@@ -5,6 +5,7 @@ The oracle is the base class with positions and mask by definition (test_layout.
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from test_layout import Block, Oracle, trees, written
 from test_replay import CHAINED, FORCED, PROMPTS, WIDE
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache, StaticCache
 
 from multiverse_hf import MultiverseEngine, labels_for
-from multiverse_hf.modeling.labels import IGNORE, find_forced
+from multiverse_hf.modeling.labels import IGNORE, IMPOSSIBLE, find_forced
 from multiverse_hf.modeling.layout import has_block, plain_layout
 
 TWO = (1, Block(((2,), (3,))), 1)
@@ -166,6 +167,116 @@ def test_rows_packed_by_transformers_collator_read_as_alone(name):
             alone = model(torch.tensor([oracle.ids])).logits[0]
         assert close(logits[begin:end], alone)
         begin = end
+
+
+LENGTH = len(written(TWO).ids)
+CAUSAL = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+ADDED = torch.zeros(1, 1, LENGTH, LENGTH, dtype=torch.float64).masked_fill(~CAUSAL, -1e9)
+ENDS = torch.tensor([0, 3, LENGTH], dtype=torch.int32)
+NUMBERS = torch.tensor([[1] * 3 + [2] * (LENGTH - 3)])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"attention_mask": CAUSAL}, "a mask of its own"),
+        ({"attention_mask": CAUSAL, "position_ids": torch.arange(LENGTH)[None]}, "a mask of its own"),
+        ({"attention_mask": {"full_attention": CAUSAL}}, "a mask of its own"),
+        ({"attention_mask": ADDED}, "a mask of its own"),
+        ({"attention_mask": NUMBERS}, "attention_mask parts it into documents"),
+        ({"cu_seq_lens_q": ENDS, "cu_seq_lens_k": ENDS}, "cu_seq_lens_q parts it into documents"),
+        ({"seq_idx": NUMBERS}, "seq_idx parts it into documents"),
+    ],
+)
+def test_masks_and_packings_that_the_layout_cannot_follow_are_refused_beside_a_block(call, message):
+    """Where there is no block they are the base class's affair."""
+    model, base = pair()
+    ids = torch.tensor([written(TWO).ids])
+    for forward in (model, model.model, model.model.forward):
+        with pytest.raises(ValueError, match=message):
+            forward(ids, **call)
+    text = torch.full_like(ids, 60)
+    with torch.no_grad():
+        assert torch.equal(model(text, **call).logits, base(text, **call).logits)
+        with plain_layout():
+            assert torch.equal(model(ids, **call).logits, base(ids, **call).logits)
+
+
+def test_a_mask_of_the_callers_own_with_the_layouts_positions_is_followed():
+    model, base = pair()
+    oracle = written(TWO)
+    ids, places = torch.tensor([oracle.ids]), range(len(oracle.ids))
+    mask = torch.tensor([[oracle.sees(q, k) for k in places] for q in places])[None, None]
+    call = {"attention_mask": mask, "position_ids": torch.tensor([oracle.positions])}
+    with torch.no_grad():
+        assert torch.equal(model(ids, **call).logits, base(ids, **call).logits)
+
+
+@torch.no_grad()
+def test_a_cache_of_fixed_size_is_refused_beside_a_block():
+    model, base = pair()
+    ids = torch.tensor([written(TWO).ids])
+    for each in (model, base):
+        cache = StaticCache(config=model.config, max_cache_len=64)
+        assert each(torch.full_like(ids, 60), past_key_values=cache).logits.shape[1] == LENGTH
+    with pytest.raises(ValueError, match="StaticCache has a fixed size"):
+        model(ids, past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3_text"])
+def test_embeddings_with_noise_are_refused_where_the_goal_ends(name):
+    """NEFTune's noise, at the strength that its authors use, hides the tags."""
+    model, _ = pair(name)
+    ids = torch.tensor([written(TWO).ids])
+    embeds = model.get_input_embeddings()(ids).detach()
+    torch.manual_seed(0)
+    size = embeds.std() * 5 / (embeds.shape[1] * embeds.shape[2]) ** 0.5
+    noise = torch.empty_like(embeds).uniform_(-1, 1) * size
+    with pytest.raises(ValueError, match="almost the one of </Goal>"):
+        model(inputs_embeds=embeds + noise)
+    text = model.get_input_embeddings()(torch.full_like(ids, 60)).detach()
+    assert model(inputs_embeds=text + noise).logits.shape[1] == LENGTH
+    model = copy.deepcopy(model).train()  # noise that the trainer's hook adds inside the model does not hide them
+    model.get_input_embeddings().register_forward_hook(lambda _, __, out: out + noise)
+    with torch.no_grad():
+        noisy = model(ids).logits
+    assert (noisy == IMPOSSIBLE).any(-1).sum() == sum(len(run) for run in find_forced(ids[0].tolist(), TAGS))
+
+
+@torch.no_grad()
+def test_a_backbone_follows_the_layout_however_it_is_called_copied_and_wrapped():
+    model, _ = pair()
+    ids = torch.tensor([written(NESTED).ids])
+    want = model.model(ids).last_hidden_state
+    with plain_layout():
+        assert not torch.equal(model.model(ids).last_hidden_state, want)
+    copies = [copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model)), copy.deepcopy(model).get_decoder()]
+    for backbone in (model.model, *copies):
+        assert torch.equal(backbone.forward(ids)[0], want)
+        assert torch.equal(backbone(input_ids=ids, return_dict=False)[0], want)
+    config = LoraConfig(task_type="FEATURE_EXTRACTION", target_modules="all-linear")
+    assert torch.equal(get_peft_model(copies[0], config)(input_ids=ids).last_hidden_state, want)
+    states = model.model(ids, output_hidden_states=True).hidden_states
+    assert len(states) == 1 + model.config.num_hidden_layers
+    assert torch.equal(states[-1], want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_a_replica_of_data_parallel_follows_the_layout(attn):
+    def replicate(module):
+        """As torch.nn.parallel.replicate does, which needs devices: weights are attributes, not parameters."""
+        replica = module._replicate_for_data_parallel()
+        for name, weight in module._parameters.items():
+            setattr(replica, name, None if weight is None else weight.detach())
+        replica._modules = {name: replicate(child) for name, child in module._modules.items()}
+        return replica
+
+    model = tiny_model("qwen2", attn)
+    ids = torch.tensor([written(NESTED).ids])
+    replica = replicate(model)
+    assert not list(replica.parameters())
+    assert torch.equal(replica(ids).logits, model(ids).logits)
 
 
 # Forced tokens

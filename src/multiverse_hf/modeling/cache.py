@@ -101,6 +101,8 @@ class LogCache(Cache):
         growable: allocate a larger pool when this one is full; otherwise :meth:`reserve` says no.
     """
 
+    is_log = True  # tells the hooks that the engine made a call, whichever copy of this code it is from
+
     def __init__(self, num_layers: int, capacity: int, growable: bool = False) -> None:
         self.capacity = SCRATCH + capacity
         self.growable = growable

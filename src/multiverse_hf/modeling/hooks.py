@@ -1,6 +1,6 @@
-"""Hooks by which a model follows the layout: on its backbone, and on the causal LM around it.
+"""Hooks by which a model follows the layout: in its backbone, and on the causal LM around it.
 
-The backbone's hook gives a row with parallel blocks its positions and its mask. It sits on the backbone, since
+The backbone's hook gives a row with parallel blocks its positions and its mask. It sits in the backbone, since
 trainers call the backbone directly for their fused loss. The causal LM's hooks see to forced tokens: labels are
 ignored there, and logits give them probability one.
 
@@ -22,12 +22,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .attention import SLIDING, document_masks, layer_kinds, pad_layouts, to_additive
 from .chunked import CHUNKED
 from .labels import IGNORE, IMPOSSIBLE, forced_mask
-from .layout import has_block, is_plain
+from .layout import build_layout, has_block, is_plain
 from .tags import TagSet
 from .traced import lay_out, refuse_blocks
 
 # What models call the cache among their arguments: "cache" from transformers 5.24 on.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+_PACKING = ("cu_seq_lens_q", "seq_idx")  # tell documents apart to kernels that this version of sdpa is not
 _BACKBONE = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
 _MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
 _HOOKED = "_multiverse_hooked"  # keyword that tells ``forward`` that the hooks run around it
@@ -56,6 +57,12 @@ class Rows:
     position_ids: torch.Tensor | None
 
 
+def _brings_mask(kwargs: dict[str, Any]) -> bool:
+    """Return whether a call brings a mask of its own: not one of padding, (B, L)."""
+    mask = kwargs.get("attention_mask")
+    return mask is not None and getattr(mask, "ndim", None) != 2
+
+
 def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
     """Return the rows of a call if the layout has to be applied to them, None if they go through untouched.
 
@@ -65,12 +72,13 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
         tags: the control tags.
 
     Raises:
-        ValueError: if a row holds ``</Goal>`` and comes after a cache, or a cache with laid-out rows is gone on with.
+        ValueError: if a row with a block comes with a mask, packing or cache that the layout cannot follow, or a cache
+            with laid-out rows is gone on with.
     """
-    mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
-    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.ndim != 2):
-        return None  # the caller brought its own mask
-    if kwargs.get("segment_ids") is not None or is_plain():  # last, as a tracer cannot read a context variable
+    mask, cache, positions = kwargs.get("attention_mask"), kwargs.get(CACHE), kwargs.get("position_ids")
+    if getattr(cache, "is_log", False) or kwargs.get("segment_ids") is not None:  # the engine, or a layout as given
+        return None
+    if is_plain():  # last, as a tracer cannot read a context variable
         return None
     if getattr(cache, _MARK, False):
         raise ValueError(
@@ -89,10 +97,55 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
             "whole text as input_ids, or call model.generate. Prefix tuning brings such a cache: use LoRA or prompt "
             "tuning"
         )
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    own_mask = _brings_mask(kwargs)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None or own_mask else mask != 0
     if not any(has_block(row[keep], tags) for row, keep in zip(ids, real, strict=True)):
         return None
-    return Rows(ids, mask, kwargs.get("position_ids"))
+    if own_mask:
+        _check_own_layout(ids, positions, tags)
+        return None
+    _check_packing(kwargs)
+    _check_cache(cache)
+    return Rows(ids, mask, positions)
+
+
+def _check_own_layout(ids: torch.Tensor, positions: torch.Tensor | None, tags: TagSet) -> None:
+    """Check that a caller who brings a mask has laid the rows out: that the positions are those of the layout.
+
+    Raises:
+        ValueError: if they are not, since the mask is then one of causal text.
+    """
+    if positions is not None and positions.shape[-1] == ids.shape[1]:
+        own = torch.stack([build_layout(row, tags).position_ids for row in ids])
+        if torch.equal(positions.cpu().expand_as(own), own):
+            return
+    raise ValueError(
+        "a row holds a parallel block, and the call brings a mask of its own without the layout's position_ids; pass "
+        "attention_mask of shape (batch, length), with position_ids that restart at 0 for packed documents. To read "
+        "tags as text, call the model inside multiverse_hf.modeling.layout.plain_layout()"
+    )
+
+
+def _check_packing(kwargs: dict[str, Any]) -> None:
+    """Raise where documents are told apart by anything but positions: the base class would see one document."""
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("position_ids") is not None:
+        return
+    numbers = mask is not None and bool(((mask != 0) & (mask != 1)).any())
+    found = [name for name in _PACKING if kwargs.get(name) is not None] + ["attention_mask"] * numbers
+    if found:
+        raise ValueError(
+            f"a row holds a parallel block, and {found[0]} parts it into documents; pass position_ids that restart at "
+            "0 where a document begins, and an attention_mask of 0 and 1 or none"
+        )
+
+
+def _check_cache(cache: Any) -> None:
+    """Raise for a cache of fixed size, which no mask of whole documents fits."""
+    if getattr(cache, "is_compileable", False):
+        raise ValueError(
+            f"{type(cache).__name__} has a fixed size, and a row holds a parallel block; pass a DynamicCache, or none"
+        )
 
 
 def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor | None:
@@ -105,6 +158,9 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
 
     Returns:
         (B, L) int64; 0 where the token is none that the layout or a forced text needs.
+
+    Raises:
+        ValueError: if a vector is almost that of ``</Goal>``, as noise makes it.
     """
     table = module.get_input_embeddings()
     goal_end = tags.close("goal")
@@ -113,7 +169,14 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
 
     with torch.no_grad():
         vectors = table(torch.tensor(tokens, device=embeds.device)).to(embeds.dtype)
-        if not bool((embeds == vectors[0]).all(-1).any()):
+        found = (embeds == vectors[0]).all(-1)
+        near = (embeds - vectors[0]).norm(dim=-1) < vectors[0].norm() / 2
+        if any(not bool((vectors == each).all(-1).any()) for each in embeds[near & ~found]):
+            raise ValueError(
+                f"inputs_embeds hold a vector that is almost the one of {tags.names.close('goal')}: noise was added, "
+                "or the table has changed; pass input_ids, and let the model embed them"
+            )
+        if not bool(found.any()):
             return None
         other = next(token for token in range(len(tokens) + 1) if token not in tokens)
         ids = torch.full(embeds.shape[:2], other, device=embeds.device)
@@ -126,14 +189,24 @@ def is_traced(module: Any, kwargs: dict[str, Any]) -> bool:
     """Return whether a tracer reads this call and the operators of :mod:`~.traced` can serve it."""
     if not torch.compiler.is_compiling():
         return False
-    mask = kwargs.get("attention_mask")
-    has_own = kwargs.get("segment_ids") is not None or (mask is not None and getattr(mask, "ndim", 4) != 2)
+    has_own = kwargs.get("segment_ids") is not None or _brings_mask(kwargs)
     has_kernel = module.config._attn_implementation in ("sdpa", "eager", CHUNKED)
     return has_kernel and not has_own and kwargs.get("input_ids") is not None
 
 
+def refuses_traced(kwargs: dict[str, Any]) -> bool:
+    """Return whether a tracer reads ids beside a mask of the caller's own: they may hold no block then."""
+    is_others = not getattr(kwargs.get(CACHE), "is_log", False) and kwargs.get("segment_ids") is None
+    return torch.compiler.is_compiling() and is_others and _brings_mask(kwargs) and kwargs.get("input_ids") is not None
+
+
+def _dtype(module: Any) -> torch.dtype:
+    """Return what a backbone computes in. A replica of DataParallel has its weights as attributes, not parameters."""
+    return module.get_input_embeddings().weight.dtype
+
+
 class LayoutHook:
-    """Forward pre-hook of a backbone: lay out the rows it is given.
+    """What a backbone does before its forward: lay out the rows it is given.
 
     Rows without a complete block go through untouched: exactly the base model, with any attention kernel. Positions
     that restart at 0 part a row into packed documents. A caller may bring the layout as ``position_ids``,
@@ -144,12 +217,14 @@ class LayoutHook:
         self.tags = tags
         self.text = json.dumps(tags.to_dict())  # what the operators for tracing take
 
-    def __call__(
-        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of the forward, by name."""
         kwargs = named(_BACKBONE, args, kwargs)
         if is_traced(module, kwargs):
-            return (), self._trace(module, kwargs)
+            return self._trace(module, kwargs)
+        if refuses_traced(kwargs):
+            ids = refuse_blocks(kwargs["input_ids"], torch.tensor(False), self.tags.close("goal"))
+            return {**kwargs, "input_ids": ids}
         rows = read_rows(module, kwargs, self.tags)
         segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
         mask = kwargs.get("attention_mask")
@@ -158,16 +233,16 @@ class LayoutHook:
             kwargs["position_ids"], segment_ids, visible = layout
             self._mark_cache(module, kwargs)
         if segment_ids is None and visible is None:
-            return (), kwargs
+            return kwargs
         if segment_ids is None or visible is None or kwargs.get("position_ids") is None:
             raise ValueError("a layout is position_ids, segment_ids and visible together; pass all three or none")
         if visible.shape[-1] == 1:  # plain text
-            return (), kwargs
-        dtype = next(module.parameters()).dtype
+            return kwargs
+        dtype = _dtype(module)
         kwargs["attention_mask"] = document_masks(
             module.config, dtype, kwargs["position_ids"], segment_ids, visible, mask
         )
-        return (), kwargs
+        return kwargs
 
     def _trace(self, module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments under ``torch.compile`` or ``torch.export``."""
@@ -175,6 +250,7 @@ class LayoutHook:
         if cache is not None and cache.get_seq_length() > 0:
             mark = torch.as_tensor(getattr(cache, _MARK, False))
             return {**kwargs, "input_ids": refuse_blocks(ids, mark, self.tags.close("goal"))}
+        _check_cache(cache)
         positions, seen, _, found = lay_out(ids, mask, kwargs.get("position_ids"), self.text)
         self._mark_cache(module, kwargs, found)
         masks = {}
@@ -182,7 +258,7 @@ class LayoutHook:
             near = positions[:, None, :, None] - positions[:, None, None, :] < (module.config.sliding_window or 0)
             masks[kind] = seen & near if kind == SLIDING else seen
             if module.config._attn_implementation == "eager":
-                masks[kind] = to_additive(masks[kind], next(module.parameters()).dtype)
+                masks[kind] = to_additive(masks[kind], _dtype(module))
         attention_mask = masks if len(masks) > 1 else masks.popitem()[1]
         return {**kwargs, "position_ids": positions, "attention_mask": attention_mask}
 
@@ -219,6 +295,8 @@ class ForcedTokenHooks:
                 return None
             _, _, forced, _ = lay_out(ids, kwargs.get("attention_mask"), kwargs.get("position_ids"), self.text)
             return ids, forced
+        if refuses_traced(kwargs):
+            return None
         segment_ids, visible = kwargs.get("segment_ids"), kwargs.get("visible")
         if segment_ids is not None and visible is not None and visible.shape[-1] > 1:  # the caller laid them out
             ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
@@ -287,14 +365,42 @@ class ForcedTokenHooks:
         logits[row, place, ids[row, columns[place] + 1]] = 0.0
 
 
+@functools.cache
+def backbone_class(base: type[Any]) -> type[Any]:
+    """Return the class of a backbone that lays out what it is given, also where its ``forward`` is called by name.
+
+    transformers keeps tables by a class's full name, so the class bears that of its base.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.forward(self, **self._layout_hook(self, args, kwargs))
+
+    def __reduce_ex__(self: Any, protocol: int) -> Any:  # a class that was made cannot be imported by its name
+        if type(self) is not backbone_class(base):
+            return super(base, self).__reduce_ex__(protocol)
+        return _blank_backbone, (base,), self.__dict__
+
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_base_class": base}
+    return type(base.__name__, (base,), {**names, "forward": forward, "__reduce_ex__": __reduce_ex__})
+
+
+def _blank_backbone(base: type[Any]) -> Any:
+    """Return an instance without state, for pickle to fill."""
+    made = backbone_class(base)
+    return made.__new__(made)
+
+
 def follow_layouts(model: Any, tags: TagSet) -> None:
-    """Register the hooks on a causal LM and on its backbone.
+    """Have a causal LM and its backbone follow the layout.
 
     Args:
         model: a causal LM of transformers.
         tags: the control tags.
     """
-    model.base_model.register_forward_pre_hook(LayoutHook(tags), with_kwargs=True)
+    backbone = model.base_model
+    backbone.__class__ = backbone_class(getattr(type(backbone), "_base_class", type(backbone)))
+    backbone._layout_hook = LayoutHook(tags)
     hooks = model._forced_token_hooks = ForcedTokenHooks(type(model), tags)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)
