@@ -181,7 +181,7 @@ class Progress:
         if not total:
             return ""
         prompt, completion = total.get("prompt_tokens", 0), total.get("completion_tokens", 0)
-        parts = ["no call is answered"] if troubles else []
+        parts = ["waiting for answers"] if troubles or not total.get("calls answered") else []
         parts += [f"{total.get('rejected', 0)} rejected", f"{(prompt + completion) / 1e6:.2f} M tokens"]
         if (cost := self.settings.cost(self.settings.model, prompt, completion)) is not None:
             parts.append(f"${cost:.2f}")

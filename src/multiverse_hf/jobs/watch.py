@@ -75,8 +75,7 @@ class Watch:
             begin = time.monotonic()
             next_line = begin + FIRST_S
             while not self._stop.wait(WATCH_S):
-                if self.notes is not None and (line := self.notes.news()):
-                    progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+                self._tell(progress)
                 if shown:
                     self._show(progress, task, counts)
                 elif time.monotonic() >= next_line:
@@ -89,8 +88,13 @@ class Watch:
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
                 missing = lost
                 alive |= _children()
+            self._tell(progress)
             if shown:
                 self._show(progress, task, counts)
+
+    def _tell(self, progress: Progress) -> None:
+        if self.notes is not None and (line := self.notes.news()):
+            progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _show(self, progress: Progress, task: Any, counts: dict[int, tuple[int, int]]) -> None:
         done = self._count(counts)
