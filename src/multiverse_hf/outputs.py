@@ -113,15 +113,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def _staging(parent: Path, prefix: str) -> Iterator[Path]:
     """Give a hidden folder that goes away in the end, and remove those of killed processes."""
     for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
-        with left.open("rb+") as file:
+        with contextlib.suppress(FileNotFoundError), left.open("rb+") as file:  # its process may end meanwhile
             if lock_file(file):
                 shutil.rmtree(left.parent, ignore_errors=True)
     try:
         made = tempfile.TemporaryDirectory(dir=parent, prefix=prefix)
     except OSError as err:
         raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
-    with made as part, (Path(part) / "lock").open("wb") as file:
+    with made as part, (Path(part) / "new").open("wb") as file:
         lock_file(file)
+        with contextlib.suppress(PermissionError):  # Windows, which has no such locks either
+            (Path(part) / "new").rename(Path(part) / "lock")  # only now: who finds it unlocked removes the folder
         inside = Path(part) / "files"
         inside.mkdir()
         yield inside
