@@ -10,9 +10,9 @@ import torch
 from transformers import ContinuousBatchingConfig
 
 from multiverse_hf.evaluation.experiments.timing import synchronize, time_answers
+from multiverse_hf.modeling.budget import empty_path_length
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.engine import Engine
-from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.state import GenerationStats
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
@@ -151,7 +151,7 @@ def plan_answer(tags: TagSet, num_tokens: int, num_paths: int) -> Answer:
     if num_paths == 1:
         return Answer(num_tokens, 1, num_tokens, num_tokens)
     others = _count_others(tags)
-    path_tokens, least = (num_tokens - others) // num_paths, Structure(tags).empty_path_length()
+    path_tokens, least = (num_tokens - others) // num_paths, empty_path_length(tags)
     if path_tokens < least:
         raise ValueError(
             f"{num_paths} paths in an answer of {num_tokens} tokens would have {max(path_tokens, 0)} each, and one "

@@ -32,6 +32,7 @@ from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.checkpoints import EMBEDDED
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import parse_document
+from multiverse_hf.modeling.budget import closing_positions, empty_path_length
 from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.state import FinishReason
@@ -224,7 +225,7 @@ def test_an_error_in_a_processor_reaches_the_caller_and_the_model_goes_on_workin
 # Every guided answer parses, within its limits
 
 
-MIN_PATH = Structure(TAGS).empty_path_length()
+MIN_PATH = empty_path_length(TAGS)
 limits_of_all_kinds = {
     "max_new_tokens": st.integers(2, 120),  # two close the thinking that a prompt may end in
     "max_total_tokens": st.one_of(st.none(), st.integers(2, 80)),
@@ -375,7 +376,7 @@ def closing_length(prompt: list[int]) -> int:
     structure = Structure(TAGS)
     for token in prompt:
         structure.feed(token)
-    return structure.closing_positions()
+    return closing_positions(structure)
 
 
 def test_logits_can_be_asked_for_where_a_limit_leaves_nothing_to_choose():

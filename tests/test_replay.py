@@ -33,8 +33,8 @@ from transformers.integrations import flex_attention as transformers_flex
 
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling import generation
+from multiverse_hf.modeling.budget import empty_path_length
 from multiverse_hf.modeling.engine import Engine
-from multiverse_hf.modeling.interpreter import Structure
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.log import document_entries
 
@@ -206,7 +206,7 @@ class StopAt(StoppingCriteria):
         return torch.tensor([row[-1] in self.stops for row in input_ids.tolist()])
 
 
-LEAST_PATH = Structure(TAGS).empty_path_length()
+LEAST_PATH = empty_path_length(TAGS)
 limits = st.one_of(
     st.integers(1, 60).map(lambda n: {"max_new_tokens": n}),
     st.integers(1, 120).map(lambda n: {"max_total_tokens": n}),

@@ -17,9 +17,9 @@ import torch
 from transformers.utils import logging
 
 from .agreement import Agreement
+from .budget import Budget
 from .cache import LogCache
 from .interpreter import Mask
-from .limits import cost_near_end, set_limits, structure_mask
 from .log import log_visibility
 from .runner import ModelRunner, Reading
 from .sampling import check_best, choose, mask_scores
@@ -128,7 +128,8 @@ class Engine:
         if request.calls is not None:
             request.calls.answers[request.index] = sequence
         self.writer.read_prompt(sequence)
-        if not set_limits(sequence, self.context, self.cache):
+        sequence.budget = Budget(sequence, self.context, self.cache)
+        if not sequence.budget.can_close():
             opened = f"prompt {request.index} ends inside blocks that its budget cannot close"
             if sequence.root.block is None:
                 logger.warning_once(f"{opened}: its tags, and those of its answer, are text")
@@ -213,7 +214,6 @@ class Engine:
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
-                sequence.live_cost = cost_near_end(sequence)
                 queries += [(sequence, branch) for branch in sequence.live]
             del sequence.pending[: len(reading.entries)]
         return queries, logits if logits.dtype == torch.float64 else logits.float()
@@ -224,7 +224,7 @@ class Engine:
         self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor
     ) -> list[tuple[Sequence, Branch, Chosen]]:
         """Choose the next token of every branch, with one copy from the device."""
-        masks = [structure_mask(sequence, branch) for sequence, branch in queries]
+        masks = [self.writer.mask(sequence, branch) for sequence, branch in queries]
         rows, scores = self._process(queries, masks, logits)
         if not rows:
             return []

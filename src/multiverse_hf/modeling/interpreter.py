@@ -8,6 +8,7 @@ the tags a guided answer may not write here, and the tokens that bring a cut-off
 import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import torch
 
@@ -65,6 +66,7 @@ class Structure:
     outlines: list[list[int]] = field(default_factory=list)  # of the goal being written
     labels: list[list[list[int]]] = field(default_factory=list)  # of every open block, one per path
     malformed: int = 0  # tags that fitted no rule
+    masks: dict[Any, Mask] = field(default_factory=dict, repr=False)  # made so far; shared by all copies
 
     def __post_init__(self) -> None:
         self.scanner = Scanner(self.tags)
@@ -92,7 +94,7 @@ class Structure:
         role, opens = tags.roles[token]
         self.has_text = not opens  # a nested block or a region that ends here is something, too
         if event is Event.FORK:
-            self.labels.append(self._path_labels())
+            self.labels.append(self.path_labels())
             self.outlines = []
             self.stage = Stage.FORKED
         elif event is Event.NEXT_PATH:
@@ -125,7 +127,7 @@ class Structure:
                 self.stage = Stage.CONCLUDED if tags.names.parallel is not None else Stage.TEXT
         return event
 
-    def _path_labels(self) -> list[list[int]]:
+    def path_labels(self) -> list[list[int]]:
         """Give the label of every path that the outlines written so far ask for."""
         tags = self.tags
         labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
@@ -165,6 +167,21 @@ class Structure:
 
     # What may come next
 
+    def mask(self, is_guided: bool, max_depth: int, max_paths: int, end_tokens: frozenset[int]) -> Mask | None:
+        """Return what may not be chosen next.
+
+        Budgets are not among the reasons: a model kept from opening a block that it wants to open writes what it never
+        learned to.
+
+        Args:
+            is_guided: the grammar counts, not the limits alone.
+            max_depth: most blocks around any token.
+            max_paths: most outlines of a block.
+            end_tokens: tokens that end a branch.
+        """
+        may_open, may_outline = self.depth < max_depth, len(self.outlines) < max_paths
+        return self.guide(may_open, may_outline, end_tokens) if is_guided else self.bound(may_open, may_outline)
+
     def guide(self, may_open: bool, may_outline: bool, end_tokens: frozenset[int] = frozenset()) -> Mask:
         """Give what a guided answer may not write next.
 
@@ -181,7 +198,7 @@ class Structure:
         may_outline = may_outline and self.stage is Stage.GOAL
         state = self.stage, self.depth > 0, self.thinking, self.has_thought, bool(self.outlines), is_bare
         key = (*state, may_open, may_outline, end_tokens)
-        if key not in self.tags.masks:
+        if key not in self.masks:
             allowed = self._allowed(may_open, may_outline)
             if self.stage in (Stage.ARMED, Stage.GOAL, Stage.CONCLUDED):
                 mask = Mask((*sorted(allowed), *dict.fromkeys(self.tags.newline)), only=True)
@@ -189,8 +206,8 @@ class Structure:
                 closing = {self.tags.close(role) for role in ("outline", "path", "conclusion")} if is_bare else set()
                 ending = end_tokens if is_bare or self.stage is Stage.OUTLINE else set()
                 mask = Mask(tuple(sorted(set(self.tags.control_ids) - allowed | closing | ending)))
-            self.tags.masks[key] = mask
-        return self.tags.masks[key]
+            self.masks[key] = mask
+        return self.masks[key]
 
     def _is_bare(self) -> bool:
         """Say whether the outline, path or conclusion being written has nothing in it but its label."""
@@ -212,9 +229,9 @@ class Structure:
         if not may_outline and self.stage is Stage.GOAL and self.outlines:
             over.add(tags.open("outline"))
         ids = tuple(sorted(token for token in over if token is not None))
-        if ids and ids not in tags.masks:
-            tags.masks[ids] = Mask(ids)
-        return tags.masks[ids] if ids else None
+        if ids and ids not in self.masks:
+            self.masks[ids] = Mask(ids)
+        return self.masks[ids] if ids else None
 
     def _allowed(self, may_open: bool = True, may_outline: bool = True) -> set[int]:
         """Give the control tags the grammar allows as the next token."""
@@ -275,35 +292,3 @@ class Structure:
         elif self.thinking:
             tokens.append(tags.close("think"))
         return tokens
-
-    def closing_cost(self) -> tuple[int, int]:
-        """Give the (tokens, positions) that :meth:`closing_tokens` and all that follows from them take, up to the end
-        of this branch's own path, or outside every block of the answer."""
-        own = len(self.closing_tokens())
-        if self.stage not in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):
-            return own, own
-        labels = self._path_labels() or [self.tags.ordinal(1)]
-        paths = [len(self.tags.path_prefix(label)) + 1 for label in labels]
-        after = self.reduce_cost(self.depth)
-        return own + sum(paths) + after, own + max(paths) + after
-
-    def reduce_cost(self, depth: int) -> int:
-        """Give the tokens that end what follows the paths of a block: conclusion, block, and path or thinking.
-
-        Args:
-            depth: blocks around that block.
-        """
-        tags = self.tags
-        return len(tags.conclusion_prefix()) + 1 + (tags.names.parallel is not None) + bool(depth or self.thinking)
-
-    def closing_positions(self, keep: int = -1) -> int:
-        """Give the positions it takes to close this branch.
-
-        Args:
-            keep: how many of the blocks around it stay open; -1 ends the whole answer.
-        """
-        return self.closing_cost()[1] + sum(self.reduce_cost(depth) for depth in range(keep + 1, self.depth))
-
-    def empty_path_length(self) -> int:
-        """Bound the positions of a path nothing is written in, in tokens."""
-        return len(self.tags.path_prefix([])) + MAX_LABEL_TOKENS + 1

@@ -234,15 +234,12 @@ class Sequence:
         ids, positions, sampled, labels: of every log entry: token, position, whether the model chose it, its branch.
         live: branches being written.
         held: paths that wait to be written, each as its block and its number in it, the next one last.
-        reserved: tokens it takes to write and close the held paths, and to close the blocks that are open.
-        live_cost: tokens it takes to close the live branches; None where far more are left.
         pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
         num_computed: log entries the model has read.
         pages: copies of what long branches see, on a CPU.
         num_weighed: log entries there were when copies were last thought of.
         prompt_length: positions the prompt takes.
-        budget: positions the answer may take.
-        total: tokens the answer may take.
+        budget: what the answer may still write (:class:`~.budget.Budget`).
         end: the end token the model chose while something was still open.
         logits, scores: by log entry, what it was chosen from.
         early: events from before it was in the queue, kept for the thread that steps the engine; None from then on.
@@ -259,16 +256,12 @@ class Sequence:
     labels: list[str] = field(default_factory=list)
     live: list[Branch] = field(default_factory=list)
     held: list[tuple[Block, int]] = field(default_factory=list)
-    reserved: int = 0
-    live_cost: int | None = None
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
     pages: Pages | None = None
     num_weighed: int = 0
     prompt_length: int = 0
-    budget: int = 0
-    total: int = 0
-    total_reason: FinishReason = FinishReason.TOTAL
+    budget: Any = None
     max_position: int = 0
     finish: FinishReason | None = None
     end: int | None = None

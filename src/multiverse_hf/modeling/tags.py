@@ -94,7 +94,6 @@ class TagSet:
     label_pieces: dict[int, str] = field(repr=False)
     turns: tuple[tuple[tuple[int, ...], int], ...] = ()
     roles: dict[int, tuple[str, bool]] = field(init=False, repr=False, compare=False)  # id -> (role, is an open tag)
-    masks: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # the interpreter's
 
     def __post_init__(self) -> None:
         missing = [tag for tag in self.names.tokens if tag not in self.ids]

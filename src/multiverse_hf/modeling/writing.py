@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from transformers.generation.stopping_criteria import StopStringCriteria
 
+from .budget import ANSWER
 from .cache import LogCache
-from .interpreter import Stage, Structure
+from .interpreter import Mask, Stage, Structure
 from .layout import Event
-from .limits import ANSWER, block_cost, branch_cost, find_limit, path_cost
 from .sampling import TokenScores, mix
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
@@ -47,12 +47,13 @@ class Writer:
 
     def __init__(self, tags: TagSet, device: torch.device) -> None:
         self.tags, self.device = tags, device
+        self.masks: dict[Any, Mask] = {}
 
     def read_prompt(self, sequence: Sequence) -> None:
         """Feed the prompt to the interpreter like any other text, so that one which ends inside blocks leaves the
         branches it ends in: the open path, and its siblings still to come."""
         sees = np.zeros(len(sequence.positions), dtype=bool)
-        sequence.live = [Branch(Structure(self.tags), sequence.root, 0, sees, [], mix(0), "", [])]
+        sequence.live = [Branch(Structure(self.tags, masks=self.masks), sequence.root, 0, sees, [], mix(0), "", [])]
         for token in sequence.request.prompt:
             self._append(sequence, sequence.live[0], token)  # a prompt's live branches are in document order
         sequence.prompt_length = sequence.max_position + 1
@@ -61,7 +62,7 @@ class Writer:
         """Go on from where the prompt ends."""
         most = sequence.request.options.max_branches
         for branch in reversed(sequence.live[most:]):  # none of them has begun
-            self._hold(sequence, branch.blocks[-1], branch.path)
+            sequence.held.append((branch.blocks[-1], branch.path))
         del sequence.live[most:]
         sequence.is_prompt = False
         # the prompt's own pass is not counted
@@ -70,6 +71,14 @@ class Writer:
         for branch in list(sequence.live):
             self._start(sequence, branch)
         self.start_held(sequence)
+        sequence.budget.count()
+
+    def mask(self, sequence: Sequence, branch: Branch) -> Mask | None:
+        """Return what a branch may not choose now."""
+        request, options = sequence.request, sequence.request.options
+        if not request.structured:
+            return None
+        return branch.structure.mask(options.structure == "guided", options.max_depth, options.max_paths, request.eos)
 
     def end_at_once(self, sequence: Sequence) -> None:
         """End an answer before its first token: there is no room even for the tags that close its prompt."""
@@ -92,7 +101,7 @@ class Writer:
                 sequence.finish, sequence.end = FinishReason.STOP, token
                 self._close(sequence, branch, ANSWER)
             return
-        limit = find_limit(sequence, branch, token)
+        limit = sequence.budget.spend(branch, token)
         if limit is not None:
             self._stop(sequence, branch, *limit)
             return
@@ -148,20 +157,12 @@ class Writer:
         if not request.structured:
             return
         malformed = branch.structure.malformed
-        self._count_cost(sequence, branch, -1)
         event = branch.structure.feed(token)
         sequence.stats.malformed += branch.structure.malformed - malformed
         if event is Event.FORK:
             self._fork(sequence, branch)
-        elif event is Event.TEXT:
-            self._count_cost(sequence, branch)
-        else:
+        elif event is not Event.TEXT:
             self._path_closed(sequence, branch)
-
-    def _count_cost(self, sequence: Sequence, branch: Branch, sign: int = 1) -> None:
-        """Keep account of what closing the live branches takes, as a branch comes, changes or goes."""
-        if sequence.live_cost is not None:
-            sequence.live_cost += sign * branch_cost(sequence, branch)
 
     def emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
         """Tell the request's listener, but not of its own prompt."""
@@ -183,16 +184,12 @@ class Writer:
         branch.segment.ended = True
         block.paths = [Segment() for _ in range(num_paths)]
         block.tails = [[] for _ in range(num_paths)]
-        sequence.reserved += block_cost(block)
         at = sequence.live.index(branch)
         others = len(sequence.live) - 1
         room = num_paths if sequence.is_prompt else max(request.options.max_branches - others, 1)
         paths = [self._open_path(block, path) for path in range(min(num_paths, room))]
         sequence.live[at : at + 1] = paths
-        for each in paths:
-            self._count_cost(sequence, each)
-        for path in reversed(range(len(paths), num_paths)):
-            self._hold(sequence, block, path)
+        sequence.held += [(block, path) for path in reversed(range(len(paths), num_paths))]
         sequence.stats.num_forks += 1
         sequence.stats.max_width = max(sequence.stats.max_width, len(sequence.live))
         sequence.stats.depth = max(sequence.stats.depth, structure.depth)
@@ -210,20 +207,13 @@ class Writer:
             [*fork.blocks, block], path, fork.until, own=len(fork.context),
         )  # fmt: skip
 
-    def _hold(self, sequence: Sequence, block: Block, path: int) -> None:
-        """Have a path wait."""
-        sequence.held.append((block, path))
-        sequence.reserved += path_cost(block, path)
-
     def start_held(self, sequence: Sequence) -> None:
         """Start paths that wait while there is room, those of the latest block first: so few blocks stay open."""
         while sequence.held and len(sequence.live) < sequence.request.options.max_branches:
             block, path = sequence.held.pop()
-            sequence.reserved -= path_cost(block, path)
             branch = self._open_path(block, path)
             branch.sees = np.pad(branch.sees, (0, len(sequence.positions) - len(branch.sees)))
             sequence.live.append(branch)
-            self._count_cost(sequence, branch)
             self._start(sequence, branch)
 
     def _path_closed(self, sequence: Sequence, branch: Branch) -> None:
@@ -241,7 +231,6 @@ class Writer:
         if block.num_open:
             del sequence.live[at]
             return
-        sequence.reserved -= block_cost(block)
         block.reduced = Segment()
         sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
         context = fork.context + [token for tail in block.tails for token in tail]
@@ -251,7 +240,6 @@ class Writer:
         )  # fmt: skip
         block.sees, block.tails = [], []
         sequence.live[at] = reduced
-        self._count_cost(sequence, reduced)
         self.emit(sequence, "reduce", fork.label)
         if not sequence.is_prompt:
             self._start(sequence, reduced)
@@ -292,7 +280,7 @@ class Writer:
         elif sequence.finish not in (None, FinishReason.STOP):
             self._cut(sequence, branch, sequence.finish, ANSWER)
         else:
-            limit = find_limit(sequence, branch, None)
+            limit = sequence.budget.find_limit(branch)
             if limit is not None:
                 self._stop(sequence, branch, *limit)
 
@@ -326,11 +314,10 @@ class Writer:
         for token in branch.structure.closing_tokens() if sequence.request.structured else []:
             self._append(sequence, branch, token)
         if not branch.segment.ended:  # outside every block, where nothing is left to close
-            if sequence.end is not None and find_limit(sequence, branch, sequence.end) is None:
+            if sequence.end is not None and sequence.budget.spend(branch, sequence.end) is None:
                 self._append(sequence, branch, sequence.end)
             self._end(sequence, branch)
 
     def _end(self, sequence: Sequence, branch: Branch) -> None:
         branch.segment.ended = True
-        self._count_cost(sequence, branch, -1)
         sequence.live.remove(branch)
