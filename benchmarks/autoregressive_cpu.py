@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from decode_cpu import VOCAB, make_models
-from report import count, environment, finish, make_parser, show, show_environment, spread, store
+from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import EOS, make_prompts, make_tags, silence_tags, small_cache, steps_in_turns
 
@@ -140,7 +140,7 @@ def main() -> None:
     result = {"benchmark": "autoregressive_cpu", **environment(), "weights_packed": can_pack(parallel)}
     show_environment(result)
     result["results"] = []
-    for batch in args.batch:
+    for batch in shown(args.batch, "batch size"):
         row = measure(batch, args, (parallel, plain, paged))
         if "guidance" not in args.skip:
             row["guidance"] = measure_guidance(batch, args, parallel)

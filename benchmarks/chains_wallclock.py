@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import count, environment, finish, make_parser, show, show_environment, shown, spread
 from transformers import AutoModelForCausalLM
 
 from multiverse_hf.checkpoints import EMBEDDED, Attention, Checkpoint, Dtype, load_model, open_checkpoint
@@ -145,7 +145,7 @@ def main() -> None:
 
     answers: dict[str, list[Answer]] = {name: [] for name in sides}
     names = list(sides)
-    for problem in problems * args.repeats:
+    for problem in shown(problems * args.repeats, "problem"):
         for name in names:
             answers[name].append(answer(sides[name], problem, tokenizer))
         names = names[1:] + names[:1]  # another side begins, so that none profits from its place

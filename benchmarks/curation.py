@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from report import count, environment, finish, make_parser, show_environment
+from report import count, environment, finish, make_parser, show_environment, shown
 
 from multiverse_hf.curator.assembly import reasoning_of
 from multiverse_hf.curator.curation import write_messages
@@ -110,7 +110,7 @@ def measure_throughput(folder: Path, args: Any) -> dict[str, Any]:
     try:
         asyncio.run(bare_client(url, bodies, 10 * PROBLEMS, args.in_flight))  # the server learns its answers
         rate(url, 10 * PROBLEMS)
-        for repeat in range(args.repeats):
+        for repeat in shown(range(args.repeats), "repeat"):
             asyncio.run(bare_client(url, bodies, calls, args.in_flight))
             rates["bare"].append(rate(url, calls))
             if curate(source, folder / f"out-{repeat}", url, args).wait():

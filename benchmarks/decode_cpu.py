@@ -24,6 +24,7 @@ Time includes the prompt's own pass unless it says "decode". Ratios are of the m
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from typing import Any
 
 import torch
 from geometry import GEOMETRIES, make_config
-from report import count, environment, finish, make_parser, show, show_environment, spread, store
+from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
@@ -324,13 +325,12 @@ def main() -> None:
     show_environment(result)
     print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
     result["results"] = []
-    for batch in args.batch:
-        for num_paths in args.paths:
-            work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
-            row = summarize(measure(models, work, args), work)
-            result["results"].append(row)
-            store(result, args.output)
-            print_result(row)
+    for batch, num_paths in shown(list(itertools.product(args.batch, args.paths)), "workload"):
+        work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
+        row = summarize(measure(models, work, args), work)
+        result["results"].append(row)
+        store(result, args.output)
+        print_result(row)
     finish(result, args.output)
 
 

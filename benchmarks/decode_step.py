@@ -39,7 +39,7 @@ from geometry import (
     peak_memory,
     plan_cache,
 )
-from report import count, environment, finish, make_parser, show, show_environment, spread, store
+from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from workload import EOS, make_goal, make_prompts, make_tags, plan_block, small_cache, steps_in_turns
 
@@ -252,7 +252,7 @@ def main() -> None:
     model = make_model(args.geometry, args.device, tags, args.seed)
     result |= describe_model(args.geometry, model, num_parameters) | limits
     result |= {"steps": args.steps, "repeats": args.repeats, "results": []}
-    for context in contexts:
+    for context in shown(contexts, "context"):
         row = measure(model, tags, context, cache_tokens, args)
         summarize(row, limits)
         result["results"].append(row)

@@ -5,14 +5,18 @@ import json
 import shlex
 import statistics
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from multiverse_hf.errors import CommandError, ScriptParser
 from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.provenance import commit, hardware, versions
+
+T = TypeVar("T")
 
 
 def count(text: str) -> int:
@@ -44,6 +48,14 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and problems (default: %(default)s)")
     parser.add_argument("--output", type=output_file, default=None, help="also write the result to this JSON file")
     return parser
+
+
+def shown(items: Iterable[T], unit: str) -> Iterator[T]:
+    """Yield what is measured one after the other, with a bar that says how much longer it takes.
+
+    The bar is there in a log too: a benchmark of several minutes says so after its first measurement.
+    """
+    yield from tqdm(items, unit=f" {unit}", file=sys.stderr, mininterval=1, smoothing=0)
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
