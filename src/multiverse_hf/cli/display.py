@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch comes with it, and only a running model needs that
 MIN_COLUMN = 24  # characters; narrower than this, sums and sentences break at every second word
 FRAMES_PER_SECOND = 12
 # A model's text may hold escape codes, which must not reach the terminal: all controls but newline and tab.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -222,7 +222,7 @@ class Painter:
         text = run.content.text
         if has_label:
             text = LABEL.sub("", text, count=1).lstrip(" ")
-        text = _CONTROLS.sub("", text).expandtabs(4).strip("\n").rstrip()
+        text = CONTROLS.sub("", text).expandtabs(4).strip("\n").rstrip()
         if not text.strip():
             return []
         source = text.split("\n")
@@ -276,7 +276,7 @@ class Painter:
         holds_block = any(isinstance(item, Columns) for item in path.items)
         rule, done = ("=" if holds_block else "-", "done") if self.ascii_only else ("━" if holds_block else "─", "✓")
         heading = Text(f"{rule} {path.label}", "bold cyan" if path.is_open else "bold green")
-        heading.append(f" {_CONTROLS.sub('', path.title)}" if path.title else "", "not bold")
+        heading.append(f" {CONTROLS.sub('', path.title)}" if path.title else "", "not bold")
         mark = "" if path.is_open else f" {done}"
         heading.truncate(width - len(mark), overflow="crop" if self.ascii_only else "ellipsis")
         heading.append(mark)

@@ -44,7 +44,7 @@ class DocumentCollator:
 
     def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, torch.Tensor]:
         packs = [[row] if isinstance(row, dict) else list(row) for row in rows]
-        layouts = [[self._layout(row) for row in pack] for pack in packs]
+        layouts = [[lay_out(row, self.tags) for row in pack] for pack in packs]
         has_blocks = any(len(layout.visible) > 1 for pack in layouts for layout in pack)
         if self.flatten:
             if has_blocks:
@@ -121,12 +121,14 @@ class DocumentCollator:
             }
         )
 
-    def _layout(self, row: Row) -> Layout:
-        if row.get("plain"):
-            length = len(row["input_ids"])
-            one = torch.ones(1, 1, dtype=torch.bool)
-            return Layout(torch.arange(length), torch.zeros(length, dtype=torch.long), one)
-        return build_layout(row["input_ids"], self.tags)
+
+def lay_out(row: Row, tags: TagSet) -> Layout:
+    """Return the layout of a row; one marked ``plain`` is a single segment."""
+    if row.get("plain"):
+        length = len(row["input_ids"])
+        one = torch.ones(1, 1, dtype=torch.bool)
+        return Layout(torch.arange(length), torch.zeros(length, dtype=torch.long), one)
+    return build_layout(row["input_ids"], tags)
 
 
 def _joined(rows: Sequence[Row]) -> dict[str, list[int]]:

@@ -1,0 +1,219 @@
+"""``multiverse inspect``: draw how a row is read, as the trainer lays it out."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from multiverse_hf.checkpoints import EMBEDDED, EMBEDDED_NAMES, quiet
+from multiverse_hf.cli.display import CONTROLS
+from multiverse_hf.cli.options import JsonOption, TracebackOption, print_json
+from multiverse_hf.cli.terminal import waiting
+from multiverse_hf.data.records import Form, Record, RowError, number_rows, read_record
+from multiverse_hf.errors import CommandError, one_line
+
+if TYPE_CHECKING:  # torch comes with it
+    from multiverse_hf.data.inspection import ReadRow, Segment
+
+STYLES = {"prompt": "dim", "forced": "yellow", "label": "green"}
+_INDENT = 20  # columns before a row's text
+
+
+def inspect(
+    row: Annotated[
+        str,
+        typer.Argument(
+            metavar="ROW|FILE", help="A row as JSON, a file of rows or a dataset; - reads a row from standard input."
+        ),
+    ],
+    line: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Line of a JSONL file, or row of a table; by default the first."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", "-m", metavar="PATH", help="Whose tokenizer reads it; by default that of multiverse-tiny."
+        ),
+    ] = None,
+    form: Annotated[Form, typer.Option(metavar="FORM", help="parallel, sequential or plain.")] = Form.PARALLEL,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most tokens, as the recipe's max_length.")
+    ] = None,
+    suffix: Annotated[bool, typer.Option(help="End the prompt with the sentence of record of the form.")] = True,
+    as_json: JsonOption = False,
+    traceback: TracebackOption = False,
+) -> None:
+    """Show how a row is read: segments, positions, what each segment sees, which tokens carry a label.
+
+    \b
+    Examples:
+      multiverse inspect recipes/own-documents/documents.jsonl --line 2
+      multiverse inspect my-documents.jsonl --model Qwen/Qwen2.5-7B
+      multiverse inspect '{"prompt": "Why?", "document": "Because."}' --json
+    """
+    place, given = find_row(row, line)
+    with waiting("loading the tokenizer"):
+        quiet()
+        from multiverse_hf.data.inspection import read_row
+        from multiverse_hf.data.rows import RowEncoder
+
+        tokens = load_tokenizer(model)
+        try:
+            if isinstance(given, RowError):
+                raise given
+            record = read_record(given, tokens.tags.names)
+            read = read_row(record, RowEncoder(tokens.tokenizer, tokens.tags, max_length, suffix=suffix), form)
+        except RowError as err:
+            raise CommandError(f"{place}: {one_line(err)}") from err
+    name = model or EMBEDDED_NAMES[0]
+    if as_json:
+        print_json(to_dict(place, name, record, read))
+    else:
+        draw(Console(highlight=False), place, name, record, read)
+
+
+def find_row(source: str, line: int | None) -> tuple[str, Any]:
+    """Find a row: text of JSON, or one of a file or dataset.
+
+    Returns:
+        What people call it, and the row, a :class:`RowError` where it is no JSON.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    if source == "-" or source.lstrip().startswith("{"):
+        text = sys.stdin.read() if source == "-" else source
+        if line is not None:
+            raise CommandError(f"--line {line} is of a file, and a row was given; leave it out")
+        try:
+            return "the row", json.loads(text)
+        except (ValueError, RecursionError) as err:
+            raise CommandError(
+                f"the row is no JSON ({err}): {one_line(text, 60)}; give one object, or a file"
+            ) from err
+    unit, last = "line" if source.endswith(".jsonl") else "row", 0
+    try:
+        for number, row in number_rows(source):
+            if line is None or number == line:
+                return f"{source}, {unit} {number}", row
+            if number > line:
+                raise CommandError(f"{source}, {unit} {line} is blank; the next row is {unit} {number}")
+            last = number
+    except ValueError as err:
+        raise CommandError(f"{one_line(err)}; give a file of rows, or a row as JSON in quotes") from err
+    if last:
+        raise CommandError(f"{source} has no {unit} {line}; the last row is {unit} {last}")
+    raise CommandError(f"{source} holds no rows; write one JSON object a line")
+
+
+def load_tokenizer(model: str | None) -> Any:
+    """Load a base's tokenizer, with tags where it has none.
+
+    Raises:
+        CommandError: if there is none that can read rows.
+    """
+    from multiverse_hf.training.models import load_tokens
+
+    path = EMBEDDED if model is None else Path(model).expanduser()
+    if model in EMBEDDED_NAMES and not path.exists():
+        path = EMBEDDED.parent / model
+    if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+        raise CommandError(f"no model folder {model}; give an existing one, or a repository as owner/name")
+    try:
+        return load_tokens(str(path) if path.exists() else model)
+    except Exception as err:  # a checkpoint is input: transformers and the Hub raise errors of their own
+        raise CommandError(f"cannot load the tokenizer of {model}: {one_line(err)}") from err
+
+
+def to_dict(place: str, model: str, record: Record, read: "ReadRow") -> dict[str, Any]:
+    """Return all of it for programs: segments with their runs, and a list of each kind for all tokens."""
+    segments = [
+        {
+            "segment": number,
+            "name": segment.name,
+            "positions": list(segment.positions),
+            "tokens": segment.num_tokens,
+            "sees": segment.sees,
+            "runs": [
+                {"part": run.part, "start": run.start, "stop": run.stop, "position": run.position, "text": run.text}
+                for run in segment.runs
+            ],
+        }
+        for number, segment in enumerate(read.segments)
+    ]
+    lists = {name: getattr(read, name) for name in ("input_ids", "labels", "position_ids", "segment_ids")}
+    counts = {"num_tokens": len(read.input_ids), "num_labels": read.num_labels, "length": read.length}
+    return {
+        "row": place, "model": model, "form": str(read.form), "doubt": record.doubt, **counts,
+        "segments": segments, **lists,
+    }  # fmt: skip
+
+
+def draw(console: Console, place: str, model: str, record: Record, read: "ReadRow") -> None:
+    """Draw a row for people: each segment with its text, then who sees whom."""
+    runs = [run for segment in read.segments for run in segment.runs]
+    counts = {part: sum(run.stop - run.start for run in runs if run.part == part) for part in STYLES}
+    console.print(f"{place}, {read.form} form, tokens of {model}", style="bold")
+    console.print(
+        f"{len(read.input_ids)} tokens on {read.length} positions: {counts['label']} with a label, {counts['prompt']} "
+        f"of the prompt, {counts['forced']} forced (the engine writes them){', cut' if read.was_cut else ''}"
+    )
+    if record.doubt:
+        console.print(f"doubtful: {record.doubt}", style="red")
+    for number, segment in enumerate(read.segments):
+        console.print()
+        for text in segment_lines(console, number, segment):
+            console.print(text)
+    console.print()
+    for text in sight_lines(console, read.segments):
+        console.print(text)
+
+
+def segment_lines(console: Console, number: int, segment: "Segment") -> list[Text]:
+    """Return a segment's heading, and its runs of tokens, text in a column of its own."""
+    first, last = segment.positions
+    lines = [Text(f"{number} {segment.name}: positions {first}-{last}, sees {ranges(segment.sees)}", "bold")]
+    newline = "\\n" if console.options.ascii_only else "⏎"
+    for run in segment.runs:
+        last = run.position + run.stop - run.start - 1
+        head = f"  {run.part:<7}{run.position}-{last}"
+        text = CONTROLS.sub("", run.text.replace("\n", f"{newline}\n").expandtabs(4)).removesuffix("\n")
+        pieces = [
+            piece
+            for line in text.split("\n")
+            for piece in Text(line, STYLES[run.part]).wrap(console, max(console.width - _INDENT, 20)) or [Text("")]
+        ]
+        for at, piece in enumerate(pieces):
+            lines.append(Text(f"{head if at == 0 else '':<{_INDENT - 1}} ") + piece)
+    return lines
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers shortly: ``0 2-5``."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return " ".join("-".join(map(str, part)) for part in parts)
+
+
+def sight_lines(console: Console, segments: Sequence["Segment"]) -> list[Text]:
+    """Return a picture of which segment sees which, or a line that says why there is none."""
+    names = [f"{number} {segment.name}" for number, segment in enumerate(segments)]
+    width, cell = max(map(len, names)) + 2, len(str(len(segments) - 1)) + 1
+    if width + cell * len(segments) > console.width:
+        return [Text(f"{len(segments)} segments: the picture of who sees whom needs a wider terminal")]
+    seen, hidden = ("x", ".") if console.options.ascii_only else ("■", "·")
+    lines = [Text(f"{'sees':<{width}}" + "".join(f"{number:>{cell}}" for number in range(len(segments))), "bold")]
+    for name, segment in zip(names, segments, strict=True):
+        marks = (seen if number in segment.sees else hidden for number in range(len(segments)))
+        lines.append(Text(f"{name:<{width}}" + "".join(f"{mark:>{cell}}" for mark in marks)))
+    return lines
