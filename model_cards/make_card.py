@@ -72,7 +72,8 @@ class Facts:
         training_data: what the rows are and where they come from.
         limits: what it cannot do, and what was not tried.
         repository: on the Hub, OWNER/NAME; by default the name.
-        base_model: on the Hub; None if it was trained from nothing.
+        base_model: on the Hub, unless the run's record names it; None if it was trained from nothing.
+        base_folder: the name of the folder that holds ``base_model``, if the run began with one of another name.
         training_data_license: None if not known.
         max_new_tokens: that an answer may need.
         benchmarks: that a reader will look for; those without a result are said to be not measured.
@@ -89,6 +90,7 @@ class Facts:
     language: str = "en"
     repository: str | None = None
     base_model: str | None = None
+    base_folder: str | None = None
     training_data_license: str | None = None
     benchmarks: list[str] = field(default_factory=list)
     max_new_tokens: int = 8192
@@ -325,6 +327,32 @@ def read_budget(path: Path) -> str:
     return "\n".join([heading, "", *head, *rows])
 
 
+def find_base(run: dict[str, Any] | None, facts: Facts) -> str | None:
+    """Return the base's name on the Hub, None if there is none: what the run's record says, and else the facts.
+
+    Raises:
+        CommandError: if the two contradict each other.
+    """
+    if run is None:
+        return facts.base_model
+    began, is_folder = run["model"]["model_name_or_path"], run["model"].get("base_is_folder")
+    if cached := re.search(r"models--([^/]+)--([^/]+)/snapshots/", began):  # in the Hub's own cache
+        began, is_folder = f"{cached[1]}/{cached[2]}", False
+    if is_folder is None:  # an older record does not say it
+        is_folder = not facts.base_model or not HUB_NAME.fullmatch(began) or Path(began).exists()
+    if not is_folder:
+        if facts.base_model not in (None, began):
+            raise CommandError(f"the run began with {began}, and the facts name {facts.base_model}; mend base_model")
+        return began
+    folder = Path(began).name
+    if facts.base_model and folder not in (facts.base_folder, facts.base_model.rpartition("/")[2]):
+        raise CommandError(
+            f"the run began with the folder {folder}, and the facts name {facts.base_model}; mend base_model, or say "
+            f"that the folder holds it with base_folder: {folder}"
+        )
+    return facts.base_model
+
+
 def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
     """Say how a model was trained, from the run's own record; settings as a table.
 
@@ -449,27 +477,25 @@ def make_card(folder: Path, facts: Facts, more: dict[str, Path]) -> tuple[str, d
     snippet = (PACKAGE if facts.is_embedded else REMOTE) + ASK
     tags = ["multiverse", *(["custom_generate"] if (folder / "custom_generate").is_dir() else [])]
     index = model_index(facts, evaluations)
+    budget = read_budget(files["budget.json"]) if "budget.json" in files else None
+    found = {result.task for evaluation in evaluations for result in evaluation.results}
+    lacking = [name for name in facts.benchmarks if name not in found]
+    try:
+        base = find_base(run, facts)
+        training = describe_training(run, base)
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise CommandError(f"{folder / 'run.json'} is no record of recipes/sft.py ({err!r}); move it away") from err
     metadata = ModelCardData(
         language=facts.language,
         license=facts.license,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=tags,
-        base_model=facts.base_model,
-        base_model_relation="finetune" if facts.base_model else None,
+        base_model=base,
+        base_model_relation="finetune" if base else None,
         model_name=facts.name if index else None,
         eval_results=index or None,
     )
-    budget = read_budget(files["budget.json"]) if "budget.json" in files else None
-    found = {result.task for evaluation in evaluations for result in evaluation.results}
-    lacking = [name for name in facts.benchmarks if name not in found]
-    try:
-        began = "" if run is None else run["model"]["model_name_or_path"]
-        if facts.base_model and HUB_NAME.fullmatch(began) and began != facts.base_model and not Path(began).exists():
-            raise CommandError(f"the run began with {began}, and the facts name {facts.base_model}; mend base_model")
-        training = describe_training(run, facts.base_model)
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise CommandError(f"{folder / 'run.json'} is no record of recipes/sft.py ({err!r}); move it away") from err
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=False, trim_blocks=False)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=metadata.to_yaml(),

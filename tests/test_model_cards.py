@@ -156,6 +156,46 @@ def test_a_run_that_was_cut_short_is_told_by_the_epochs_it_made_and_no_path_of_t
     assert "/home" not in text
 
 
+HUB, OTHER, CACHE = "Qwen/Qwen2.5-7B", "meta-llama/Llama-3.1-8B", "/c/models--Qwen--Qwen2.5-7B/snapshots/1a"
+BASES = {  # what the run's record says, what the facts say: the card's base, or what is wrong
+    "the record alone": ({"model_name_or_path": HUB, "base_is_folder": False}, {}, HUB),
+    "both": ({"model_name_or_path": HUB, "base_is_folder": False}, {"base_model": HUB}, HUB),
+    "another": ({"model_name_or_path": HUB, "base_is_folder": False}, {"base_model": OTHER}, "began with Qwen"),
+    "another, an older record": ({"model_name_or_path": HUB}, {"base_model": OTHER}, "began with Qwen/Qwen2.5-7B"),
+    "the Hub's cache": ({"model_name_or_path": CACHE}, {}, HUB),
+    "the Hub's cache, another": (
+        {"model_name_or_path": CACHE}, {"base_model": OTHER}, "the facts name meta",
+    ),
+    "a folder": ({"model_name_or_path": "runs/base", "base_is_folder": True}, {}, None),
+    "a folder of an older record": ({"model_name_or_path": "runs/base"}, {}, None),
+    "a folder of its name": ({"model_name_or_path": "Qwen2.5-7B", "base_is_folder": True}, {"base_model": HUB}, HUB),
+    "a folder of another name": (
+        {"model_name_or_path": "/x/q7", "base_is_folder": True}, {"base_model": HUB}, "say that the folder holds it",
+    ),
+    "a folder that the facts name": (
+        {"model_name_or_path": "/x/q7", "base_is_folder": True}, {"base_model": HUB, "base_folder": "q7"}, HUB,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BASES)
+def test_the_base_is_the_one_of_the_runs_record_and_facts_that_contradict_it_are_refused(case, folder):
+    said, facts, expected = BASES[case]
+    run = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(run | {"model": run["model"] | said}))
+    given = yaml.safe_load(FACTS["multiverse-tiny"].read_text()) | facts
+    (folder / "facts.yaml").write_text(yaml.safe_dump(given))
+    wrong = expected is not None and "/" not in expected.partition(" ")[0]
+    text = make(folder, "--facts", folder / "facts.yaml", "--dry-run", code=2 if wrong else 0)
+    if wrong:
+        assert expected in text
+        assert text.count("\n") == 1
+    else:
+        assert ModelCard(text).data.base_model == expected
+        shown = expected or f"the folder `{Path(said['model_name_or_path']).name}`"
+        assert f"| base | {shown} |" in text
+
+
 EVALUATION = json.dumps(
     {
         "settings": {"suffix": "parallel", "structure": "guided", "max_new_tokens": 9, "dtype": "float32", "seed": 0},

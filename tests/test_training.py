@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from helpers import tiny_config
+from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_tags import plain_tokenizer
@@ -19,7 +20,7 @@ from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.records import Form, read_record
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.modeling.tags import NPR, TagSet
-from multiverse_hf.training.merging import merge_adapter
+from multiverse_hf.training.merging import merge_adapter, write_adapter_card
 from multiverse_hf.training.models import default_attention, load_base, load_tokens, tag_phrases, trainable_tokens
 
 BLOCK = (
@@ -82,6 +83,27 @@ def test_embeddings_with_room_keep_their_size_and_a_tagged_base_keeps_its_rows(t
     assert again.new_ids == []
     for name, weight in again.model.state_dict().items():
         assert torch.equal(weight, base.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("written", [None, "# Model Card for Model ID", "Mine."], ids=["none", "empty", "own"])
+def test_an_adapter_has_a_card_that_names_its_base_and_how_to_merge_it(tmp_path, written):
+    path = save_base(tmp_path / "base", "llama")
+    model = get_peft_model(load_base(path, dtype="float32").model, LoraConfig(r=3, target_modules="all-linear"))
+    if written:
+        (tmp_path / "README.md").write_text(written)
+    write_adapter_card(tmp_path, model)
+    text = (tmp_path / "README.md").read_text()
+    if written == "Mine.":
+        assert text == written
+        return
+    assert "An adapter (LORA, rank 3) of `base`" in text
+    assert "multiverse merge --adapter" in text
+    assert str(tmp_path) not in text
+    assert ModelCard(text).data.base_model is None
+    model.active_peft_config.base_model_name_or_path = "Qwen/Qwen2.5-7B"
+    (tmp_path / "README.md").unlink()
+    write_adapter_card(tmp_path, model)
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "Qwen/Qwen2.5-7B"
 
 
 ZERO3 = """

@@ -1,17 +1,59 @@
 """A LoRA adapter put into its base: an ordinary checkpoint, which any loader takes."""
 
 import json
+import re
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 from transformers import AutoTokenizer
 
+from multiverse_hf.modeling.sharing import EMPTY_CARD
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.training.models import load_base, load_tokens
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _NO_WEIGHTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT", "ADAPTION_PROMPT")
+
+
+_CARD = """---
+{base_line}library_name: peft
+tags:
+- multiverse
+---
+
+# {name}
+
+An adapter ({kind}) of `{base}` that makes it write in parallel
+([Multiverse, arXiv 2506.09991](https://arxiv.org/abs/2506.09991)). As an ordinary checkpoint, which
+`model_cards/make_card.py` of multiverse_hf writes a card for:
+
+```bash
+multiverse merge --adapter FOLDER --output merged
+```
+
+`run.json` and `report.md` beside it, where they are, say how it was trained. Its accuracy is not measured.
+"""
+
+
+def write_adapter_card(folder: str | Path, model: Any) -> None:
+    """Write the card of an adapter in place of PEFT's empty one; a card that somebody wrote is kept.
+
+    Args:
+        folder: of the adapter.
+        model: the PEFT model that is saved there.
+    """
+    path, settings = Path(folder, "README.md"), model.active_peft_config
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else EMPTY_CARD
+    if EMPTY_CARD not in text:
+        return
+    base = str(settings.base_model_name_or_path)
+    is_folder = Path(base).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+    rank = getattr(settings, "r", None)
+    kind = str(getattr(settings.peft_type, "value", settings.peft_type)) + (f", rank {rank}" if rank else "")
+    shown, line = (Path(base).name, "") if is_folder else (base, f"base_model: {base}\n")
+    name = Path(folder).resolve().name
+    path.write_text(_CARD.format(base_line=line, name=name, kind=kind, base=shown), encoding="utf-8")
 
 
 def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:

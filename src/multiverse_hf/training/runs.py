@@ -171,6 +171,7 @@ def describe_run(
         "model": asdict(model_args)
         | {
             "attn_implementation": config._attn_implementation,
+            "base_is_folder": Path(model_args.model_name_or_path).expanduser().exists(),
             "model_type": config.get_text_config().model_type,
         },
         "processes": training.world_size,

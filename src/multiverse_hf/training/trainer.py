@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 
 from multiverse_hf.data.curriculum import CurriculumSampler
 from multiverse_hf.data.rows import IGNORE, TokenKind
+from multiverse_hf.training.merging import write_adapter_card
 
 
 class Packs(Dataset):
@@ -86,6 +87,7 @@ class MultiverseSFTTrainer(SFTTrainer):
             # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
             # part of the adapter, and `multiverse merge` enlarges the base's in the same way.
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_embedding_layers=False)
+            self.model.create_or_update_model_card = functools.partial(write_adapter_card, model=self.model)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
             # PEFT's TrainableTokensWrapper around an output layer; TRL's fused loss asks every head for its bias.
