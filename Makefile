@@ -54,12 +54,12 @@ quality: $(DEV)  ## check lint, format and the direction of imports
 docs: $(DOCS)  ## build the site of the documentation in site/ (offline; a warning or a broken link fails)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, over an hour)
+train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, 93 minutes)
 	$(BIN)/python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base
 	$(BIN)/accelerate launch --num_processes 1 --cpu --mixed_precision no --num_cpu_threads_per_process 1 \
 		recipes/sft.py --config recipes/multiverse-tiny/sft.yaml
 
-evaluate-tiny: $(DEV)  ## measure the embedded model on 500 unseen problems of each kind
+evaluate-tiny: $(DEV)  ## measure the embedded model on 500 unseen problems of each kind (6 minutes)
 	$(BIN)/python recipes/multiverse-tiny/evaluate.py --model src/multiverse_hf/assets/multiverse-tiny
 
 paper-tiny: $(DEV)  ## the paper's central table in small, three seeds (two cores, over an hour; goes on after a stop)

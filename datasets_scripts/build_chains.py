@@ -1,7 +1,7 @@
 """Build a dataset of the chains family, which needs no curator: a folder with a card and parquet.
 
     python datasets_scripts/build_chains.py --num-rows 2000 --output chains
-    accelerate launch recipes/sft.py --config recipes/multiverse-tiny/sft.yaml --dataset_name ./chains \\
+    accelerate launch --quiet recipes/sft.py --config recipes/multiverse-tiny/sft.yaml --dataset_name ./chains \\
       --dataset_config multiverse --output_dir runs/chains
     python datasets_scripts/publish.py chains OWNER/chains
 """

@@ -3,7 +3,7 @@
     python datasets_scripts/build_multiverse_1k.py --curated curated.jsonl --license apache-2.0 --output Multiverse-1K
     python datasets_scripts/build_multiverse_1k.py --published OWNER/Multiverse-1K --s1k simplescaling/s1K-1.1 \\
       --license apache-2.0 --tokenizer Qwen/Qwen2.5-32B-Instruct --output Multiverse-1K
-    accelerate launch recipes/sft.py --config recipes/qwen2.5-7b/sft.yaml --dataset_name Multiverse-1K \\
+    accelerate launch --quiet recipes/sft.py --config recipes/qwen2.5-7b/sft.yaml --dataset_name Multiverse-1K \\
       --dataset_config multiverse --dataset_test_split test
     python datasets_scripts/publish.py Multiverse-1K OWNER/Multiverse-1K
 

@@ -52,6 +52,8 @@ def train(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> 
     encoder = RowEncoder(base.tokenizer, base.tags, training.max_length, data.overlong == "cut", data.suffix)
     splits = read_splits(data, encoder, training, model_args.attn_implementation)
     if data.check_rows:
+        if data.dataset_name != "chains" and training.process_index == 0:
+            print(f"see one: multiverse inspect {data.dataset_name} --line 1 --model {model_args.model_name_or_path}")
         return
     train_dataset = Dataset.from_dict(splits.train.columns())
     eval_dataset = Dataset.from_dict(splits.eval_columns()) if splits.test else None

@@ -16,6 +16,8 @@ import pytest
 pytest.importorskip("trl", reason="the recipe needs the train extra: pip install -e '.[train]'")
 
 from multiverse_hf.data.curriculum import PAPER_SHARES
+from multiverse_hf.data.records import read_record
+from multiverse_hf.documents import parse_document
 from multiverse_hf.outputs import output_folder, write_output
 
 ROOT = Path(__file__).parents[1]
@@ -66,22 +68,56 @@ def block(paths: list[str], label: str = "") -> str:
     return f"<Parallel>\n<Goal>\n{outlines}\n</Goal>\n{written}\n<Conclusion>\ndone\n</Conclusion>\n</Parallel>"
 
 
+def commands_of(page: str, words: str) -> str:
+    """Return the block of commands of a page that holds these words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    (block,) = (text for text in blocks if words in text)
+    return block
+
+
+def paste(commands: str, folder: Path) -> str:
+    """Run commands in a folder, where ``multiverse`` is this one and the recipes are at hand."""
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    (folder / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
+    (folder / "multiverse").chmod(0o755)
+    path = os.pathsep.join(map(str, (folder, BIN, os.environ["PATH"])))
+    return run("env", f"PATH={path}", "bash", "-ec", commands, cwd=folder, timeout=1800)
+
+
+def test_the_rows_that_are_shown_and_shipped_are_rows_without_doubt() -> None:
+    (shown,) = re.findall(r"```json\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
+    shipped = (ROOT / "recipes/own-documents/documents.jsonl").read_text()
+    rows = [json.loads(line) for line in (shown + shipped).splitlines()]
+    assert len(rows) == 13
+    for row in rows:
+        record = read_record(row)
+        assert record.document.num_paths >= 2
+        assert record.doubt is None
+
+
 @pytest.mark.slow
-def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_docs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs/training.md").read_text(), re.DOTALL)
-    (block,) = (text for text in blocks if "recipes/sft.py" in text)
-    at = block.index("python recipes/")
-    install, commands = block[:at], block[at:]
-    # as this environment was made
-    assert [line.split()[:2] for line in install.splitlines()] == [["pip", "install"]] * 2
+@pytest.mark.parametrize("page", ["docs/training.md", "recipes/own-documents/README.md"])
+def test_the_documents_that_are_shipped_make_a_tiny_model_fork_as_they_do(page: str, tmp_path: Path) -> None:
+    block = commands_of(page, "own-documents/sft.yaml --check_rows")
+    install, commands = block[: block.index("export ")], block[block.index("export ") :]
+    assert [line.split()[:2] for line in install.splitlines()] in ([["pip", "install"]] * 2, [])
+    said = paste(commands, tmp_path)
+    assert said.count("train: 12 rows read, 12 kept, 0 dropped\n") == 2
+    assert "sees 0-1\n" in said
+    first = json.loads((ROOT / "recipes/own-documents/documents.jsonl").read_text().splitlines()[0])
+    document = parse_document(
+        said[said.index("<Parallel>\n<Goal>\n<Outline>1: train</Outline>") :].split("\nnote:")[0]
+    )
+    assert document.num_paths == parse_document(first["document"]).num_paths == 2
+
+
+@pytest.mark.slow
+def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_page(tmp_path: Path) -> None:
+    commands = commands_of("docs/training.md", "sft_lora.yaml")
     rows = [json.dumps(row) for row in documents(50)]
     rows[3:3] = ["{half of a row", json.dumps({"prompt": "x", "document": "<Think>"})]
     (tmp_path / "my-documents.jsonl").write_text("\n".join(rows))
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    (tmp_path / "multiverse").write_text(f'#!/bin/sh\nexec {sys.executable} -m multiverse_hf.cli "$@"\n')
-    (tmp_path / "multiverse").chmod(0o755)
-    path = os.pathsep.join(map(str, (tmp_path, BIN, os.environ["PATH"])))
-    said = run("env", f"PATH={path}", "bash", "-ec", commands, cwd=tmp_path)
+    said = paste(commands, tmp_path)
     chosen = "chosen, as not given: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
     assert said.count(chosen) == 1
     assert "train: 52 rows read, 50 kept, 2 dropped\n  line 4: unreadable: no JSON: " in said
@@ -103,6 +139,7 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     assert "![Loss" in (out / "report.md").read_text()
     assert (out / "report.png").read_bytes().startswith(b"\x89PNG")
     assert next(out.rglob("events.out.tfevents*"))
+    assert "An adapter (LORA, rank 8) of `tiny-llama`" in (out / "README.md").read_text()
 
     config = json.loads((tmp_path / "tiny-multiverse/config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
@@ -534,6 +571,22 @@ def test_bad_input_is_refused_at_once(
     assert code == 2, line
     assert "error: " in line
     assert all(word in line for word in words), line
+
+
+def test_under_accelerate_the_last_line_says_what_is_wrong_and_how_a_missing_base_is_made(tmp_path: Path) -> None:
+    command = ["accelerate launch --quiet recipes/sft.py --config recipes/multiverse-tiny/sft.yaml"]
+    commands = (ROOT / "recipes/multiverse-tiny/sft.yaml").read_text()
+    assert command[0] in commands
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    launch = [str(BIN / "accelerate"), *command[0].split()[1:]]
+    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode != 0
+    make = "python recipes/multiverse-tiny/make_base.py --output runs/multiverse-tiny/base"
+    *_, last = done.stderr.splitlines()
+    assert last == f"error: no model folder runs/multiverse-tiny/base; make it: {make}"
+    assert "Traceback" not in done.stderr
+    assert f"#   {make}\n" in commands
 
 
 SCRIPTS = sorted(
