@@ -543,7 +543,8 @@ def ask_once(*answers: tuple[int, Any, dict[str, str]], extra: dict[str, Any] | 
 
     async def handle(request: Any) -> Any:
         status, body, headers = left.pop(0)
-        return web.json_response(body, status=status, headers=headers)
+        body = body if isinstance(body, str | bytes) else json.dumps(body)
+        return web.Response(body=body, status=status, headers={"Content-Type": "application/json", **headers})
 
     async def run() -> Reply:
         app = web.Application()
@@ -566,6 +567,19 @@ def test_replies_in_parts_without_counts_and_with_half_a_character_are_read():
     given = ask_once((200, {"choices": [{"message": {"content": parts}}], "usage": usage}, {}))
     assert (given.text, given.prompt_tokens, given.completion_tokens) == (GOOD, 0, 7)
     assert ask_once((200, {"choices": [{"message": {"content": "\ud83d"}}], "usage": [1]}, {})).text == "?"
+
+
+@pytest.mark.parametrize("body", ["{", "", "null", "[1]", '{"choices": [7]}', "<html>", b"\xff\xfe\x00"])
+@pytest.mark.parametrize("content_type", ["application/json", "text/html"])
+def test_an_answer_that_is_none_is_a_fault_of_the_server(body: str | bytes, content_type: str):
+    with pytest.raises(Refusal, match="1 tries failed, the last with an answer that is none") as caught:
+        ask_once((200, body, {"Content-Type": content_type}))
+    assert caught.value.check == "no answer"
+
+
+def test_an_answer_is_read_whatever_its_content_type_is():
+    text = json.dumps({"choices": [CHOICE]})
+    assert ask_once((200, text, {"Content-Type": "text/plain"})).text == GOOD
 
 
 @pytest.mark.parametrize("status", [400, 404])
