@@ -244,6 +244,20 @@ def test_embeddings_with_noise_are_refused_where_the_goal_ends(name):
 
 
 @torch.no_grad()
+def test_embeddings_of_an_adapted_table_are_found_though_they_round_in_another_way():
+    """An adapter's share of a vector depends on the shape of the batch. Here it is large, so all vectors are near."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False, lora_alpha=64)
+    model = get_peft_model(tiny_model("qwen2", dtype=torch.bfloat16), config).eval()
+    ids = torch.tensor([written(NESTED).ids, written(NESTED).ids])
+    embeds = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    shifted = embeds + embeds[0, 0] * 1e-4  # rounding, which is exaggerated
+    assert (model(inputs_embeds=shifted.float().bfloat16()).logits == IMPOSSIBLE).any()
+    assert model(inputs_embeds=embeds[:, :3]).logits.shape == (2, 3, 96)
+
+
+@torch.no_grad()
 def test_a_backbone_follows_the_layout_however_it_is_called_copied_and_wrapped():
     model, _ = pair()
     ids = torch.tensor([written(NESTED).ids])

@@ -21,10 +21,20 @@ from helpers import (
     tiny_config,
 )
 from helpers import tiny_model as new_tiny_model
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_tags import tiny_tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from multiverse_hf.modeling.layout import plain_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, base_class, multiverse_class
 from multiverse_hf.modeling.tags import NPR, TagSet
 
@@ -206,6 +216,34 @@ def test_a_model_that_branches_already_is_adopted_as_it_is():
     hooks = len(model.base_model._forward_pre_hooks)
     assert MultiverseForCausalLM.adopt(model) is model
     assert len(model.base_model._forward_pre_hooks) == hooks
+
+
+def test_whatever_has_a_plain_backbone_is_adopted():
+    """A backbone, a head for scores, and an adapter around a causal LM keep their classes and follow the layout."""
+    ids = a_document()
+    config = tiny_config("qwen3", num_labels=1)
+    config.multiverse = TAGS.to_dict()
+    heads = [AutoModel, AutoModelForSequenceClassification, AutoModelForCausalLM]
+    for head in heads:
+        model = head.from_config(config).eval()
+        name, twin = type(model).__name__, copy.deepcopy(model)
+        if head is AutoModelForCausalLM:
+            model = get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        assert MultiverseForCausalLM.adopt(model) is model
+        assert MultiverseForCausalLM.adopt(model) is model, "once more changes nothing"
+        inner = model.get_base_model() if head is AutoModelForCausalLM else model
+        assert type(inner).__name__ == name
+        assert isinstance(inner, type(twin))
+        with torch.no_grad():
+            theirs = twin.base_model(ids).last_hidden_state
+            ours = inner.base_model(ids).last_hidden_state
+            assert not torch.allclose(ours, theirs)
+            with plain_layout():
+                assert torch.equal(inner.base_model(ids).last_hidden_state, theirs)
+                assert torch.equal(model(ids)[0], twin(ids)[0])
+    del config.multiverse
+    with pytest.raises(ValueError, match="tag"):
+        MultiverseForCausalLM.adopt(AutoModel.from_config(config))
 
 
 def test_what_a_tool_lost_on_its_way_is_said(tmp_path, caplog):

@@ -22,6 +22,8 @@ from trl import (
     GRPOTrainer,
     KTOConfig,
     KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
     RLOOConfig,
     RLOOTrainer,
     SFTConfig,
@@ -30,6 +32,7 @@ from trl import (
 
 from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
 from multiverse_hf.modeling.integrations import multiverse_model
+from multiverse_hf.modeling.layout import plain_layout
 from multiverse_hf.training.rollouts import multiverse_rollout
 
 PROMPTS = [
@@ -136,6 +139,43 @@ def test_dpo_begins_at_log_two(kind, folder, rows, tokenizer, tmp_path):
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-4)
     if kind != "lora":
         assert (multiverse_model(trainer.ref_model) is None) == (kind == "plain")
+
+
+@pytest.mark.parametrize("by_name", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_plain_reference_that_is_handed_over_is_adopted_or_refused(by_name, folder, rows, tokenizer, tmp_path):
+    policy, args = str(folder) if by_name else load("class", folder), DPOConfig(**common(tmp_path), max_length=1024)
+    options = {"args": args, "train_dataset": preferences(rows), "processing_class": tokenizer}
+    reference = load("plain", folder)
+    first = first_of(DPOTrainer(policy, ref_model=reference, **options))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert multiverse_model(reference) is not None
+    stranger = load("plain", folder)
+    stranger.config.multiverse = None
+    with pytest.raises(ValueError, match=r"ref_model is a Qwen3ForCausalLM without control tags"):
+        DPOTrainer(policy, ref_model=stranger, **options)
+    plain = DPOTrainer(load("plain", folder), ref_model=load("plain", folder), **options)
+    assert multiverse_model(plain.ref_model) is None
+
+
+@pytest.mark.slow
+def test_a_reward_model_by_name_has_a_backbone_that_follows_the_layout(folder, rows, tokenizer, tmp_path):
+    args = RewardConfig(**common(tmp_path), max_length=1024)
+    trainer = RewardTrainer(str(folder), args=args, train_dataset=preferences(rows), processing_class=tokenizer)
+    first_of(trainer)
+    model, text = trainer.model.eval(), rows[0]["prompt"] + rows[0]["completion"]
+    ids = tokenizer.apply_chat_template(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        score = model(ids).logits
+        with plain_layout():
+            assert not torch.equal(model(ids).logits, score)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"precompute_ref_log_probs": True}, {"padding_free": True}, {"ld_alpha": 0.5}])
+def test_options_of_dpo_leave_its_beginning_as_it_is(options, folder, rows, tokenizer, tmp_path):
+    args = DPOConfig(**common(tmp_path), max_length=1024, **options)
+    trainer = DPOTrainer(load("class", folder), args=args, train_dataset=preferences(rows), processing_class=tokenizer)
+    assert first_of(trainer)["loss"] == pytest.approx(math.log(2), abs=1e-4)
 
 
 @pytest.mark.slow

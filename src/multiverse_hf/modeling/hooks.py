@@ -30,6 +30,7 @@ from .traced import lay_out, refuse_blocks
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 _PACKING = ("cu_seq_lens_q", "seq_idx")  # tell documents apart to kernels that this version of sdpa is not
 _BACKBONE = ("input_ids", "attention_mask", "position_ids", CACHE, "inputs_embeds", "use_cache")
+_ROUNDING = 0.01  # of a vector's length: an adapter's share of it, rounded to bf16, depends on the shape of the batch
 _MARK = "_multiverse_laid_out"  # attribute of a cache that was filled with laid-out rows
 _HOOKED = "_multiverse_hooked"  # keyword that tells ``forward`` that the hooks run around it
 
@@ -168,21 +169,34 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
     tokens = list(dict.fromkeys([goal_end, *tags.control_ids, *texts, *tags.label_pieces]))
 
     with torch.no_grad():
-        vectors = table(torch.tensor(tokens, device=embeds.device)).to(embeds.dtype)
-        found = (embeds == vectors[0]).all(-1)
-        near = (embeds - vectors[0]).norm(dim=-1) < vectors[0].norm() / 2
-        if any(not bool((vectors == each).all(-1).any()) for each in embeds[near & ~found]):
+        vectors = table(torch.tensor(tokens, device=embeds.device))
+        distances = _distances(embeds, vectors)
+        distance, nearest = distances.min(-1)
+        size = vectors.norm(dim=-1)
+        found = distance <= size[nearest] * _ROUNDING
+        near = embeds[~found & (distances[..., 0] < size[0] / 2)]
+        for begin in range(0, module.config.vocab_size if len(near) else 0, 4096):  # other tokens may be near as well
+            others = torch.arange(begin, min(begin + 4096, module.config.vocab_size), device=embeds.device)
+            near = near[_distances(near[None], table(others))[0].amin(-1) > size[0] * _ROUNDING]
+            if not len(near):
+                break
+        if len(near):
             raise ValueError(
                 f"inputs_embeds hold a vector that is almost the one of {tags.names.close('goal')}: noise was added, "
                 "or the table has changed; pass input_ids, and let the model embed them"
             )
-        if not bool(found.any()):
+        if not bool((found & (nearest == 0)).any()):
             return None
         other = next(token for token in range(len(tokens) + 1) if token not in tokens)
-        ids = torch.full(embeds.shape[:2], other, device=embeds.device)
-        for token, vector in zip(tokens, vectors, strict=True):
-            ids[(embeds == vector).all(-1)] = token
+        ids = torch.where(found, torch.tensor(tokens, device=embeds.device)[nearest], other)
     return ids
+
+
+def _distances(embeds: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Return (B, L, N) the distances of embeddings (B, L, H) to vectors (N, H), in float32 at least."""
+    dtype = torch.promote_types(embeds.dtype, torch.float32)
+    vectors = vectors.to(dtype).expand(len(embeds), -1, -1)
+    return torch.cdist(embeds.to(dtype), vectors, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def is_traced(module: Any, kwargs: dict[str, Any]) -> bool:
@@ -381,7 +395,7 @@ def backbone_class(base: type[Any]) -> type[Any]:
             return super(base, self).__reduce_ex__(protocol)
         return _blank_backbone, (base,), self.__dict__
 
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_base_class": base}
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "_backbone_class": base}
     return type(base.__name__, (base,), {**names, "forward": forward, "__reduce_ex__": __reduce_ex__})
 
 
@@ -391,6 +405,12 @@ def _blank_backbone(base: type[Any]) -> Any:
     return made.__new__(made)
 
 
+def follow_layout(backbone: Any, tags: TagSet) -> None:
+    """Have a backbone follow the layout, in place."""
+    backbone.__class__ = backbone_class(getattr(type(backbone), "_backbone_class", type(backbone)))
+    backbone._layout_hook = LayoutHook(tags)
+
+
 def follow_layouts(model: Any, tags: TagSet) -> None:
     """Have a causal LM and its backbone follow the layout.
 
@@ -398,9 +418,7 @@ def follow_layouts(model: Any, tags: TagSet) -> None:
         model: a causal LM of transformers.
         tags: the control tags.
     """
-    backbone = model.base_model
-    backbone.__class__ = backbone_class(getattr(type(backbone), "_base_class", type(backbone)))
-    backbone._layout_hook = LayoutHook(tags)
+    follow_layout(model.base_model, tags)
     hooks = model._forced_token_hooks = ForcedTokenHooks(type(model), tags)
     model.register_forward_pre_hook(hooks.before, with_kwargs=True)
     model.register_forward_hook(hooks.after, with_kwargs=True)

@@ -1,10 +1,11 @@
-"""Changes to TRL and PEFT, so that they load Multiverse checkpoints as Multiverse models.
+"""Changes to TRL and PEFT, so that they load Multiverse checkpoints as Multiverse models, and to label smoothing.
 
-Both choose a model's class by its name, and would take the plain base class. The functions where they do so are
-changed once they are imported, or at once if they are imported already. This module imports neither library.
+TRL and PEFT choose a model's class by its name, and would take the plain base class. The functions where they do so
+are changed once they are imported, or at once if they are imported already. This module imports neither library.
 """
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -16,10 +17,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .labels import IMPOSSIBLE
 
 logger = logging.getLogger(__name__)
 
+_REFERENCES = {"ref_model", "teacher_model"}  # arguments of trainers
 _MARK = "_multiverse"  # attribute of what is changed: several copies of this code may be in one process
 
 
@@ -64,12 +68,49 @@ def _change_trl_loader(module: ModuleType, door: Any) -> None:
                     architecture, kwargs["tags"] = door, policy.tags
             elif door.recognizes(model_id):
                 architecture = door
-        return original(model_id, architecture, **kwargs)
+        model = original(model_id, architecture, **kwargs)
+        if architecture is AutoModelForSequenceClassification and getattr(model.config, "multiverse", None):
+            door.adopt(model)
+        return model
 
     setattr(create_model_from_path, _MARK, True)
     for each in list(sys.modules.values()):  # those that took it by name from there
         if getattr(each, "__name__", "").startswith("trl.") and vars(each).get(original.__name__) is original:
             setattr(each, original.__name__, create_model_from_path)
+
+
+def _change_trl_references(module: ModuleType, door: Any) -> None:
+    """Make trainers that are handed a reference or a teacher of the plain class make it one that branches."""
+    for kind in list(vars(module).values()):
+        own = vars(kind).get("__init__") if isinstance(kind, type) and kind.__module__ == module.__name__ else None
+        if own is not None and not hasattr(own, _MARK) and _REFERENCES & inspect.signature(own).parameters.keys():
+            kind.__init__ = _adopting(own, door)
+
+
+def _adopting(original: Callable[..., None], door: Any) -> Callable[..., None]:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def __init__(*args: Any, **kwargs: Any) -> None:
+        given = signature.bind_partial(*args, **kwargs).arguments
+        policy = given.get("model")
+        by_name = isinstance(policy, str | os.PathLike)
+        for name in _REFERENCES & given.keys():
+            other = given[name]
+            if not isinstance(other, torch.nn.Module) or multiverse_model(other) is not None:
+                continue
+            if not (door.recognizes(policy) if by_name else multiverse_model(policy)):
+                continue
+            if getattr(getattr(other, "config", None), "multiverse", None) is None:
+                raise ValueError(
+                    f"{name} is a {type(other).__name__} without control tags, and the model branches, so that their "
+                    "log-probabilities cannot be compared; load it with MultiverseForCausalLM.from_pretrained"
+                )
+            door.adopt(other)
+        original(*args, **kwargs)
+
+    setattr(__init__, _MARK, True)
+    return __init__
 
 
 def _change_trl_rollout(module: ModuleType, door: Any) -> None:
@@ -130,6 +171,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 def _change_trl_experimental(module: ModuleType, door: Any) -> None:
     """Make trainers of TRL that load by ``AutoModelForCausalLM`` load by the Multiverse class."""
+    _change_trl_references(module, door)
     if vars(module).get("AutoModelForCausalLM") is AutoModelForCausalLM:
         module.AutoModelForCausalLM = _by_name(door)
 
@@ -146,6 +188,30 @@ def _by_name(door: Any) -> Any:
             return kind.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     return ByName
+
+
+# transformers: the loss of Trainer with label_smoothing_factor
+
+
+def _change_label_smoother(module: ModuleType, door: Any) -> None:
+    """Make ``LabelSmoother`` leave out forced tokens, whose other tokens have the logit of what cannot be."""
+    original = module.LabelSmoother.__call__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def __call__(
+        smoother: Any, model_output: Any, labels: torch.Tensor, shift_labels: bool = False, **kwargs: Any
+    ) -> Any:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        certain = (logits == IMPOSSIBLE).sum(-1) == logits.shape[-1] - 1
+        if shift_labels:
+            certain = torch.nn.functional.pad(certain[..., :-1], (1, 0))
+        labels = labels.masked_fill(certain.to(labels.device), smoother.ignore_index)
+        return original(smoother, model_output, labels, shift_labels, **kwargs)
+
+    setattr(__call__, _MARK, True)
+    module.LabelSmoother.__call__ = __call__
 
 
 # PEFT: the base of an adapter
@@ -182,6 +248,10 @@ def tuned_prompt(model: Any) -> str | None:
 
 
 _CHANGES = {
+    "transformers.trainer_pt_utils": _change_label_smoother,
+    "trl.trainer.dpo_trainer": _change_trl_references,
+    "trl.trainer.kto_trainer": _change_trl_references,
+    "trl.trainer.distillation_trainer": _change_trl_references,
     "trl.trainer.utils": _change_trl_loader,
     "trl.trainer.grpo_trainer": _change_trl_rollout,
     "trl.trainer.rloo_trainer": _change_trl_rollout,

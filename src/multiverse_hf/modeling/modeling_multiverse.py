@@ -31,7 +31,7 @@ from .chunked import CHUNKED
 from .configuration_multiverse import MultiverseConfig
 from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate, generate_plain
-from .hooks import ForcedTokenHooks, execution_device, follow_layouts, hooked_forward
+from .hooks import ForcedTokenHooks, execution_device, follow_layout, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
 from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
@@ -85,12 +85,20 @@ class MultiverseForCausalLM:
     def adopt(cls, model: PreTrainedModel) -> PreTrainedModel:
         """Make a model of transformers' own class, whose config holds the tags, one that branches; in place.
 
+        Of a backbone, or of a model with another head such as a reward model's, the backbone follows the layout then.
+
         Raises:
             ValueError: if its architecture cannot branch, or its config holds no tags.
         """
-        if not hasattr(type(model), "_base_class"):  # else it branches already
-            model.__class__ = multiverse_class(base_class(model.config))
-            model._follow_layouts()
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's own is around it
+        if hasattr(type(inner), "_base_class"):  # it branches already
+            return model
+        base, tags = base_class(inner.config), TagSet.from_dict(getattr(inner.config, "multiverse", None))
+        if isinstance(inner, base):
+            inner.__class__ = multiverse_class(base)
+            inner._follow_layouts()
+        else:
+            follow_layout(inner.base_model, tags)
         return model
 
     @classmethod
