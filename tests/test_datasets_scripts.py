@@ -185,12 +185,12 @@ def test_a_corrupted_row_is_dropped_with_its_line_and_reason(
         10: "unreadable",
     }
     # <Think>, <Parallel>, <Goal>, two outlines, </Goal>, <Path>, its text, the line that closed it, the second <Path>
-    assert dropped[4]["detail"].startswith("line 10, column 1: found <Path>, expected <Parallel> or </Path>")
+    assert dropped[4]["detail"].startswith("at its line 10, column 1: found <Path>, expected <Parallel> or </Path>")
     assert "deepseek_thinking_trajectory_parallel" in dropped[7]["detail"]
     assert all(entry["source"] == "rows.jsonl" for entry in dropped.values())
     said = capsys.readouterr().out
     assert "7 dropped" in said
-    assert "rows.jsonl, line 4: malformed document: line 10, column 1" in said
+    assert "rows.jsonl, line 4: malformed document: at its line 10, column 1" in said
     card = (tmp_path / "built/README.md").read_text()
     assert "2 duplicate, 2 malformed document, 2 unreadable, 1 wrong columns" in card
     assert "| rows.jsonl | 9 | 2 |" in card
@@ -207,7 +207,7 @@ def test_the_published_documents_build_and_the_recipe_keeps_every_row(tmp_path: 
     )
     count = len(documents)
     assert f"built: {count - 1} train, 1 test rows, 1 dropped" in said
-    assert f"published.jsonl, line {count + 1}: malformed document: line " in said
+    assert f"published.jsonl, line {count + 1}: malformed document: at its line " in said
     built = load(tmp_path / "built", "multiverse") + load(tmp_path / "built", "multiverse", "test")
     attempt = "\n\nAnswer: It is {}."
     assert {row["document"] for row in built} == {

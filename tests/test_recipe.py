@@ -121,7 +121,7 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     chosen = "chosen, as not given: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
     assert said.count(chosen) == 1
     assert "train: 52 rows read, 50 kept, 2 dropped\n  line 4: unreadable: no JSON: " in said
-    assert "\n  line 5: malformed document: line 1, column 8: " in said
+    assert "\n  line 5: malformed document: at its line 1, column 8: " in said
 
     out = tmp_path / "runs/tiny-lora"
     record = json.loads((out / "run.json").read_text())

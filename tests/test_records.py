@@ -221,7 +221,7 @@ def test_one_bad_row_costs_that_row_and_is_reported(tmp_path):
     assert [(entry["line"], entry.get("id")) for entry in dropped] == [(2, "b"), (3, None), (5, "c")]
     said = built.report.describe().splitlines()
     assert said[0] == "5 rows read, 2 kept, 3 dropped"
-    assert said[1].startswith("  line 2 (id b): malformed document: line 1, column 8: ")
+    assert said[1].startswith("  line 2 (id b): malformed document: at its line 1, column 8: ")
     assert said[2].startswith("  line 3: unreadable: no JSON: ")
     assert said[3].startswith("  line 5 (id c): too long: ")
     assert [(choice.parallel, choice.sequential) for choice in built.choices] == [(0, 1), (2, 3)]

@@ -110,7 +110,7 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
         document = parse_document(_with_answer(text, answer, names), names)
         check(document)
     except DocumentError as err:
-        raise RowError(Reason.MALFORMED, str(err)) from err
+        raise RowError(Reason.MALFORMED, f"at its {err}") from err
     return Record(tuple(messages), document, doubt=_contradiction(parse_document(text, names), answer))
 
 
@@ -294,7 +294,11 @@ def _read_lines(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[tupl
             try:
                 yield number, json.loads(line.removeprefix(b"\xef\xbb\xbf"))
             except (ValueError, RecursionError) as err:
-                what = f"{err.msg} at column {err.colno}" if isinstance(err, json.JSONDecodeError) else err
+                what = (
+                    f"{err.msg.removesuffix(' at')} at column {err.colno}"
+                    if isinstance(err, json.JSONDecodeError)
+                    else err
+                )
                 yield number, RowError(Reason.UNREADABLE, f"line {number} is no JSON: {what}")
 
 
