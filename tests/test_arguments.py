@@ -299,6 +299,13 @@ def test_a_bad_prompt_is_refused_with_the_way_out(ids, error, message):
 # What is taken
 
 
+def test_embeddings_that_were_cut_below_the_tags_are_refused():
+    model = new_tiny_model("qwen2")
+    model.resize_token_embeddings(20)
+    with pytest.raises(ValueError, match=r"tags go up to id \d+ and the embeddings to 19"):
+        model.generate(torch.tensor([[5]]), max_new_tokens=5)
+
+
 @pytest.mark.parametrize("value", [np.int64(5), torch.tensor(5)], ids=["numpy", "torch"])
 def test_integers_of_other_libraries_are_integers(value):
     assert torch.equal(generate(max_new_tokens=value), generate(max_new_tokens=5))

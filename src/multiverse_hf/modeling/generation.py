@@ -135,7 +135,13 @@ def read_requests(
     check_modes(config, rest)
     if attention_mask is None and isinstance(input_ids, torch.Tensor):
         attention_mask = infer_mask(config, input_ids)
-    prompts = read_prompts(input_ids, attention_mask, model.get_input_embeddings().weight.shape[0])
+    num_embeddings = model.get_input_embeddings().weight.shape[0]
+    if (highest := max(model.tags.control_ids)) >= num_embeddings:
+        raise ValueError(
+            f"the tags go up to id {highest} and the embeddings to {num_embeddings - 1}; resize_token_embeddings to "
+            f"{highest + 1} at least"
+        )
+    prompts = read_prompts(input_ids, attention_mask, num_embeddings)
     max_new_tokens = int(bound_length(config, input_ids.shape[1], has_default_max_length))
 
     own_processors = read_callables(logits_processor, "logits_processor")
