@@ -49,7 +49,7 @@ PROBLEMS = 40  # distinct ones: the server then knows its answers, and its speed
 
 def main() -> None:
     parser = make_parser(__doc__, repeats=3)
-    parser.add_argument("--rows", type=count, default=300, help="of a timed run (default: %(default)s)")
+    parser.add_argument("--rows", type=count, default=700, help="of a timed run (default: %(default)s)")
     parser.add_argument("--in-flight", type=count, default=64, help="calls at once (default: %(default)s)")
     parser.add_argument("--tasks", type=count, default=1, help="that share them (default: %(default)s)")
     parser.add_argument("--delay", type=float, default=1.0, help="seconds an answer takes (default: %(default)s)")
