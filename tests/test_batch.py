@@ -231,7 +231,7 @@ def test_tasks_do_not_change_answers_and_rows_have_the_fields_of_one_answer(
         assert (done.returncode, done.stderr) == (0, "")
     one, six = answers(tmp_path / "1"), answers(tmp_path / "6")
     assert one == six
-    assert [row["id"] for row in one] == ["row-0", "row-1", "row-2", 3]
+    assert [row["id"] for row in one] == ["row-0", "row-1", "row-2", 4]  # its line
     assert one[3]["messages"] == chat
     assert one[3]["note"] == "déjà vu"
     single = json.loads(call(capfd, rows[0]["prompt"], "--json", *SHORT).stdout)
@@ -325,7 +325,7 @@ def test_rows_finished_in_any_order_and_cut_anywhere_come_out_in_the_inputs_orde
         for row_id, text in rows:
             record = {"id": row_id, "prompt": "p" + text.encode(errors="ignore").decode()}
             file.write(json.dumps(record, ensure_ascii=rng.random() < 0.5) + rng.choice(["\n", "\r\n", "\n \n"]))
-    _, digest = check_input(source)
+    _, digest, _ = check_input(source)
     read = list(read_rows(source))
     for task in range(tasks):
         mine = [row for row in read if row.number % tasks == task]
@@ -366,7 +366,7 @@ def test_rows_finished_in_any_order_and_cut_anywhere_come_out_in_the_inputs_orde
         (b'{"messages": [{"role": "user"}]}', ["line 1", "content must be text"]),
         (b'{"prompt": "a", "id": 1.5}', ["line 1", "id", "1.5"]),
         (b'{"prompt": "a", "id": true}', ["line 1", "id", "true"]),
-        (b'{"prompt": "a", "id": "1"}\n{"prompt": "b"}', ["line 2", "id 1", "line 1"]),
+        (b'{"prompt": "a", "id": "2"}\n{"prompt": "b"}', ["line 2", "id 2", "line 1"]),
         (b'{"prompt": "a", "x": NaN}', ["line 1", "NaN"]),
         (b'{"prompt": "a", "x": [1e400]}', ["line 1", "1e400", "write it as text"]),
         (b'{"prompt": null, "messages": null}', ["line 1", "prompt or messages"]),
@@ -395,8 +395,9 @@ def test_rows_are_read_whatever_the_line_ends_and_the_byte_order_mark(tmp_path: 
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'\xef\xbb\xbf{"prompt": " a "}\r\n\r\n{"id": "x", "prompt": "b"}')
     first, second = read_rows(source)
-    assert (first.number, first.line, first.id, first.fields) == (0, 1, 0, {"prompt": " a "})
-    assert (second.number, second.line, second.id, second.fields) == (1, 3, "x", {"prompt": "b"})
+    assert (first.number, first.line, first.id, first.has_id) == (0, 1, 1, False)
+    assert (second.number, second.line, second.id, second.has_id) == (1, 3, "x", True)
+    assert (first.fields, second.fields) == ({"prompt": " a "}, {"prompt": "b"})
     assert first.question(Suffix.PARALLEL) == f"a {PARALLEL_SUFFIX}"
 
 
@@ -474,6 +475,22 @@ def test_a_folder_goes_on_with_the_run_it_was_begun_with_only(tmp_path: Path, ca
     assert (done.returncode, "no run.json" in done.stderr) == (2, True)
 
 
+def test_a_folder_whose_rows_were_counted_from_0_goes_on_only_if_all_rows_have_ids(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    source, folder = tmp_path / "in.jsonl", tmp_path / "out"
+    for own_id, code in (('"id": "a", ', 0), ("", 2)):
+        source.write_text(f'{{{own_id}"prompt": "A=1+2; total?"}}\n')
+        assert call(capfd, "--input", source, "--output", folder, *SHORT).returncode == 0
+        begun = json.loads((folder / "run.json").read_text())
+        del begun["ids_count"]  # as earlier versions wrote it
+        (folder / "run.json").write_text(json.dumps(begun))
+        done = call(capfd, "--input", source, "--output", folder, *SHORT)
+        assert done.returncode == code
+        assert ("counted rows without an id from 0" in done.stderr) == (code == 2)
+        shutil.rmtree(folder)
+
+
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source, model = tmp_path / "in.jsonl", tmp_path / "model"
     write_problems(source, 1)
@@ -493,7 +510,7 @@ def test_other_weights_in_the_same_folder_are_another_model(tmp_path: Path, capf
 def test_an_input_that_changes_after_the_run_began_stops_it(tmp_path: Path):
     source, folder = tmp_path / "in.jsonl", Folder(tmp_path / "out", 1)
     write_problems(source, 2)
-    _, digest = check_input(source)
+    _, digest, _ = check_input(source)
     with append_rows(folder.part(0)) as (file, _):
         for row in read_rows(source):
             write_row(file, {"id": row.id})

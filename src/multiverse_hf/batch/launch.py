@@ -38,8 +38,8 @@ def run_batch(batch: Batch) -> Outcome:
     if sys.stderr.isatty():
         print("reading the rows, loading torch and transformers", file=sys.stderr)
     source, folder = batch.source.expanduser().absolute(), Folder(batch.output.expanduser().absolute(), batch.tasks)
-    rows, digest = check_input(source)
-    read = {"input": str(source), "input_sha256": digest, "rows": rows}
+    rows, digest, counted = check_input(source)
+    read = {"input": str(source), "input_sha256": digest, "rows": rows, "ids_count": counted}
     if batch.cluster.dry_run:
         step = _make_step(batch, folder, source, digest, _settle(batch, folder, read))
         return Outcome(folder.answers, script=slurm_script(slurm_executor(step, batch), len(folder.open_tasks())))
@@ -79,6 +79,8 @@ def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, A
     def explain(name: str, stored: Mapping[str, Any], value: Any) -> str:
         if name == "input_sha256":
             return f"with other rows than {batch.source} now has"
+        if name == "ids_count":
+            return "by an earlier version, which counted rows without an id from 0 and not by their line"
         if name == "weights":
             return f"with another model ({stored.get('model')})"
         return explain_option(name, stored, value, _flag)

@@ -26,13 +26,15 @@ class Row:
     Attributes:
         number: from 0, blank lines left out.
         line: of the file, from 1.
-        id: as given, else the number.
+        id: as given, else the line.
+        has_id: whether it was given.
         fields: all others, as they came; ``prompt`` or ``messages`` is among them.
     """
 
     number: int
     line: int
     id: str | int
+    has_id: bool
     fields: dict[str, Any]
 
     def question(self, suffix: Suffix) -> str | list[dict[str, str]]:
@@ -102,7 +104,8 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
             raise ValueError(f"the field {name!r} is one that the answer brings; give it another name")
     # Arrow and datasets write null for a field that a row has not
     fields = {name: value for name, value in fields.items() if value is not None or name not in _QUESTION}
-    row_id = fields.pop("id", number)
+    has_id = "id" in fields
+    row_id = fields.pop("id", line)
     if isinstance(row_id, bool) or not isinstance(row_id, str | int) or row_id == "":
         raise TypeError(f"the id must be text or an integer, got {json.dumps(row_id):.40}")
     if ("prompt" in fields) == ("messages" in fields):
@@ -112,7 +115,7 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
     if "messages" in fields and not isinstance(fields["messages"], list):
         raise TypeError(f"messages must be a list, got {json.dumps(fields['messages']):.40}")
     read_messages(*(fields.get(name) for name in ("prompt", "messages") if name in fields), f"the {_kind(fields)}")
-    return Row(number, line, row_id, fields)
+    return Row(number, line, row_id, has_id, fields)
 
 
 def _kind(fields: dict[str, Any]) -> str:
@@ -131,11 +134,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"not JSON: {name} is no JSON value; write null")
 
 
-def check_input(path: Path) -> tuple[int, str]:
+def check_input(path: Path) -> tuple[int, str, str | None]:
     """Read a whole input, before any work begins.
 
     Returns:
-        How many rows it has, and the SHA-256 of its bytes.
+        How many rows it has; the SHA-256 of its bytes; what ids count where a row has none, None if all have one.
 
     Raises:
         CommandError: as :func:`read_rows`; if there is no row, or two have the same id.
@@ -144,14 +147,16 @@ def check_input(path: Path) -> tuple[int, str]:
         raise CommandError(f"{path} is not a file; give --input one: each task reads it, and again later")
     digest = hashlib.sha256()
     lines: dict[str, int] = {}
+    counted = None
     for row in read_rows(path, digest):
+        counted = counted if row.has_id else "line"
         # as text: 7 and "7" are one id to most who read the answers
         first = lines.setdefault(str(row.id), row.line)
         if first != row.line:
             raise CommandError(f"{path}, line {row.line}: id {row.id!r} is that of line {first} too; ids are unique")
     if not lines:
         raise CommandError(f"{path} holds no rows; write one JSON object with a prompt a line")
-    return len(lines), digest.hexdigest()
+    return len(lines), digest.hexdigest(), counted
 
 
 def read_unchanged(path: Path, digest: str) -> Iterator[Row]:
