@@ -420,6 +420,17 @@ def test_lora_that_would_have_to_train_new_tags_is_refused_under_fsdp2(runs: Pat
     assert "recipes/accelerate/ddp.yaml" in line
 
 
+def test_what_several_processes_end_with_says_what_is_wrong(tmp_path: Path) -> None:
+    for launch in ([*TORCHRUN, "2"], ACCELERATE):
+        command = [*launch, str(ROOT / SFT), "--use_cpu", "--dataset_name", "none.jsonl", "--output_dir", "run"]
+        command += ["--model_name_or_path", "./none"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+        assert done.returncode != 0
+        *_, line, border = done.stderr.splitlines()
+        assert line == "  traceback : error: no model folder ./none; give an existing one"
+        assert set(border) == {"="}
+
+
 @pytest.mark.parametrize(
     ("name", "alike"),
     [

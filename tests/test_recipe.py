@@ -18,10 +18,12 @@ pytest.importorskip("trl", reason="the recipe needs the train extra: pip install
 from multiverse_hf.data.curriculum import PAPER_SHARES
 from multiverse_hf.data.records import read_record
 from multiverse_hf.documents import parse_document
+from multiverse_hf.errors import CommandError
 from multiverse_hf.outputs import output_folder, write_output
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+OWN = ROOT / "recipes/own-documents/sft.yaml"
 SMALL = ["--hidden-size", "32", "--intermediate-size", "64", "--layers", "2", "--heads", "2", "--head-dim", "16"]
 
 
@@ -483,6 +485,16 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--config"], ["--config names no file"]),
         ([SFT, "--model_name_or_path", "runs/mine/base"], ["no model folder runs/mine/base", "give an existing one"]),
         (
+            [
+                SFT,
+                "--model_name_or_path",
+                "runs/own-documents/base",
+                "--config",
+                str(ROOT / "recipes/own-documents/sft.yaml"),
+            ],
+            ["make it: python recipes/tiny-random/make_base.py --output runs/own-documents/base"],
+        ),
+        (
             [SFT, "--dataset_name", "doubtful.jsonl", "--strict"],
             ["strict: 2 rows", "line 2 of train (repeats", "mend"],
         ),
@@ -587,6 +599,22 @@ def test_under_accelerate_the_last_line_says_what_is_wrong_and_how_a_missing_bas
     assert last == f"error: no model folder runs/multiverse-tiny/base; make it: {make}"
     assert "Traceback" not in done.stderr
     assert f"#   {make}\n" in commands
+
+
+def test_what_torchrun_shows_of_a_process_that_ends_is_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from multiverse_hf.training.runs import errors_in_a_line
+
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit) as end, errors_in_a_line():
+        raise CommandError("no base; make one")
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=end.value.code, error_file=str(file))
+    *_, line, _ = str(ChildFailedError("sft.py", {0: failure})).splitlines()
+    assert line.strip() == "traceback : error: no base; make one"
 
 
 SCRIPTS = sorted(

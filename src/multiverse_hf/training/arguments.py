@@ -143,7 +143,7 @@ class Parser(TrlParser):
         """Check that a base that must be a folder is there.
 
         Raises:
-            CommandError: if it is not, with the command that makes it where the recipe has one.
+            CommandError: if it is not, with the command that makes it where the head of the recipe has one.
         """
         if not name.strip():
             raise CommandError(
@@ -151,9 +151,12 @@ class Parser(TrlParser):
             )
         # a repository has one slash at most
         if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
-            script = self.config.parent / "make_base.py"
-            way = f"make it: python {script} --output {name}" if script.is_file() else "give an existing one"
-            raise CommandError(f"no model folder {name}; {way}")
+            head = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
+            makes = (line.lstrip("# ") for line in head if line.startswith("#") and line.endswith(f" --output {name}"))
+            command = next(makes, None)
+            raise CommandError(
+                f"no model folder {name}; {f'make it: {command}' if command else 'give an existing one'}"
+            )
 
     def error(self, message: str) -> NoReturn:
         """Raise what is wrong; TRL's parser would print the usage of hundreds of options before it."""

@@ -3,15 +3,17 @@
 import contextlib
 import errno
 import json
+import os
 import platform
 import re
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -130,19 +132,27 @@ def errors_in_a_line() -> Iterator[None]:
     try:
         yield
     except CommandError as err:
-        print(f"error: {err}", file=sys.stderr)
-        sys.exit(err.code)
+        _end(f"error: {err}", err.code)
     except KeyboardInterrupt:
-        print("stopped; what was saved goes on with --resume_from_checkpoint true", file=sys.stderr)
-        sys.exit(INTERRUPTED)
+        _end("stopped; what was saved goes on with --resume_from_checkpoint true", INTERRUPTED)
     except (OSError, RuntimeError, SafetensorError) as err:
         is_full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         # as torch and safetensors say it
         if not is_full and not re.search(r"No space left|File too large|PytorchStreamWriter failed", str(err)):
             raise
         way = "make room, then --resume_from_checkpoint true"
-        print(f"error: cannot write: {one_line(err, 120)}; {way}", file=sys.stderr)
-        sys.exit(FAILURE)
+        _end(f"error: cannot write: {one_line(err, 120)}; {way}", FAILURE)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    """Print a message and end the process.
+
+    torchrun prints its own traceback after it. The file it names holds what this traceback ends with.
+    """
+    print(message, file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        Path(file).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
+    sys.exit(code)
 
 
 def describe_run(
