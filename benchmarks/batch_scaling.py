@@ -3,7 +3,7 @@
 A model with random weights writes answers of as many tokens to 1, 2, 4, ... 128 prompts at once, on the same engine:
 
 - parallel: each on 8 paths (``--paths``), written at the same time.
-- sequential: one token after the other, ``structure="off"``.
+- autoregressive: ``structure="off"``.
 
 The sides take turns. The speedup is the ratio of their median times from the first token chosen; all prompts are read
 in one pass before it, and the result holds the ratio with that pass as well. The speedup stays as long as a step is
@@ -44,7 +44,7 @@ from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads
 
 TOKENS = {"cpu": 256, "cuda": 4096}
-SIDES = ("parallel", "sequential")
+SIDES = ("parallel", "autoregressive")
 WARM_UP = 16  # tokens a path
 
 
@@ -96,13 +96,13 @@ def _ratio(fast: list[float], slow: list[float]) -> float:
 
 def print_results(rows: list[dict[str, Any]]) -> None:
     """Print all batch sizes, for people."""
-    print(f"\n{'batch':>6}   {'parallel tok/s':30} {'sequential tok/s':30} {'speedup':20} with prompts")
+    print(f"\n{'batch':>6}   {'parallel tok/s':30} {'autoregressive tok/s':30} {'speedup':20} with prompts")
     for row in rows:
         repeats = row["speedup_of_repeats"]
         speedup = f"{row['speedup']:.2f} [{repeats['min']:.2f}, {repeats['max']:.2f}]"
         print(
             f"{row['batch']:6}   {show(row['parallel']['tokens_per_s']):30} "
-            f"{show(row['sequential']['tokens_per_s']):30} {speedup:20} {row['speedup_with_prompts']:.2f}"
+            f"{show(row['autoregressive']['tokens_per_s']):30} {speedup:20} {row['speedup_with_prompts']:.2f}"
         )
 
 
@@ -154,7 +154,7 @@ def main() -> None:
     try:
         answers = {
             "parallel": plan_answer(tags, num_tokens, args.paths),
-            "sequential": plan_answer(tags, num_tokens, 1),
+            "autoregressive": plan_answer(tags, num_tokens, 1),
         }
         make_prompts(1, args.prompt, make_config(args.geometry).vocab_size, make_goal(tags, args.paths)[:-1])
         num_parameters = count_parameters(args.geometry, tags)

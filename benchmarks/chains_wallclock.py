@@ -29,7 +29,7 @@ from report import count, environment, finish, make_parser, show, show_environme
 from transformers import AutoModelForCausalLM
 
 from multiverse_hf.checkpoints import EMBEDDED, Attention, Checkpoint, Dtype, load_model, open_checkpoint
-from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
+from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correct, sample_problem
 from multiverse_hf.errors import CommandError
 from multiverse_hf.modeling.tags import encode_prompt
 from multiverse_hf.modeling.threads import set_threads
@@ -73,7 +73,7 @@ def make_sides(checkpoint: Checkpoint, max_new_tokens: int) -> dict[str, Side]:
     }
 
 
-def answer(side: Side, problem: Problem, tokenizer: Any) -> Answer:
+def answer(side: Side, problem: ChainsProblem, tokenizer: Any) -> Answer:
     """Time one side on one problem, from prompt ids to answer ids."""
     prompt = torch.tensor([encode_prompt(tokenizer, problem.prompt(side.parallel_prompt))])
     begin = time.perf_counter()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.checkpoints import quiet
-from multiverse_hf.data.folders import CARD, CONFIGS, DROPPED, PLOTS, STATISTICS
+from multiverse_hf.data.folders import CARD_FILE, CONFIGS, DROPPED, PLOTS, STATISTICS
 from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, ScriptParser, one_line
 
-BUILT = (CARD, STATISTICS, PLOTS, DROPPED, *(f"{config}/*.parquet" for config in CONFIGS))  # what a build writes
+BUILT = (CARD_FILE, STATISTICS, PLOTS, DROPPED, *(f"{config}/*.parquet" for config in CONFIGS))  # what a build writes
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -31,13 +31,13 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
     if not folder.is_dir():
         raise CommandError(f"no folder {folder}; build one first, e.g. with build_chains.py")
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    if CARD not in files:
-        raise CommandError(f"{folder} holds no {CARD}; give a folder that a builder has written")
+    if CARD_FILE not in files:
+        raise CommandError(f"{folder} holds no {CARD_FILE}; give a folder that a builder has written")
     card = read_card(folder)
     defaults = [config["config_name"] for config in card["configs"] if config.get("default")]
     if len(defaults) != 1:
         raise CommandError(f"the card of {folder} has {len(defaults)} default configs, not one; build it again")
-    ours = [file for file in files if file in (CARD, STATISTICS, PLOTS, DROPPED)]
+    ours = [file for file in files if file in (CARD_FILE, STATISTICS, PLOTS, DROPPED)]
     for config, split, pattern, count in list_splits(card):
         found = [file for file in files if fnmatch(file, pattern)]
         if not found:
@@ -87,10 +87,10 @@ def read_card(folder: Path) -> dict[str, Any]:
     from huggingface_hub import DatasetCard
 
     try:
-        data = DatasetCard((folder / CARD).read_text(encoding="utf-8")).data.to_dict()
+        data = DatasetCard((folder / CARD_FILE).read_text(encoding="utf-8")).data.to_dict()
         list(list_splits(data))
     except (LookupError, TypeError, ValueError, OSError) as err:
-        raise CommandError(f"cannot read the configs in {folder / CARD}: {one_line(err, 160)}") from err
+        raise CommandError(f"cannot read the configs in {folder / CARD_FILE}: {one_line(err, 160)}") from err
     return data
 
 

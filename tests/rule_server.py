@@ -23,13 +23,13 @@ import time
 from collections import Counter
 from typing import Any
 
-from multiverse_hf.curator.stages import JUDGE, STAGES, read_prompt
+from multiverse_hf.curator.stages import JUDGE, STAGES, read_template
 from multiverse_hf.data.chains import document as chains_document
 from multiverse_hf.data.chains import parse_problem
-from multiverse_hf.documents import Block, Document, Think, parse_document
+from multiverse_hf.documents import Document, Parallel, Think, parse_document
 from multiverse_hf.modeling.tags import LABEL
 
-TASKS = {read_prompt(stage.name, stage.version).partition("\n")[0]: stage.name for stage in (*STAGES, JUDGE)}
+TASKS = {read_template(stage.name, stage.version).partition("\n")[0]: stage.name for stage in (*STAGES, JUDGE)}
 LIES = ("malformed", "truncated", "prose", "other form")  # of any stage
 STAGE_LIES = {
     "groups": ("unknown step",),
@@ -62,24 +62,24 @@ def text_of(node: Any) -> str:
 def top(document: Document) -> list[Any]:
     """Give what stands in ``<Think>``, without blank text."""
     inside = next((child for child in document.children if isinstance(child, Think)), document)
-    return [child for child in inside.children if isinstance(child, Block) or child.text.strip()]
+    return [child for child in inside.children if isinstance(child, Parallel) or child.text.strip()]
 
 
 def contents(path: Any) -> list[Any]:
-    return [child for child in path.children if isinstance(child, Block) or text_of(child).strip()]
+    return [child for child in path.children if isinstance(child, Parallel) or text_of(child).strip()]
 
 
 def steps(document: Document) -> list[tuple[str, list[Any]]]:
     """Give every step by name with what it consists of: texts and blocks."""
     found = []
     for child in top(document):
-        found += [contents(path) for path in child.paths] if isinstance(child, Block) else [[child]]
+        found += [contents(path) for path in child.paths] if isinstance(child, Parallel) else [[child]]
     return [(str(number), children) for number, children in enumerate(found, start=1)]
 
 
 def substeps(name: str, children: list[Any]) -> list[tuple[str, Any]]:
     """Give the substeps of a step that has a block in it."""
-    found = itertools.chain(*(child.paths if isinstance(child, Block) else (child,) for child in children))
+    found = itertools.chain(*(child.paths if isinstance(child, Parallel) else (child,) for child in children))
     return [(f"{name}.{place}", child) for place, child in enumerate(found, start=1)]
 
 
@@ -114,10 +114,10 @@ def structure(document: Document) -> dict[str, Any]:
         if len(children) == 1:
             return {"step": name, "parts": []}
         inner = (each for each, _ in substeps(name, children))
-        sizes = [len(child.paths) if isinstance(child, Block) else 1 for child in children]
+        sizes = [len(child.paths) if isinstance(child, Parallel) else 1 for child in children]
         return {"step": name, "parts": [{"steps": list(itertools.islice(inner, size))} for size in sizes]}
 
-    sizes = [len(child.paths) if isinstance(child, Block) else 1 for child in top(document)]
+    sizes = [len(child.paths) if isinstance(child, Parallel) else 1 for child in top(document)]
     return {"parts": [{"steps": [placed(*each) for each in itertools.islice(names, size)]} for size in sizes]}
 
 

@@ -18,7 +18,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiverse_hf.batch.rows import Folder, append_rows, check_input, merge, read_rows, summarize
+from multiverse_hf.batch.rows import (
+    Folder,
+    append_rows,
+    check_input,
+    merge_answers,
+    read_prompt_rows,
+    summarize_answers,
+)
 from multiverse_hf.cli import run
 from multiverse_hf.data.chains import Kind, sample_problem
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, Suffix
@@ -326,7 +333,7 @@ def test_rows_finished_in_any_order_and_cut_anywhere_come_out_in_the_inputs_orde
             record = {"id": row_id, "prompt": "p" + text.encode(errors="ignore").decode()}
             file.write(json.dumps(record, ensure_ascii=rng.random() < 0.5) + rng.choice(["\n", "\r\n", "\n \n"]))
     _, digest, _ = check_input(source)
-    read = list(read_rows(source))
+    read = list(read_prompt_rows(source))
     for task in range(tasks):
         mine = [row for row in read if row.number % tasks == task]
         for attempt in range(2):  # the first is cut off
@@ -340,10 +347,10 @@ def test_rows_finished_in_any_order_and_cut_anywhere_come_out_in_the_inputs_orde
                 os.truncate(folder.unfinished(task), max(0, size - cut))
         folder.unfinished(task).replace(folder.part(task))
     assert folder.open_tasks() == []
-    merge(folder, source, digest)
-    merged = [json.loads(line) for line in folder.answers.read_bytes().split(b"\n")[:-1]]
+    merge_answers(folder, source, digest)
+    merged = [json.loads(line) for line in folder.result.read_bytes().split(b"\n")[:-1]]
     assert [(row["id"], row["prompt"]) for row in merged] == [(row.id, row.fields["prompt"]) for row in read]
-    assert summarize(folder.answers).errors == len(rows)
+    assert summarize_answers(folder.result).errors == len(rows)
 
 
 # What is refused
@@ -394,7 +401,7 @@ def test_a_bad_input_is_refused_with_its_line_before_anything_is_written(
 def test_rows_are_read_whatever_the_line_ends_and_the_byte_order_mark(tmp_path: Path):
     source = tmp_path / "in.jsonl"
     source.write_bytes(b'\xef\xbb\xbf{"prompt": " a "}\r\n\r\n{"id": "x", "prompt": "b"}')
-    first, second = read_rows(source)
+    first, second = read_prompt_rows(source)
     assert (first.number, first.line, first.id, first.has_id) == (0, 1, 1, False)
     assert (second.number, second.line, second.id, second.has_id) == (1, 3, "x", True)
     assert (first.fields, second.fields) == ({"prompt": " a "}, {"prompt": "b"})
@@ -405,7 +412,7 @@ def test_the_suffix_ends_the_last_message_of_the_user(tmp_path: Path):
     source = tmp_path / "in.jsonl"
     roles = ["user", "assistant", "user", "assistant"]
     source.write_text(json.dumps({"messages": [{"role": role, "content": "a"} for role in roles]}))
-    (row,) = read_rows(source)
+    (row,) = read_prompt_rows(source)
     assert [each["content"] for each in row.question(Suffix.PARALLEL)] == ["a", "a", f"a {PARALLEL_SUFFIX}", "a"]
     assert [each["content"] for each in row.fields["messages"]] == ["a"] * 4
 
@@ -512,12 +519,12 @@ def test_an_input_that_changes_after_the_run_began_stops_it(tmp_path: Path):
     write_problems(source, 2)
     _, digest, _ = check_input(source)
     with append_rows(folder.part(0)) as (file, _):
-        for row in read_rows(source):
+        for row in read_prompt_rows(source):
             write_row(file, {"id": row.id})
     write_problems(source, 3)
     with pytest.raises(CommandError, match="changed after the run began"):
-        merge(folder, source, digest)
-    assert not folder.answers.exists()
+        merge_answers(folder, source, digest)
+    assert not folder.result.exists()
 
 
 def test_a_part_without_one_of_its_rows_is_not_merged(tmp_path: Path):
@@ -526,8 +533,8 @@ def test_a_part_without_one_of_its_rows_is_not_merged(tmp_path: Path):
     with append_rows(folder.part(0)) as (file, _):
         write_row(file, {"id": "row-1"})
     with pytest.raises(CommandError, match=r"00000.jsonl lacks row row-0; delete it"):
-        merge(folder, source, check_input(source)[1])
-    assert not folder.answers.exists()
+        merge_answers(folder, source, check_input(source)[1])
+    assert not folder.result.exists()
 
 
 def test_a_damaged_part_is_told_of_by_line(tmp_path: Path):
@@ -589,8 +596,7 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(
 def test_workers_of_a_machine_share_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from multiverse_hf.batch.executors import num_threads, num_workers
-    from multiverse_hf.batch.launch import _make_step
+    from multiverse_hf.batch.launch import _make_step, num_threads, num_workers
     from multiverse_hf.batch.options import Batch
     from multiverse_hf.checkpoints import Attention, Dtype
 

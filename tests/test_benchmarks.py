@@ -75,10 +75,10 @@ def test_batches_are_measured_on_both_sides_and_drawn(tmp_path: Path) -> None:
     assert is_picture(tmp_path / "a.png")
     assert [(row["batch"], row["tokens"]) for row in result["results"]] == [(1, 64), (3, 192)]
     for row in result["results"]:
-        assert row["sequential"]["forward_passes"] == 63  # the prompt's own pass gives the first token
+        assert row["autoregressive"]["forward_passes"] == 63  # the prompt's own pass gives the first token
         assert row["parallel"]["forward_passes"] < 32
         assert row["parallel"]["parallelism"] > 2
-        times = row["sequential"]["seconds"]["median"], row["parallel"]["seconds"]["median"]
+        times = row["autoregressive"]["seconds"]["median"], row["parallel"]["seconds"]["median"]
         assert row["speedup"] == pytest.approx(times[0] / times[1], rel=0.02)
 
 

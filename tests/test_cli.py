@@ -256,10 +256,10 @@ def test_demo_reports_both_modes_on_the_same_problems(folder: Path, capfd: pytes
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert [problem["num_chains"] for problem in report["problems"]] == [8, 6]
-    assert all(not row["sequential"]["stats"]["num_forks"] for row in report["problems"])
+    assert all(not row["autoregressive"]["stats"]["num_forks"] for row in report["problems"])
     assert report["repeats"] == 3
     total = report["total"]
-    assert total["speedup"] == pytest.approx(total["sequential"]["seconds"] / total["parallel"]["seconds"])
+    assert total["speedup"] == pytest.approx(total["autoregressive"]["seconds"] / total["parallel"]["seconds"])
 
 
 def test_demo_prints_a_table_within_80_columns(folder: Path, capsys: pytest.CaptureFixture[str]):
@@ -269,7 +269,7 @@ def test_demo_prints_a_table_within_80_columns(folder: Path, capsys: pytest.Capt
     )
     table = capsys.readouterr().out.split("problem  ")[-1]
     assert "6 chains, nested" in table
-    assert "sequential" in table
+    assert "autoregressive" in table
     assert "total" in table
     assert "float32, on cpu" in table
     assert "medians of 3 runs each, in turns" in " ".join(table.split())
@@ -285,7 +285,10 @@ def test_the_demo_repeats_no_longer_than_its_time_unless_told_to(
     monkeypatch.setattr("multiverse_hf.cli.demo.MOST_SECONDS", 0)
     runs, *others = time_modes(model, checkpoint, [checkpoint.encode("x")] * 2, 4, repeats)
     assert len(others) == (repeats is not None)  # a problem that time is not left for
-    assert {mode: len(answers) for mode, answers in runs.items()} == {"parallel": num_rounds, "sequential": num_rounds}
+    assert {mode: len(answers) for mode, answers in runs.items()} == {
+        "parallel": num_rounds,
+        "autoregressive": num_rounds,
+    }
 
 
 def test_demo_problems_have_a_nested_one_and_one_of_eight_chains():

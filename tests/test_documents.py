@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multiverse_hf.documents import (
-    Block,
     Conclusion,
     Document,
     DocumentError,
     Element,
     Goal,
     Outline,
+    Parallel,
     Path,
     Text,
     Think,
@@ -79,7 +79,7 @@ def test_a_document_becomes_the_tree_its_tags_spell() -> None:
     goal = Goal((newline, Outline((Text("1: A"),)), newline, Outline((Text("2: B"),)), newline))
     paths = Path((Text("\n1: A=8\nx\n"),)), Path((Text("\n2: B=9\ny\n"),))
     conclusion = Conclusion((Text("\ndone\n"),))
-    block = Block((newline, goal, newline, paths[0], newline, paths[1], newline, conclusion, newline))
+    block = Parallel((newline, goal, newline, paths[0], newline, paths[1], newline, conclusion, newline))
     document = parse_document(SIMPLE)
     assert document == Document((Think((Text("\nfirst\n"), block, Text("\nlast\n"))), Text("\n\nAnswer: 5")))
     assert (block.goal, block.paths, block.conclusion) == (goal, paths, conclusion)
@@ -311,7 +311,7 @@ def _mixed(draw: st.DrawFn, elements: st.SearchStrategy[Element], max_size: int)
 
 
 @st.composite
-def _blocks(draw: st.DrawFn, levels: int, tags: TagNames) -> Block:
+def _blocks(draw: st.DrawFn, levels: int, tags: TagNames) -> Parallel:
     """Draw a block that nests up to ``levels`` deep, with text anywhere that text may stand."""
     gap = st.lists(_texts, max_size=1)
     outlines = draw(st.lists(st.builds(Outline, st.tuples(_texts)), min_size=1, max_size=3))
@@ -323,7 +323,7 @@ def _blocks(draw: st.DrawFn, levels: int, tags: TagNames) -> Block:
     children += [Goal(tuple(outlines)), *draw(gap)]
     for path in paths:
         children += [path, *draw(gap)]
-    return Block((*children, conclusion, *(draw(gap) if tags.parallel else [])))
+    return Parallel((*children, conclusion, *(draw(gap) if tags.parallel else [])))
 
 
 def _documents_in(tags: TagNames) -> st.SearchStrategy[Document]:

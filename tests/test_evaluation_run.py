@@ -21,7 +21,7 @@ from multiverse_hf import embedded_model
 from multiverse_hf.cli import run
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind, Rule, judge
-from multiverse_hf.evaluation.report import markdown_table, to_html, write_page
+from multiverse_hf.evaluation.report import markdown_table, report_page, to_html
 from multiverse_hf.evaluation.results import read_results
 from multiverse_hf.evaluation.samples import Sample, SampleStore, read_samples
 from multiverse_hf.evaluation.task_files import find_task
@@ -120,7 +120,7 @@ def test_the_report_shows_problem_answer_and_verdict_of_what_was_wrong(whole: Pa
 def test_no_text_of_an_answer_breaks_out_of_the_report(whole: Path) -> None:
     text = "```\n# A heading\n<script>``` `x`"
     sample = replace(read_samples(whole / "samples")[0], correct=False, document=text, answer=text, prompt=text)
-    page = write_page(read_results(whole), [sample])
+    page = report_page(read_results(whole), [sample])
     html = to_html(page, "title")
     assert "<h1>A heading" not in html
     assert "<script>" not in html

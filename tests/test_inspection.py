@@ -10,7 +10,7 @@ from test_recipe import ROOT, block, documents
 from test_records import encoder, tokenizer
 
 from multiverse_hf.cli import run
-from multiverse_hf.cli.inspect import draw, ranges
+from multiverse_hf.cli.inspect import draw_row, ranges
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.inspection import read_row
 from multiverse_hf.data.records import Form, read_record
@@ -24,7 +24,7 @@ NESTED = documents(1)[0]  # two paths, the first with two of its own, "1.1" and 
 def drawn(row: dict, width: int, form: Form = Form.PARALLEL, encoding: str = "utf-8") -> list[str]:
     file = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     record = read_record(row)
-    draw(Console(file=file, width=width), "rows.jsonl, line 1", "tiny", record, read_row(record, encoder(), form))
+    draw_row(Console(file=file, width=width), "rows.jsonl, line 1", "tiny", record, read_row(record, encoder(), form))
     file.seek(0)
     return file.read().splitlines()
 

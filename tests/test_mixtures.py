@@ -10,7 +10,7 @@ from multiverse_hf.data.chains import (
     document,
     is_correct,
     parse_problem,
-    read_answer,
+    read_chains_answer,
     sample_problem,
 )
 from multiverse_hf.data.mixtures import ChainsMixture
@@ -83,6 +83,6 @@ def test_the_checker_takes_the_last_line_only():
     assert is_correct(problem, "x\nAnswer: 3")
     assert not is_correct(problem, "Answer: 3\nAnswer: 4")
     assert not is_correct(problem, "Answer: 3 or so")
-    assert read_answer("no answer") is None
+    assert read_chains_answer("no answer") is None
     with pytest.raises(ValueError, match="1 to 8 operations"):
         Chain("A", 1, ())

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
-from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, is_correct
+from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, is_correct
 from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser, one_line
 from multiverse_hf.evaluation.chains import training_problems, unseen_chains
@@ -33,7 +33,7 @@ def answer(model, tokenizer, prompts: list[str], **options) -> tuple[list[str], 
     return texts, output.stats
 
 
-def measure(model, tokenizer, problems: list[Problem], suffix: str, batch_size: int, **options) -> dict:
+def measure(model, tokenizer, problems: list[ChainsProblem], suffix: str, batch_size: int, **options) -> dict:
     """Answer problems and sum up."""
     begin, rows = time.perf_counter(), []
     for at in range(0, len(problems), batch_size):

@@ -25,6 +25,7 @@ from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
+MAX_NUM_SEQS = 64  # the engine's default; it is defined beside torch
 # Files of a checkpoint that hold one JSON object if they are there. transformers takes a generation config that it
 # cannot parse for none at all, and fails deep inside on other JSON.
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -106,7 +106,7 @@ class Conclusion(Element):
     role = "conclusion"
 
 
-class Block(Element):
+class Parallel(Element):
     """A MapReduce block: one goal, its paths and one conclusion, with the text between them."""
 
     __slots__ = ()
@@ -133,10 +133,10 @@ class Block(Element):
         return next(child for child in self.children if isinstance(child, Conclusion))
 
 
-_ELEMENTS = {element.role: element for element in (Think, Block, Goal, Outline, Path, Conclusion)}
+_ELEMENTS = {element.role: element for element in (Think, Parallel, Goal, Outline, Path, Conclusion)}
 
 
-class Piece(NamedTuple):
+class DocumentPiece(NamedTuple):
     """One piece of a rendered document: a text, or the open or close tag of an element."""
 
     text: str
@@ -154,7 +154,7 @@ class Document:
     children: tuple[Text | Element, ...]
     tags: TagNames = field(default=MULTIVERSE)
 
-    def walk(self) -> Iterator[Piece]:
+    def walk(self) -> Iterator[DocumentPiece]:
         """Give every piece of the document in the order of its text. Tags that the family lacks are empty pieces."""
         offset, tags = 0, _open_close(self.tags)
         # A stack instead of recursion, so that no depth of nesting can exhaust the interpreter's own.
@@ -167,23 +167,23 @@ class Document:
             else:
                 text = tags[node.role][closes]
             if not closes and isinstance(node, Element):
-                depth += isinstance(node, Block)
+                depth += isinstance(node, Parallel)
                 stack.append((node, parent, depth, True))
                 stack.extend((child, node, depth, False) for child in reversed(node.children))
-            yield Piece(text, node, parent, offset, depth, closes)
+            yield DocumentPiece(text, node, parent, offset, depth, closes)
             offset += len(text)
 
     def render(self) -> str:
         """Return the text; for a parsed document, the very text that was parsed."""
         return "".join(piece.text for piece in self.walk())
 
-    def blocks(self) -> Iterator[tuple[Block, int]]:
+    def blocks(self) -> Iterator[tuple[Parallel, int]]:
         """Give every block with its depth (1 for an outermost one), in the order in which they open."""
         stack = [(child, 0) for child in reversed(self.children)]
         while stack:
             node, depth = stack.pop()
             if isinstance(node, Element):
-                if isinstance(node, Block):
+                if isinstance(node, Parallel):
                     depth += 1
                     yield node, depth
                 stack.extend((child, depth) for child in reversed(node.children) if isinstance(child, Element))
@@ -394,7 +394,7 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
         if piece.closes:
             continue
         if isinstance(node, Text):
-            if isinstance(piece.parent, Block | Goal) and (stray := node.text.strip()):
+            if isinstance(piece.parent, Parallel | Goal) and (stray := node.text.strip()):
                 start += node.text.index(stray)
                 report(start, f"text {stray[:40]!r}", "whitespace between structural tags", "move it out of the block")
             continue
@@ -404,7 +404,7 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
             num_thinks += 1
             if num_thinks > 1:
                 report(start, f"a second {piece.text}", "one such region", "merge them")
-        elif isinstance(node, Block):
+        elif isinstance(node, Parallel):
             if max_depth is not None and piece.depth > max_depth:
                 report(start, f"a block at depth {piece.depth}", f"at most {max_depth}", "write it as plain text")
             labels_due[piece.depth] = _check_goal(node, start, report)
@@ -416,7 +416,9 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
     return problems
 
 
-def _check_goal(block: Block, start: int, report: Callable[[int, str, str, str], None]) -> Iterator[tuple[str, bool]]:
+def _check_goal(
+    block: Parallel, start: int, report: Callable[[int, str, str, str], None]
+) -> Iterator[tuple[str, bool]]:
     """Check a block's outlines against its paths; give the label due to each path, and whether it must be written."""
     outlines, num_paths = block.outlines, len(block.paths)
     labels = [outline.label or str(ordinal) for ordinal, outline in enumerate(outlines, start=1)]

@@ -10,22 +10,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.batch.executors import num_threads, num_workers
-from multiverse_hf.batch.options import Batch, Outcome
-from multiverse_hf.batch.rows import Folder, check_input, merge, summarize
+from multiverse_hf.batch.options import Batch
+from multiverse_hf.batch.rows import Folder, check_input, merge_answers, summarize_answers
 from multiverse_hf.begun import explain_option, name_option
 from multiverse_hf.checkpoints import fingerprint, open_checkpoint, quiet
-from multiverse_hf.jobs.executors import check_packages, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.options import Executor, JobOutcome
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import settle
+from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
-PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")
+_PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")
 # What a run is and not how it is run: may differ when it is gone on with.
-INFORMATION = ("input", "model", "rows", "versions")
+_MAY_DIFFER = ("input", "model", "rows", "versions")
 
 
-def run_batch(batch: Batch) -> Outcome:
+def run_batch(batch: Batch) -> JobOutcome:
     """Answer the rows of a file, or those that an earlier run left; with Slurm, have them answered.
 
     Raises:
@@ -33,7 +33,7 @@ def run_batch(batch: Batch) -> Outcome:
             is kept.
         KeyboardInterrupt: on Ctrl-C or a SIGTERM, likewise.
     """
-    check_packages(batch.executor, "--input", {"datatrove": "batch"})
+    check_executor(batch.executor, "--input", {"datatrove": "batch"})
     begin = time.perf_counter()
     if sys.stderr.isatty():
         print("reading the rows, loading torch and transformers", file=sys.stderr)
@@ -42,21 +42,21 @@ def run_batch(batch: Batch) -> Outcome:
     read = {"input": str(source), "input_sha256": digest, "rows": rows, "ids_count": counted}
     if batch.cluster.dry_run:
         step = _make_step(batch, folder, source, digest, _settle(batch, folder, read))
-        return Outcome(folder.answers, script=slurm_script(slurm_executor(step, batch), len(folder.open_tasks())))
+        return JobOutcome(folder.result, script=slurm_script(slurm_executor(step, batch), len(folder.open_tasks())))
     check_output(folder.path, is_folder=True)
     busy = f"another run is at work in {batch.output}; wait for it, or name another folder"
     with folder.lock("run", busy), stopping_at_sigterm():
         settings = _settle(batch, folder, read)
-        before = rows if folder.answers.exists() else folder.count_rows()
-        if not folder.answers.exists() and folder.open_tasks():
+        before = rows if folder.result.exists() else folder.count_rows()
+        if not folder.result.exists() and folder.open_tasks():
             step, workers = _make_step(batch, folder, source, digest, settings), num_workers(batch)
             advice = ", with fewer --workers or a lower --max-cache-tokens"
-            job = start_tasks(step, batch, workers, rows, PRELOAD, advice)
+            job = start_tasks(step, batch, workers, rows, _PRELOAD, advice)
             if job is not None:
-                return Outcome(folder.answers, finished_before=before, job=job)
-        if not folder.answers.exists():
-            merge(folder, source, digest)
-        return Outcome(folder.answers, summarize(folder.answers), before, time.perf_counter() - begin)
+                return JobOutcome(folder.result, finished_before=before, job=job)
+        if not folder.result.exists():
+            merge_answers(folder, source, digest)
+        return JobOutcome(folder.result, summarize_answers(folder.result), before, time.perf_counter() - begin)
 
 
 # What a run is
@@ -86,7 +86,7 @@ def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, A
         return explain_option(name, stored, value, _flag)
 
     packages, draws = ("torch", "transformers", "datatrove"), {"seed": secrets.randbits(31)}
-    return settle(folder, batch.output, asked, INFORMATION, explain, packages, draws, batch.cluster.dry_run)
+    return begin_or_resume(folder, batch.output, asked, _MAY_DIFFER, explain, packages, draws, batch.cluster.dry_run)
 
 
 def _flag(name: str, value: Any) -> str:
@@ -97,14 +97,14 @@ def _flag(name: str, value: Any) -> str:
 
 def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings: dict[str, Any]) -> Any:
     """Give datatrove's step for the tasks, all paths absolute: they may run elsewhere."""
-    from multiverse_hf.batch.task import AnswerRows, Work
+    from multiverse_hf.batch.task import AnswerRows, BatchWork
 
     model = batch.model
     if model is not None and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     options = {name: value for name, value in batch.options.items() if value is not None}
     return AnswerRows(
-        Work(
+        BatchWork(
             folder=folder,
             source=source,
             digest=digest,
@@ -120,3 +120,20 @@ def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings
             max_cache_tokens=batch.max_cache_tokens,
         )
     )
+
+
+def num_workers(batch: Batch) -> int:
+    """Say how many tasks run at once here: by default one for each GPU, or each core."""
+    if batch.workers is not None:
+        return min(batch.workers, batch.tasks)
+    import torch
+
+    gpus = torch.cuda.device_count() if batch.device in ("auto", "cuda") else 0
+    return min(gpus or cores(), batch.tasks)
+
+
+def num_threads(batch: Batch) -> int:
+    """Share the cores among the tasks that run at once."""
+    if batch.executor is not Executor.LOCAL:
+        return batch.cluster.cpus_per_task or 1
+    return max(1, cores() // num_workers(batch))

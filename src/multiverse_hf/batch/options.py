@@ -1,15 +1,12 @@
-"""What a user asks of a batch, and how it ended."""
+"""What a user asks of a batch."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.batch.rows import Summary
-from multiverse_hf.checkpoints import Attention, Dtype
+from multiverse_hf.checkpoints import MAX_NUM_SEQS, Attention, Dtype
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.jobs.options import Job
-
-MAX_NUM_SEQS = 64  # the engine's own default
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +31,3 @@ class Batch(Job):
     threads: int | None
     max_num_seqs: int = MAX_NUM_SEQS
     max_cache_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        answers: where all rows are, or will be.
-        summary: None if the tasks are still to run.
-        finished_before: rows that were there already.
-        seconds: it took.
-        job: Slurm's number for it.
-        script: what a dry run shows.
-    """
-
-    answers: Path
-    summary: Summary | None = None
-    finished_before: int = 0
-    seconds: float = 0.0
-    job: str | None = None
-    script: str | None = None

@@ -20,7 +20,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PromptRow:
     """One row of the input.
 
     Attributes:
@@ -52,7 +52,7 @@ class Row:
 # The input
 
 
-def read_rows(path: Path, digest: Any = None) -> Iterator[Row]:
+def read_prompt_rows(path: Path, digest: Any = None) -> Iterator[PromptRow]:
     """Read a file of rows, one JSON object a line; blank lines are left out.
 
     Args:
@@ -79,7 +79,7 @@ def read_rows(path: Path, digest: Any = None) -> Iterator[Row]:
         raise CommandError(f"cannot read {path}: {err.strerror or err}; check the path") from err
 
 
-def _read_row(number: int, line: int, data: bytes) -> Row:
+def _read_row(number: int, line: int, data: bytes) -> PromptRow:
     """Read one line.
 
     Raises:
@@ -115,7 +115,7 @@ def _read_row(number: int, line: int, data: bytes) -> Row:
     if "messages" in fields and not isinstance(fields["messages"], list):
         raise TypeError(f"messages must be a list, got {json.dumps(fields['messages']):.40}")
     read_messages(*(fields.get(name) for name in ("prompt", "messages") if name in fields), f"the {_kind(fields)}")
-    return Row(number, line, row_id, has_id, fields)
+    return PromptRow(number, line, row_id, has_id, fields)
 
 
 def _kind(fields: dict[str, Any]) -> str:
@@ -148,7 +148,7 @@ def check_input(path: Path) -> tuple[int, str, str | None]:
     digest = hashlib.sha256()
     lines: dict[str, int] = {}
     counted = None
-    for row in read_rows(path, digest):
+    for row in read_prompt_rows(path, digest):
         counted = counted if row.has_id else "line"
         # as text: 7 and "7" are one id to most who read the answers
         first = lines.setdefault(str(row.id), row.line)
@@ -159,14 +159,14 @@ def check_input(path: Path) -> tuple[int, str, str | None]:
     return len(lines), digest.hexdigest(), counted
 
 
-def read_unchanged(path: Path, digest: str) -> Iterator[Row]:
+def read_unchanged(path: Path, digest: str) -> Iterator[PromptRow]:
     """Read the rows of an input that was checked before.
 
     Raises:
         CommandError: as :func:`read_rows`; at the end, if it is not what it was then.
     """
     now = hashlib.sha256()
-    yield from read_rows(path, now)
+    yield from read_prompt_rows(path, now)
     if now.hexdigest() != digest:
         raise CommandError(f"{path} changed after the run began; put the old one back, or begin in another folder")
 
@@ -179,11 +179,6 @@ class Folder(JobFolder):
 
     __slots__ = ()
     result_name = "answers.jsonl"
-
-    @property
-    def answers(self) -> Path:
-        """All rows in the input's order; there only when all are."""
-        return self.result
 
 
 def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
@@ -220,7 +215,7 @@ def append_rows(part: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
         yield file, set(found)
 
 
-def merge(folder: Folder, source: Path, digest: str) -> None:
+def merge_answers(folder: Folder, source: Path, digest: str) -> None:
     """Write all rows to one file, in the input's order: whole or not at all. Whoever comes second waits.
 
     Args:
@@ -231,12 +226,12 @@ def merge(folder: Folder, source: Path, digest: str) -> None:
         CommandError: if a part lacks a row, or the input is another by now.
     """
     with folder.lock("merge"):
-        if folder.answers.exists():
+        if folder.result.exists():
             return
         parts = [folder.part(task) for task in range(folder.tasks)]
         found = [finished_rows(part)[0] for part in parts]
         order = [str(row.id) for row in read_unchanged(source, digest)]
-        with writing(folder.answers) as file:
+        with writing(folder.result) as file:
             for number, row_id in enumerate(order):
                 task = number % folder.tasks
                 if row_id not in found[task]:
@@ -248,7 +243,7 @@ def merge(folder: Folder, source: Path, digest: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class BatchSummary:
     """What a finished batch came to.
 
     Attributes:
@@ -266,7 +261,7 @@ class Summary:
     parallelism: float | None
 
 
-def summarize(answers: Path) -> Summary:
+def summarize_answers(answers: Path) -> BatchSummary:
     """Add up what a batch came to."""
     rows = errors = tokens = 0
     parallelism, first_error = 0.0, None
@@ -280,4 +275,4 @@ def summarize(answers: Path) -> Summary:
             else:
                 tokens += row["stats"]["num_tokens"]
                 parallelism += row["stats"]["parallelism"]
-    return Summary(rows, errors, first_error, tokens, parallelism / (rows - errors) if rows > errors else None)
+    return BatchSummary(rows, errors, first_error, tokens, parallelism / (rows - errors) if rows > errors else None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
-from multiverse_hf.batch.rows import OWN_FIELDS, Folder, Row, append_rows, merge, read_unchanged
+from multiverse_hf.batch.rows import OWN_FIELDS, Folder, PromptRow, append_rows, merge_answers, read_unchanged
 from multiverse_hf.checkpoints import Answer, Attention, Checkpoint, Dtype, load_model, open_checkpoint, quiet
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, one_line
@@ -16,11 +16,11 @@ from multiverse_hf.jobs.folders import write_row
 from multiverse_hf.jobs.steps import PartStep
 
 # Handles wake whoever waits for them at every token; looking at them now and then costs a batch nothing.
-POLL_S = 0.01
+_POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class BatchWork:
     """What every task of a batch is given.
 
     Attributes:
@@ -63,7 +63,7 @@ class AnswerRows(PartStep):
         "OutOfMemoryError": "out of memory; lower --max-num-seqs or --max-cache-tokens, or use --dtype bfloat16"
     }
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: BatchWork) -> None:
         super().__init__(work.folder)
         self.work = work
 
@@ -78,9 +78,9 @@ class AnswerRows(PartStep):
 
     def merge(self) -> None:
         """Write all rows to one file, in the input's order."""
-        merge(self.work.folder, self.work.source, self.work.digest)
+        merge_answers(self.work.folder, self.work.source, self.work.digest)
 
-    def _answer(self, todo: list[Row], file: IO[bytes]) -> None:
+    def _answer(self, todo: list[PromptRow], file: IO[bytes]) -> None:
         """Answer rows, at most a window of them at once, and write each when it is done."""
         from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 
@@ -91,7 +91,7 @@ class AnswerRows(PartStep):
         # twice as many as run, so that none is waited for; but a time limit counts from the submission
         window = work.max_num_seqs * (1 if work.options.get("max_time") is not None else 2)
         queue = collections.deque(todo)
-        running: list[tuple[Row, Any, float]] = []
+        running: list[tuple[PromptRow, Any, float]] = []
         sizes = {"max_num_seqs": work.max_num_seqs, "max_cache_tokens": work.max_cache_tokens}
         with MultiverseEngine(model, checkpoint.tokenizer, **sizes) as engine:
             while queue or running:
@@ -103,7 +103,7 @@ class AnswerRows(PartStep):
                         self._write(file, row, {"error": one_line(err)})
                     else:
                         running.append((row, handle, time.perf_counter()))
-                still: list[tuple[Row, Any, float]] = []
+                still: list[tuple[PromptRow, Any, float]] = []
                 for row, handle, begin in running:
                     if not handle.done:
                         still.append((row, handle, begin))
@@ -112,10 +112,10 @@ class AnswerRows(PartStep):
                     answer = Answer(checkpoint.decode(result.ids), result.stats, time.perf_counter() - begin)
                     self._write(file, row, answer.to_dict())
                 if len(still) == len(running):
-                    time.sleep(POLL_S)
+                    time.sleep(_POLL_S)
                 running = still
 
-    def _submit(self, engine: Any, checkpoint: Checkpoint, row: Row) -> Any:
+    def _submit(self, engine: Any, checkpoint: Checkpoint, row: PromptRow) -> Any:
         """Hand a row to the engine.
 
         Raises:
@@ -131,7 +131,7 @@ class AnswerRows(PartStep):
             engine.submit(ids[:1], **options | {"max_new_tokens": 1}).cancel()
             raise CommandError(one_line(err)) from err
 
-    def _write(self, file: IO[bytes], row: Row, answer: dict[str, Any]) -> None:
+    def _write(self, file: IO[bytes], row: PromptRow, answer: dict[str, Any]) -> None:
         """Append a row. All have the same fields, so that they load as one table."""
         own = dict.fromkeys(OWN_FIELDS) | answer | {"model": self.work.model_name}
         write_row(file, {"id": row.id} | row.fields | own)

@@ -1,7 +1,7 @@
 """``multiverse curate``: its options, and how a run ended. What it does is imported inside."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,12 +14,12 @@ from multiverse_hf.cli.options import (
     SbatchOption,
     TimeOption,
     TracebackOption,
-    print_json,
+    print_job,
 )
 from multiverse_hf.errors import CommandError
-from multiverse_hf.jobs.options import Cluster, Executor
+from multiverse_hf.jobs.options import Cluster, Executor, JobOutcome
 
-TASKS = "Tasks"  # panel of the help
+_PANEL = "Tasks"  # panel of the help
 
 
 def curate(
@@ -63,12 +63,12 @@ def curate(
     ] = None,
     report: Annotated[bool, typer.Option("--report", help="Draw the folder's rows as a page, report.html.")] = False,
     executor: Annotated[
-        Executor, typer.Option(metavar="NAME", help="local, slurm or ray.", rich_help_panel=TASKS)
+        Executor, typer.Option(metavar="NAME", help="local, slurm or ray.", rich_help_panel=_PANEL)
     ] = Executor.LOCAL,
-    tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Shares of the rows.", rich_help_panel=TASKS)] = 1,
+    tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Shares of the rows.", rich_help_panel=_PANEL)] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tasks at once; here by default one a core.", rich_help_panel=TASKS),
+        typer.Option(min=1, metavar="N", help="Tasks at once; here by default one a core.", rich_help_panel=_PANEL),
     ] = None,
     partition: PartitionOption = None,
     time: TimeOption = None,
@@ -115,32 +115,25 @@ def curate(
         )
         print_curation(outcome, output, as_json)
     if report:
-        from multiverse_hf.curator.report import write_report
+        from multiverse_hf.curator.report import write_curation_report
 
-        print(write_report(output))
+        print(write_curation_report(output))
 
 
-def print_curation(outcome: Any, output: Path, as_json: bool) -> None:
+def print_curation(outcome: JobOutcome, output: Path, as_json: bool) -> None:
     """Say how a curation ended."""
     summary = outcome.summary
-    if outcome.script is not None:
-        print(outcome.script, end="")
-    elif as_json:
-        known = {"output": str(outcome.result), "job": outcome.job, "finished_before": outcome.finished_before}
-        print_json(known | (summary or {}) | {"seconds": round(outcome.seconds, 4)})
-    elif summary is None:
-        print(f"job {outcome.job} submitted; its last task writes {outcome.result}")
-        print(f"log: {output / 'logs'}. If tasks fail, the same command again does what is missing.")
-    else:
-        rejected = sum(summary["rejected"].values())
-        before = f", {outcome.finished_before} of them before" if outcome.finished_before else ""
-        print(f"{summary['rows']} rows in {outcome.seconds:.1f} s{before}")
-        print(f"{summary['accepted']} accepted, {rejected} rejected")
-        prompt, completion = (
-            summary["tokens"].get(kind, 0) + summary["judge_tokens"].get(kind, 0) for kind in ("prompt", "completion")
-        )
-        cost = "" if summary["cost"] is None else f", ${summary['cost']:.2f}"
-        print(f"{sum(summary['asked'].values())} calls, {prompt} tokens asked and {completion} answered{cost}")
-        for reason, count in sorted(summary["rejected"].items(), key=lambda each: -each[1])[:5]:
-            print(f"  {count} rejected at {reason}")
-        print(outcome.result)
+    if print_job(outcome, output, as_json, summary):
+        return
+    rejected = sum(summary["rejected"].values())
+    before = f", {outcome.finished_before} of them before" if outcome.finished_before else ""
+    print(f"{summary['rows']} rows in {outcome.seconds:.1f} s{before}")
+    print(f"{summary['accepted']} accepted, {rejected} rejected")
+    prompt, completion = (
+        summary["tokens"].get(kind, 0) + summary["judge_tokens"].get(kind, 0) for kind in ("prompt", "completion")
+    )
+    cost = "" if summary["cost"] is None else f", ${summary['cost']:.2f}"
+    print(f"{sum(summary['asked'].values())} calls, {prompt} tokens asked and {completion} answered{cost}")
+    for reason, count in sorted(summary["rejected"].items(), key=lambda each: -each[1])[:5]:
+        print(f"  {count} rejected at {reason}")
+    print(outcome.result)

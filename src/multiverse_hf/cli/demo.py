@@ -37,9 +37,9 @@ from multiverse_hf.cli.options import (
     print_json,
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
-from multiverse_hf.data.chains import MAX_CHAINS, Kind, Problem, is_correct, sample_problem
+from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correct, sample_problem
+from multiverse_hf.evaluation.tasks import SIDES
 
-MODES = {"parallel": "guided", "sequential": "off"}  # mode of the demo -> structure
 HEADINGS = ("problem", "mode", "right", "tokens", "length", "# par.", "steps", "seconds", "speedup")
 REPEATS = 3  # the fewest whose median passes over a run that something else on the machine slowed down
 # Seconds after the command, for slow and busy machines: past them no further problem is shown, and no run is timed,
@@ -48,7 +48,7 @@ SHOW_SECONDS = 18
 MOST_SECONDS = 32
 
 
-def demo_problems(seed: int, num_problems: int) -> list[Problem]:
+def demo_problems(seed: int, num_problems: int) -> list[ChainsProblem]:
     """Draw the problems: first one with eight chains, then a nested one, a small one, and any."""
     rng = random.Random(seed)
     fixed = [(Kind.FLAT, MAX_CHAINS), (Kind.NESTED, 6), (Kind.FLAT, 4)]
@@ -98,24 +98,24 @@ def time_modes(
         processor time, which other work on the machine does not lengthen.
     """
     end = (time.monotonic() if begin is None else begin) + MOST_SECONDS
-    for structure in MODES.values():
-        answer_prompt(model, checkpoint, prompts[0], structure=structure, do_sample=False, max_new_tokens=32)
+    for side in SIDES:
+        answer_prompt(model, checkpoint, prompts[0], structure=side.structure, do_sample=False, max_new_tokens=32)
     for number, prompt in enumerate(prompts):
         now = time.monotonic()
         if repeats is None and number and now > end:
             return
         share = now + (end - now) / (len(prompts) - number)
-        runs: dict[str, list[Answer]] = {mode: [] for mode in MODES}
+        runs: dict[str, list[Answer]] = {side: [] for side in SIDES}
         for repeat in range(repeats or REPEATS):
             if repeats is None and repeat and time.monotonic() > share:
                 break
             # the mode that goes first alternates, so that neither always finds the machine cooler or the caches warmer
-            for mode in list(MODES) if (repeat + number) % 2 == 0 else reversed(MODES):
-                options = {"structure": MODES[mode], "do_sample": False, "max_new_tokens": max_new_tokens}
+            for side in SIDES if (repeat + number) % 2 == 0 else reversed(SIDES):
+                options = {"structure": side.structure, "do_sample": False, "max_new_tokens": max_new_tokens}
                 busy = time.thread_time()
                 answer = answer_prompt(model, checkpoint, prompt, **options)
                 busy = time.thread_time() - busy
-                runs[mode].append(replace(answer, seconds=busy) if is_alone(model) else answer)
+                runs[side].append(replace(answer, seconds=busy) if is_alone(model) else answer)
         yield runs
 
 
@@ -126,7 +126,7 @@ def is_alone(model: Any) -> bool:
     return model.device.type == "cpu" and step_threads(model) == 1
 
 
-def problem_row(problem: Problem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
+def problem_row(problem: ChainsProblem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
     """Put what was measured of a problem into the JSON form."""
     row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
     row["answer"] = problem.answer
@@ -135,7 +135,7 @@ def problem_row(problem: Problem, modes: dict[str, list[Answer]]) -> dict[str, A
         correct = is_correct(problem, answers[0].document)
         row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
     row["repeats"] = len(modes["parallel"])
-    row["speedup"] = row["sequential"]["seconds"] / row["parallel"]["seconds"]
+    row["speedup"] = row["autoregressive"]["seconds"] / row["parallel"]["seconds"]
     return row
 
 
@@ -146,7 +146,7 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
     from multiverse_hf.modeling.threads import step_threads
 
     total: dict[str, Any] = {}
-    for mode in MODES:
+    for mode in SIDES:
         counts = {key: sum(row[mode]["stats"][key] for row in rows) for key in ("num_tokens", "length", "num_steps")}
         total[mode] = {
             "correct": sum(row[mode]["correct"] for row in rows),
@@ -154,7 +154,7 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
             "parallelism": counts["num_tokens"] / counts["length"] if counts["length"] else 1.0,
             "seconds": sum(row[mode]["seconds"] for row in rows),
         }
-    total["speedup"] = total["sequential"]["seconds"] / total["parallel"]["seconds"]
+    total["speedup"] = total["autoregressive"]["seconds"] / total["parallel"]["seconds"]
     return {
         "model": checkpoint.name,
         "device": str(model.device),
@@ -173,7 +173,7 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
 
 def print_row(console: Console, cells: Sequence[str], style: str | None = None) -> None:
     """Print a line of the table: two cells to the left, the others to the right."""
-    widths = (17, 10, 5, 6, 6, 6, 5, 7, 7)
+    widths = (16, 14, 5, 6, 6, 6, 5, 7, 7)  # 80 with the spaces between
     aligned = [
         cell.ljust(width) if place < 2 else cell.rjust(width)
         for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
@@ -183,7 +183,7 @@ def print_row(console: Console, cells: Sequence[str], style: str | None = None) 
 
 def print_modes(console: Console, name: str, row: dict[str, Any], num_problems: int | None = None) -> None:
     """Print the two lines of a problem, or of all of them if their number is given."""
-    for mode in MODES:
+    for mode in SIDES:
         run = row[mode]
         counts = run["stats"] if num_problems is None else run
         right = ("yes" if run["correct"] else "no") if num_problems is None else f"{run['correct']}/{num_problems}"

@@ -82,7 +82,7 @@ class TextStream:
             self.num_written = len(text)
 
 
-class Part(Enum):
+class TextRole(Enum):
     """What a run of text is."""
 
     TEXT = "text"
@@ -91,10 +91,10 @@ class Part(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Run:
+class TextRun:
     """A run of text between two tags."""
 
-    part: Part
+    part: TextRole
     content: TokenText
 
 
@@ -111,7 +111,7 @@ class Flow:
 
     label: str = ""
     title: str = ""
-    items: list[Run | Columns] = field(default_factory=list)
+    items: list[TextRun | Columns] = field(default_factory=list)
     is_open: bool = True
 
 
@@ -130,11 +130,11 @@ class BranchTree:
             role, opens = self._tags.roles.get(event.token, (None, False))
             if role is None:
                 if not flow.items or isinstance(flow.items[-1], Columns):
-                    self._start(flow, Part.TEXT)
+                    self._start(flow, TextRole.TEXT)
                 flow.items[-1].content.add(event.token)
             else:
-                begins = {"outline": Part.OUTLINE, "conclusion": Part.CONCLUSION}.get(role) if opens else None
-                self._start(flow, begins or Part.TEXT)
+                begins = {"outline": TextRole.OUTLINE, "conclusion": TextRole.CONCLUSION}.get(role) if opens else None
+                self._start(flow, begins or TextRole.TEXT)
         elif event.kind == "fork":
             self._fork(flow, event.num_paths)
         elif event.kind == "close":
@@ -142,18 +142,18 @@ class BranchTree:
         elif event.kind == "finish":
             self.root.is_open = False
 
-    def _start(self, flow: Flow, part: Part) -> None:
-        flow.items.append(Run(part, TokenText(self._decode)))
+    def _start(self, flow: Flow, part: TextRole) -> None:
+        flow.items.append(TextRun(part, TokenText(self._decode)))
 
     def _fork(self, flow: Flow, num_paths: int) -> None:
         """Turn the outlines of the goal just closed into the headings of columns."""
         titles: list[str] = []
         while flow.items and len(titles) < num_paths:
             item = flow.items[-1]
-            if isinstance(item, Columns) or (item.part is not Part.OUTLINE and item.content.text.strip()):
+            if isinstance(item, Columns) or (item.part is not TextRole.OUTLINE and item.content.text.strip()):
                 break
             flow.items.pop()
-            if item.part is Part.OUTLINE:
+            if item.part is TextRole.OUTLINE:
                 titles.append(" ".join(LABEL.sub("", item.content.full_text, count=1).split()))
         titles += [""] * (num_paths - len(titles))
         paths = [
@@ -213,11 +213,11 @@ class Painter:
         runs = (
             index
             for index, item in enumerate(flow.items)
-            if flow.label and isinstance(item, Run) and item.content.text.strip()
+            if flow.label and isinstance(item, TextRun) and item.content.text.strip()
         )
         return next(runs, None)
 
-    def run(self, run: Run, width: int, height: int | None = None, has_label: bool = False) -> list[Text]:
+    def run(self, run: TextRun, width: int, height: int | None = None, has_label: bool = False) -> list[Text]:
         """Draw a run of text, without blank lines around it."""
         text = run.content.text
         if has_label:
@@ -229,9 +229,9 @@ class Painter:
         if height is not None:
             source = source[-height:]
         mark, style = {
-            Part.TEXT: ("", ""),
-            Part.OUTLINE: ("* " if self.ascii_only else "· ", "dim"),
-            Part.CONCLUSION: ("=> " if self.ascii_only else "⇒ ", "italic"),
+            TextRole.TEXT: ("", ""),
+            TextRole.OUTLINE: ("* " if self.ascii_only else "· ", "dim"),
+            TextRole.CONCLUSION: ("=> " if self.ascii_only else "⇒ ", "italic"),
         }[run.part]
         lines = [
             Text(mark if number == 0 else " " * len(mark), style) + piece

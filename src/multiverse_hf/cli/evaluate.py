@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, Dtype
+from multiverse_hf.checkpoints import EMBEDDED_NAMES, MAX_NUM_SEQS, Attention, Dtype
 from multiverse_hf.cli.options import (
     AttentionOption,
     DeviceOption,
@@ -27,7 +27,7 @@ from multiverse_hf.cli.options import (
 from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
-from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, MAX_NUM_SEQS, TASKS, TEMPERATURE, TOP_P, Mode
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, TEMPERATURE, TOP_P, Mode
 
 SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")]
 SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")]
@@ -165,7 +165,7 @@ def evaluate(
             raise CommandError(f"--suite paper asks in all modes; leave out --mode {mode.value}")
         if model in (None, EMBEDDED_NAMES[0]):
             base, autoregressive = base or "random", autoregressive or EMBEDDED_NAMES[1]
-        measure = functools.partial(measure_suite, asked, base, autoregressive, output, commands.evaluate)
+        measure = functools.partial(measure_suite, asked, base, autoregressive, output, commands.evaluate_and_report)
         run_experiment("table", measure, output)
         return
     if base is not None or autoregressive is not None:
@@ -174,7 +174,7 @@ def evaluate(
         )
     with waiting("loading torch and transformers"):
         import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - seconds, before a bar can be drawn
-    results = commands.evaluate(asked, output)
+    results = commands.evaluate_and_report(asked, output)
     if as_json:
         print_json(results)
     else:
@@ -232,7 +232,7 @@ def budget(
         top_p=top_p, max_num_seqs=max_num_seqs, dtype=dtype, device=device, threads=threads,
     )  # fmt: skip
     values = BUDGETS if budgets is None else read_counts("--budgets", budgets)
-    measure = functools.partial(measure_budgets, asked, autoregressive, values, output, commands.evaluate)
+    measure = functools.partial(measure_budgets, asked, autoregressive, values, output, commands.evaluate_and_report)
     run_experiment("budget", measure, output)
 
 
@@ -324,7 +324,7 @@ def compare(
     """
     from multiverse_hf.evaluation import commands
 
-    comparison = commands.compare(first, second, output)
+    comparison = commands.compare_and_report(first, second, output)
     if as_json:
         print_json(comparison)
     else:

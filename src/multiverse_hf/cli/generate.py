@@ -11,8 +11,17 @@ from rich.console import Console
 from rich.text import Text
 
 from multiverse_hf.batch.launch import run_batch
-from multiverse_hf.batch.options import MAX_NUM_SEQS, Batch, Outcome
-from multiverse_hf.checkpoints import Answer, Attention, Dtype, answer_prompt, load_model, open_checkpoint, quiet
+from multiverse_hf.batch.options import Batch
+from multiverse_hf.checkpoints import (
+    MAX_NUM_SEQS,
+    Answer,
+    Attention,
+    Dtype,
+    answer_prompt,
+    load_model,
+    open_checkpoint,
+    quiet,
+)
 from multiverse_hf.cli.display import LiveView, TextStream
 from multiverse_hf.cli.options import (
     CLUSTER,
@@ -32,13 +41,14 @@ from multiverse_hf.cli.options import (
     TimeOption,
     TracebackOption,
     check_sampling,
+    print_job,
     print_json,
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import is_problem
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
-from multiverse_hf.jobs.options import Cluster, Executor
+from multiverse_hf.jobs.options import Cluster, Executor, JobOutcome
 
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
 ONLY_CHAINS = (
@@ -236,19 +246,10 @@ def wants_many(source: Path | None, output: Path | None, single: dict[str, Any],
     return True
 
 
-def print_outcome(outcome: Outcome, output: Path, as_json: bool) -> None:
+def print_outcome(outcome: JobOutcome, output: Path, as_json: bool) -> None:
     """Say how a run over many prompts ended."""
     summary = outcome.summary
-    if outcome.script is not None:
-        print(outcome.script, end="")
-        return
-    if as_json:
-        report = {"output": str(outcome.answers), "job": outcome.job, "finished_before": outcome.finished_before}
-        print_json(report | (dataclasses.asdict(summary) if summary else {}) | {"seconds": round(outcome.seconds, 4)})
-        return
-    if summary is None:
-        print(f"job {outcome.job} submitted; its last task writes {outcome.answers}")
-        print(f"log: {output / 'logs'}. If tasks fail, the same command again does what is missing.")
+    if print_job(outcome, output, as_json, None if summary is None else dataclasses.asdict(summary)):
         return
     if outcome.finished_before == summary.rows:
         print(f"already complete: {summary.rows} rows")
@@ -259,7 +260,7 @@ def print_outcome(outcome: Outcome, output: Path, as_json: bool) -> None:
         print(f"{summary.tokens} tokens, # parallel {summary.parallelism:.2f} on average")
     if summary.errors:
         print(f"{summary.errors} could not be answered; first {summary.first_error}", file=sys.stderr)
-    print(outcome.answers)
+    print(outcome.result)
 
 
 def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:

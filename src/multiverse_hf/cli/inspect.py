@@ -18,7 +18,7 @@ from multiverse_hf.data.records import Form, Record, RowError, number_rows, read
 from multiverse_hf.errors import CommandError, one_line
 
 if TYPE_CHECKING:  # torch comes with it
-    from multiverse_hf.data.inspection import ReadRow, Segment
+    from multiverse_hf.data.inspection import ReadRow, RowSegment
 
 STYLES = {"prompt": "dim", "forced": "yellow", "label": "green"}
 _INDENT = 20  # columns before a row's text
@@ -75,7 +75,7 @@ def inspect(
     if as_json:
         print_json(to_dict(place, name, record, read))
     else:
-        draw(Console(highlight=False), place, name, record, read)
+        draw_row(Console(highlight=False), place, name, record, read)
 
 
 def find_row(source: str, line: int | None) -> tuple[str, Any]:
@@ -155,7 +155,7 @@ def to_dict(place: str, model: str, record: Record, read: "ReadRow") -> dict[str
     }  # fmt: skip
 
 
-def draw(console: Console, place: str, model: str, record: Record, read: "ReadRow") -> None:
+def draw_row(console: Console, place: str, model: str, record: Record, read: "ReadRow") -> None:
     """Draw a row for people: each segment with its text, then who sees whom."""
     runs = [run for segment in read.segments for run in segment.runs]
     counts = {part: sum(run.stop - run.start for run in runs if run.part == part) for part in STYLES}
@@ -175,7 +175,7 @@ def draw(console: Console, place: str, model: str, record: Record, read: "ReadRo
         console.print(text)
 
 
-def segment_lines(console: Console, number: int, segment: "Segment") -> list[Text]:
+def segment_lines(console: Console, number: int, segment: "RowSegment") -> list[Text]:
     """Return a segment's heading, and its runs of tokens, text in a column of its own."""
     first, last = segment.positions
     lines = [Text(f"{number} {segment.name}: positions {first}-{last}, sees {ranges(segment.sees)}", "bold")]
@@ -205,7 +205,7 @@ def ranges(numbers: Sequence[int]) -> str:
     return " ".join("-".join(map(str, part)) for part in parts)
 
 
-def sight_lines(console: Console, segments: Sequence["Segment"]) -> list[Text]:
+def sight_lines(console: Console, segments: Sequence["RowSegment"]) -> list[Text]:
     """Return a picture of which segment sees which, or a line that says why there is none."""
     names = [f"{number} {segment.name}" for number, segment in enumerate(segments)]
     width, cell = max(map(len, names)) + 2, len(str(len(segments) - 1)) + 1

@@ -2,13 +2,15 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from multiverse_hf.checkpoints import Attention, Dtype
 from multiverse_hf.errors import CommandError
+from multiverse_hf.jobs.options import JobOutcome
 from multiverse_hf.outputs import json_text
 
 CLUSTER = "Slurm and Ray"  # a panel of the help
@@ -103,6 +105,28 @@ def check_sampling(temperature: float | None, top_p: float | None, greedy: str) 
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
+
+
+def print_job(outcome: JobOutcome, output: Path, as_json: bool, totals: Mapping[str, Any] | None) -> bool:
+    """Print how a job ended, for programs or where tasks are still to run. Return whether it printed anything.
+
+    Args:
+        outcome: how it ended.
+        output: folder of the job.
+        as_json: print JSON.
+        totals: the job's summary; None while tasks are still to run.
+    """
+    if outcome.script is not None:
+        print(outcome.script, end="")
+    elif as_json:
+        known = {"output": str(outcome.result), "job": outcome.job, "finished_before": outcome.finished_before}
+        print_json(known | dict(totals or {}) | {"seconds": round(outcome.seconds, 4)})
+    elif totals is None:
+        print(f"job {outcome.job} submitted; its last task writes {outcome.result}")
+        print(f"log: {output / 'logs'}. If tasks fail, the same command again does what is missing.")
+    else:
+        return False
+    return True
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from multiverse_hf.curator.forms import BlockText, PlacedStep, Refill, Structure
+from multiverse_hf.curator.forms import BlockText, PlacedStep, RefillReply, StructureReply
 from multiverse_hf.documents import Document, Element, Path, Text
 from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
 
@@ -18,7 +18,7 @@ class PlannedBlock(NamedTuple):
     paths: "list[list[str | PlannedBlock]]"
 
 
-def plan(structure: Structure) -> "list[str | PlannedBlock]":
+def plan(structure: StructureReply) -> "list[str | PlannedBlock]":
     """Give the document as steps and blocks in order; blocks are named B1, B2, ... in the order in which they open."""
     count = 0
 
@@ -46,7 +46,7 @@ def plan(structure: Structure) -> "list[str | PlannedBlock]":
     return items
 
 
-def block_names(structure: Structure) -> dict[str, int]:
+def block_names(structure: StructureReply) -> dict[str, int]:
     """Give the name of every block with its number of paths, in the order in which they open."""
     return {block.name: len(block.paths) for block in _blocks(plan(structure))}
 
@@ -59,7 +59,7 @@ def _blocks(items: "Sequence[str | PlannedBlock]") -> Iterator[PlannedBlock]:
                 yield from _blocks(path)
 
 
-def path_sentences(structure: Structure, refill: Refill) -> set[int]:
+def path_sentences(structure: StructureReply, refill: RefillReply) -> set[int]:
     """Give the numbers of the sentences that stand in some path."""
     leaves = {
         item
@@ -71,7 +71,7 @@ def path_sentences(structure: Structure, refill: Refill) -> set[int]:
     return {number for leaf in leaves for number in refill.numbers(leaf)}
 
 
-def original_text(refill: Refill, sentences: Sequence[str]) -> dict[str, str]:
+def original_text(refill: RefillReply, sentences: Sequence[str]) -> dict[str, str]:
     """Give the text of each step: its sentences, as they stand in the original."""
     texts: dict[str, str] = {}
     for quote in refill.quotes:
@@ -84,7 +84,9 @@ def _join(before: str, text: str) -> str:
     return f"{before}\n{text}" if before and text and not before[-1].isspace() else before + text
 
 
-def assemble(structure: Structure, texts: Mapping[str, str], blocks: Mapping[str, BlockText] | None = None) -> str:
+def assemble(
+    structure: StructureReply, texts: Mapping[str, str], blocks: Mapping[str, BlockText] | None = None
+) -> str:
     """Write the document, in ``<Think>``: exactly one newline between tags, labels in outlines and paths.
 
     Args:
@@ -140,7 +142,7 @@ def reasoning_of(document: Document) -> str:
     return text.removeprefix(f"{MULTIVERSE.open('think')}\n").removesuffix(f"\n{MULTIVERSE.close('think')}")
 
 
-def parallelism(document: Document) -> float:
+def character_parallelism(document: Document) -> float:
     """Give # parallel of a document in characters: all of its text over the longest way through it."""
     sizes = [_sizes(child, document.tags) for child in document.children]
     longest = sum(way for _, way in sizes)

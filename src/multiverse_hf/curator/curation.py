@@ -15,7 +15,7 @@ from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.replies import Reply, read_result
-from multiverse_hf.curator.stages import JUDGE, STAGES, SYSTEM, Stage, read_prompt
+from multiverse_hf.curator.stages import JUDGE, STAGES, SYSTEM, CuratorStage, read_template
 from multiverse_hf.curator.traces import Trace
 
 Ask = Callable[[Mapping[str, Any], str, type[BaseModel]], Awaitable[Reply]]
@@ -84,7 +84,7 @@ class Curator:
                 return Outcome(draft, attempts, stage.name, err)
         return Outcome(draft, attempts)
 
-    async def _pass(self, stage: Stage, draft: Draft, attempts: list[Attempt]) -> Draft:
+    async def _pass(self, stage: CuratorStage, draft: Draft, attempts: list[Attempt]) -> Draft:
         """Ask a stage until a reply passes its checks, each time with the reasons why those before did not.
 
         Raises:
@@ -105,7 +105,7 @@ class Curator:
                     raise
         raise AssertionError("unreachable: the loop has no end")
 
-    async def _check(self, stage: Stage, draft: Draft, result: BaseModel, attempts: list[Attempt]) -> Draft:
+    async def _check(self, stage: CuratorStage, draft: Draft, result: BaseModel, attempts: list[Attempt]) -> Draft:
         """Make all checks of a stage; once there is a document, its answer is one of them."""
         found = stage.check(draft, result)
         if (document := found.document or found.plain) is not None and stage is not JUDGE:
@@ -118,7 +118,7 @@ class Curator:
                 raise Refusal(err.check, err.detail) from err
         return found
 
-    async def _reply(self, stage: Stage, draft: Draft, attempt: Attempt, refused: Sequence[str]) -> Reply:
+    async def _reply(self, stage: CuratorStage, draft: Draft, attempt: Attempt, refused: Sequence[str]) -> Reply:
         """Give the reply to an attempt: from the log if it was paid for before."""
         body = {
             "model": self.settings.judge_name if stage is JUDGE else self.settings.model,
@@ -135,7 +135,7 @@ class Curator:
         attempt.reply = reply.text
         return reply
 
-    def _call_seed(self, trace: Trace, stage: Stage, number: int) -> int:
+    def _call_seed(self, trace: Trace, stage: CuratorStage, number: int) -> int:
         """Give an attempt's seed: of the run's, the row and the attempt alone, so that it is the same in any task."""
         digest = hashlib.blake2b(
             f"{self.settings.seed}:{trace.id}:{stage.name}:{number}".encode(), digest_size=4
@@ -143,13 +143,13 @@ class Curator:
         return int.from_bytes(digest, "little") >> 1  # some endpoints take 31 bits only
 
 
-def write_messages(stage: Stage, draft: Draft, refused: Sequence[str] = ()) -> list[dict[str, str]]:
+def write_messages(stage: CuratorStage, draft: Draft, refused: Sequence[str] = ()) -> list[dict[str, str]]:
     """Write what a stage is asked. All stages of a trace begin alike, for endpoints that keep prefixes of prompts."""
     parts = [draft.opening, stage.instructions(draft)]
     if refused:
         reasons = "\n".join(f"- {reason}" for reason in dict.fromkeys(refused))
         parts.append(f"# Replies that were refused\n\n{reasons}\n\nAnswer again, whole, without these faults.")
     return [
-        {"role": "system", "content": read_prompt(*SYSTEM)},
+        {"role": "system", "content": read_template(*SYSTEM)},
         {"role": "user", "content": "\n\n".join(part.strip() for part in parts)},
     ]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from multiverse_hf.curator.forms import Groups, Refill, Structure, Summary
+from multiverse_hf.curator.forms import GroupsReply, RefillReply, StructureReply, SummaryReply
 from multiverse_hf.curator.sentences import number_sentences, split_sentences
 from multiverse_hf.curator.traces import Trace
 from multiverse_hf.documents import Document
@@ -53,10 +53,10 @@ class Draft:
     limits: Limits
     sentences: Sequence[str]
     opening: str
-    summary: Summary | None = None
-    groups: Groups | None = None
-    structure: Structure | None = None
-    refill: Refill | None = None
+    summary: SummaryReply | None = None
+    groups: GroupsReply | None = None
+    structure: StructureReply | None = None
+    refill: RefillReply | None = None
     plain: Document | None = None
     document: Document | None = None
     distance: float | None = None

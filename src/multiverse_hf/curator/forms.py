@@ -7,17 +7,17 @@ from pydantic import BaseModel, Field
 # Stage 1: the trace as a tree of steps and substeps
 
 
-class Step(BaseModel):
+class SummaryStep(BaseModel):
     """A step of the reasoning; its parts, if it has several."""
 
     summary: str = Field(description="what is done in this step, in one sentence")
     substeps: list[str] = Field(description="the same for each of its substeps in order; empty for an undivided step")
 
 
-class Summary(BaseModel):
+class SummaryReply(BaseModel):
     """All steps in the order of the text. Step 2 is called "2", its first substep "2.1"."""
 
-    steps: list[Step]
+    steps: list[SummaryStep]
 
     def numbered(self) -> Iterator[tuple[str, str]]:
         """Give the name and the summary of every step and substep, in order."""
@@ -55,7 +55,7 @@ class Group(BaseModel):
     argument: str = Field(description="why none of them needs anything that another of them finds")
 
 
-class Groups(BaseModel):
+class GroupsReply(BaseModel):
     """All groups found; none if every step needs the one before it."""
 
     groups: list[Group]
@@ -87,7 +87,7 @@ class Part(BaseModel):
     steps: list[PlacedStep] = Field(description="one step: written in sequence; several: the paths of a block")
 
 
-class Structure(BaseModel):
+class StructureReply(BaseModel):
     """The whole document: its parts in order."""
 
     parts: list[Part]
@@ -104,7 +104,7 @@ class Quote(BaseModel):
     last: int = Field(description="number of the last sentence, which is quoted as well")
 
 
-class Refill(BaseModel):
+class RefillReply(BaseModel):
     """The quotes of all steps that have text of their own; those of one step in the order in which they are read."""
 
     quotes: list[Quote]
@@ -132,7 +132,7 @@ class Rewrite(BaseModel):
     text: str = Field(description="the sentence without reference to another path; empty to drop it")
 
 
-class MapReduce(BaseModel):
+class MapReduceReply(BaseModel):
     """The text of every block, and the sentences that have to change for paths to stand alone."""
 
     blocks: list[BlockText]
@@ -150,7 +150,7 @@ class Dependence(BaseModel):
     reason: str = Field(description="what of which path they need")
 
 
-class Judgement(BaseModel):
+class JudgeReply(BaseModel):
     """All such places; none if every path stands alone."""
 
     dependent: list[Dependence]

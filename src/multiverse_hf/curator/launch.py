@@ -8,7 +8,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +15,16 @@ from multiverse_hf.begun import explain_option
 from multiverse_hf.checkpoints import quiet
 from multiverse_hf.curator.options import ANSWERS_AGAIN, Curation, Settings
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.jobs.executors import check_packages, cores, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.folders import count_lines
+from multiverse_hf.jobs.options import JobOutcome
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import settle
+from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
 if TYPE_CHECKING:
     from multiverse_hf.curator.results import CurationFolder
-    from multiverse_hf.curator.task import Work
+    from multiverse_hf.curator.task import CurationWork
 
 NEEDED = {
     "datatrove": "curate",
@@ -34,36 +34,15 @@ NEEDED = {
     "math_verify": "curate",
 }
 FAILED = ("rate limited", "server error", "timeout", "connection")  # calls that are made again
-PRELOAD = ("multiverse_hf.curator.task",)
+_PRELOAD = ("multiverse_hf.curator.task",)
 # How a run is run, and not what it is: may differ when it is gone on with.
-INFORMATION = (
+_MAY_DIFFER = (
     *("input", "rows", "versions", "base_url", "api_key_env", "prices"),
     *("concurrency", "timeout_s", "max_retries", "max_outage_s"),
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        result: where the accepted rows are, or will be.
-        summary: what it came to; None if the tasks are still to run.
-        finished_before: rows that were there already.
-        seconds: it took.
-        job: Slurm's number for it.
-        script: what a dry run shows.
-    """
-
-    result: Path
-    summary: dict[str, Any] | None = None
-    finished_before: int = 0
-    seconds: float = 0.0
-    job: str | None = None
-    script: str | None = None
-
-
-def run_curation(curation: Curation) -> Outcome:
+def run_curation(curation: Curation) -> JobOutcome:
     """Curate the rows of a source, or those that an earlier run left; with Slurm, have them curated.
 
     Raises:
@@ -71,19 +50,19 @@ def run_curation(curation: Curation) -> Outcome:
             is kept, and so is every reply that was paid for.
         KeyboardInterrupt: on Ctrl-C or a SIGTERM, likewise.
     """
-    check_packages(curation.executor, "multiverse curate", NEEDED)
+    check_executor(curation.executor, "multiverse curate", NEEDED)
     quiet()
-    from multiverse_hf.curator.results import CurationFolder, merge
-    from multiverse_hf.curator.task import CurateRows, Work
+    from multiverse_hf.curator.results import CurationFolder, merge_outcomes
+    from multiverse_hf.curator.task import CurateRows, CurationWork
 
     begin = time.perf_counter()
     folder = CurationFolder(curation.output.expanduser().absolute(), curation.tasks)
     source, rows, digest = _open_source(curation)
-    work = Work(folder, source, rows, curation.settings)
+    work = CurationWork(folder, source, rows, curation.settings)
     if curation.cluster.dry_run:
         _settle(curation, work, digest)
         executor = slurm_executor(CurateRows(work), curation)
-        return Outcome(folder.result, script=slurm_script(executor, len(folder.open_tasks())))
+        return JobOutcome(folder.result, script=slurm_script(executor, len(folder.open_tasks())))
     if not folder.result.exists():
         curation.settings.api_key()  # now, and not in each task
     check_output(folder.path, is_folder=True)
@@ -95,12 +74,12 @@ def run_curation(curation: Curation) -> Outcome:
             workers = min(curation.workers or cores(), curation.tasks)
             progress = Progress(folder, curation.settings)
             advice = ", with fewer --workers or a lower concurrency"
-            job = start_tasks(CurateRows(work), curation, workers, rows, PRELOAD, advice, progress)
+            job = start_tasks(CurateRows(work), curation, workers, rows, _PRELOAD, advice, progress)
             if job is not None:
-                return Outcome(folder.result, finished_before=before, job=job)
+                return JobOutcome(folder.result, finished_before=before, job=job)
         if not folder.result.exists():
-            merge(folder, rows, curation.settings)
-        return Outcome(folder.result, _read_summary(folder), before, time.perf_counter() - begin)
+            merge_outcomes(folder, rows, curation.settings)
+        return JobOutcome(folder.result, _read_summary(folder), before, time.perf_counter() - begin)
 
 
 def _open_source(curation: Curation) -> tuple[str, int, str]:
@@ -131,7 +110,7 @@ def _open_source(curation: Curation) -> tuple[str, int, str]:
         raise CommandError(one_line(err)) from err
 
 
-def _settle(curation: Curation, work: "Work", digest: str) -> None:
+def _settle(curation: Curation, work: "CurationWork", digest: str) -> None:
     """Write down what the run is begun with, or check that it is the one that was begun here."""
     from multiverse_hf.curator.stages import prompt_versions
 
@@ -146,7 +125,9 @@ def _settle(curation: Curation, work: "Work", digest: str) -> None:
         return f"with {name} {json.dumps(stored.get(name))}, now it is {json.dumps(value)}"
 
     packages = ("openai", "datatrove", "rapidfuzz", "math-verify")
-    settle(work.folder, curation.output, asked, INFORMATION, explain, packages, is_dry_run=curation.cluster.dry_run)
+    begin_or_resume(
+        work.folder, curation.output, asked, _MAY_DIFFER, explain, packages, is_dry_run=curation.cluster.dry_run
+    )
 
 
 def _read_summary(folder: "CurationFolder") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from multiverse_hf.curator.traces import COLUMNS
+from multiverse_hf.curator.traces import TRACE_COLUMNS
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.options import Job
 
@@ -97,7 +97,7 @@ class Settings:
         if not 0 <= self.max_distance < 1:
             raise CommandError(f"max_distance must be from 0 to below 1, got {self.max_distance}")
         for name in self.columns:
-            _check_name(name, COLUMNS, "columns")
+            _check_name(name, TRACE_COLUMNS, "columns")
         for model, price in self.prices.items():
             if not isinstance(price, Mapping) or not all(isinstance(each, int | float) for each in price.values()):
                 raise CommandError(f"the price of {model} must be {{prompt: X, completion: Y}}, got {price!r:.60}")

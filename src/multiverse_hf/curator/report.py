@@ -41,7 +41,7 @@ dd {{ margin: 0; font-size: 1.3rem; }} code {{ background: #f3f3f3; padding: 0 .
 """
 
 
-def write_report(output: Path) -> Path:
+def write_curation_report(output: Path) -> Path:
     """Write ``report.html`` from what the folder holds, whether or not the run is complete; give its path.
 
     Raises:
@@ -66,7 +66,7 @@ def write_report(output: Path) -> Path:
         title=f"Curation {html.escape(path.name)}",
         about=_about(stored, tally),
         figures="".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in figures),
-        picture=base64.b64encode(draw(tally)).decode(),
+        picture=base64.b64encode(draw_tally(tally)).decode(),
         rejected=_table(tally.rejected, tally.rows, "of all rows"),
         refused=_table(tally.checks, tally.asked.total(), "of all replies"),
     )
@@ -124,7 +124,7 @@ def _table(counts: Counter[str], total: int, of_what: str) -> str:
     return f"<table>{head}{''.join(rows)}</table>"
 
 
-def draw(tally: Tally) -> bytes:
+def draw_tally(tally: Tally) -> bytes:
     """Draw a tally: rows by stage, reasons, distances and # parallel. Gives a PNG."""
     from matplotlib.figure import Figure
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf import __version__
-from multiverse_hf.curator.assembly import parallelism
+from multiverse_hf.curator.assembly import character_parallelism
 from multiverse_hf.curator.curation import Outcome
 from multiverse_hf.curator.options import Settings
 from multiverse_hf.curator.stages import prompt_versions
@@ -65,7 +65,7 @@ def describe_outcome(outcome: Outcome, settings: Settings) -> dict[str, Any]:
             "usage": usage | {"calls": len(attempts)},
             "distance": draft.distance,
             "path_distances": draft.path_distances,
-            "parallelism": parallelism(draft.document),
+            "parallelism": character_parallelism(draft.document),
         }
     else:
         row |= {"answer": trace.answer, "reasoning": trace.reasoning}
@@ -101,7 +101,7 @@ def read_outcomes(folder: CurationFolder) -> Iterator[dict[str, Any]]:
                 yield from (json.loads(line) for _, line in whole_lines(path))
 
 
-def merge(folder: CurationFolder, rows: int, settings: Settings) -> None:
+def merge_outcomes(folder: CurationFolder, rows: int, settings: Settings) -> None:
     """Write accepted and rejected rows to one file each, in the input's order: whole or not at all.
 
     Args:

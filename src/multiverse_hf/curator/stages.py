@@ -13,13 +13,20 @@ from pydantic import BaseModel
 from multiverse_hf.curator.assembly import assemble, block_names, original_text, path_sentences, reasoning_of
 from multiverse_hf.curator.checks import check_content, check_grammar, check_independence, check_paths
 from multiverse_hf.curator.drafts import Draft, Refusal
-from multiverse_hf.curator.forms import Groups, Judgement, MapReduce, Refill, Structure, Summary
+from multiverse_hf.curator.forms import (
+    GroupsReply,
+    JudgeReply,
+    MapReduceReply,
+    RefillReply,
+    StructureReply,
+    SummaryReply,
+)
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling.tags import MULTIVERSE
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
+class CuratorStage:
     """One call of a model.
 
     Attributes:
@@ -38,11 +45,11 @@ class Stage:
 
     def instructions(self, draft: Draft) -> str:
         """Return what is asked of the model."""
-        return string.Template(read_prompt(self.name, self.version)).substitute(self.variables(draft))
+        return string.Template(read_template(self.name, self.version)).substitute(self.variables(draft))
 
 
 @functools.cache
-def read_prompt(name: str, version: str) -> str:
+def read_template(name: str, version: str) -> str:
     """Read a prompt's text."""
     return files("multiverse_hf.curator").joinpath("prompts", f"{name}.{version}.txt").read_text(encoding="utf-8")
 
@@ -50,7 +57,7 @@ def read_prompt(name: str, version: str) -> str:
 # Stage 1
 
 
-def check_summary(draft: Draft, result: Summary) -> Draft:
+def check_summary(draft: Draft, result: SummaryReply) -> Draft:
     """Check the tree by itself.
 
     Raises:
@@ -72,7 +79,7 @@ def check_summary(draft: Draft, result: Summary) -> Draft:
 # Stage 2
 
 
-def check_groups(draft: Draft, result: Groups) -> Draft:
+def check_groups(draft: Draft, result: GroupsReply) -> Draft:
     """Check the groups against the tree.
 
     Raises:
@@ -102,7 +109,7 @@ def check_groups(draft: Draft, result: Groups) -> Draft:
 # Stage 3
 
 
-def check_structure(draft: Draft, result: Structure) -> Draft:
+def check_structure(draft: Draft, result: StructureReply) -> Draft:
     """Check that every step has its place once, in order, and that paths are of one group.
 
     Raises:
@@ -135,7 +142,7 @@ def _check_order(found: Sequence[str], expected: Sequence[str], where: str) -> N
     raise Refusal("structure", f"{where} has its steps as {', '.join(found)}; each once, in the order of the text")
 
 
-def _check_independent(names: Sequence[str], groups: Groups) -> None:
+def _check_independent(names: Sequence[str], groups: GroupsReply) -> None:
     if not any(set(names) <= set(group.steps) for group in groups.groups):
         raise Refusal("structure", f"steps {', '.join(names)} are paths of one block, but no group has them all")
 
@@ -150,7 +157,7 @@ def ask_refill(draft: Draft) -> dict[str, str]:
     return {"leaves": leaves, "count": str(len(draft.sentences))}
 
 
-def check_refill(draft: Draft, result: Refill) -> Draft:
+def check_refill(draft: Draft, result: RefillReply) -> Draft:
     """Check the quotes, and that the document they make is the original but for at most ``max_distance``.
 
     The document has block names for outlines and conclusions.
@@ -204,7 +211,7 @@ def ask_mapreduce(draft: Draft) -> dict[str, str]:
     return {"document": assemble(draft.structure, numbered), "blocks": ", ".join(block_names(draft.structure))}
 
 
-def check_mapreduce(draft: Draft, result: MapReduce) -> Draft:
+def check_mapreduce(draft: Draft, result: MapReduceReply) -> Draft:
     """Check the whole document: its grammar, its content and that of each path, and that paths stand alone.
 
     Raises:
@@ -253,7 +260,7 @@ def rewritten_as(rewritten: dict[int, str], number: int, sentence: str) -> str:
     return sentence[:begin] + text + sentence[begin + len(body) :] if text else ""
 
 
-def check_judgement(draft: Draft, result: Judgement) -> Draft:
+def check_judgement(draft: Draft, result: JudgeReply) -> Draft:
     """Refuse a document for good if the judge found a path that leans on another.
 
     Raises:
@@ -265,19 +272,22 @@ def check_judgement(draft: Draft, result: Judgement) -> Draft:
 
 
 STAGES = (
-    Stage("summary", "v1", Summary, lambda draft: {"count": str(len(draft.sentences))}, check_summary),
-    Stage("groups", "v1", Groups, lambda draft: {"tree": draft.summary.outline()}, check_groups),
-    Stage(
+    CuratorStage("summary", "v1", SummaryReply, lambda draft: {"count": str(len(draft.sentences))}, check_summary),
+    CuratorStage("groups", "v1", GroupsReply, lambda draft: {"tree": draft.summary.outline()}, check_groups),
+    CuratorStage(
         "structure",
         "v1",
-        Structure,
+        StructureReply,
         lambda draft: {"tree": draft.summary.outline(), "groups": draft.groups.outline()},
         check_structure,
     ),
-    Stage("refill", "v1", Refill, ask_refill, check_refill),
-    Stage("mapreduce", "v1", MapReduce, ask_mapreduce, check_mapreduce),
+    CuratorStage("refill", "v1", RefillReply, ask_refill, check_refill),
+    CuratorStage("mapreduce", "v1", MapReduceReply, ask_mapreduce, check_mapreduce),
 )
-JUDGE = Stage("judge", "v1", Judgement, lambda draft: {"document": draft.text}, check_judgement)  # of the last one
+# Asked about what the last stage made
+JUDGE = CuratorStage(
+    "judge", "v1", JudgeReply, lambda draft: {"document": draft.text}, check_judgement
+)  # of the last one
 SYSTEM = ("system", "v1")  # what every call begins with
 
 

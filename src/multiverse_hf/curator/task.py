@@ -20,7 +20,7 @@ from multiverse_hf.curator.results import (
     CurationFolder,
     describe_bad_row,
     describe_outcome,
-    merge,
+    merge_outcomes,
     number_of,
 )
 from multiverse_hf.curator.traces import Trace, read_traces
@@ -34,7 +34,7 @@ STATUS_S = 1.0  # between two writings of what a task is at
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class CurationWork:
     """What every task of a curation is given. No key is in it: it is written to files.
 
     Attributes:
@@ -55,7 +55,7 @@ class CurateRows(PartStep):
 
     name = "curate rows"
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: CurationWork) -> None:
         super().__init__(work.folder)
         self.work = work
 
@@ -77,7 +77,7 @@ class CurateRows(PartStep):
 
     def merge(self) -> None:
         """Write accepted and rejected rows, each in the input's order."""
-        merge(self.work.folder, self.work.rows, self.work.settings)
+        merge_outcomes(self.work.folder, self.work.rows, self.work.settings)
 
 
 def _explain(group: BaseExceptionGroup, url: str) -> BaseException:
@@ -108,7 +108,7 @@ def _finished(part: Any, world_size: int) -> tuple[bytearray, int]:
 class _TaskRun:
     """The rows of a task on their way. Only as many are in memory as are worked at."""
 
-    def __init__(self, work: Work, rank: int, world_size: int, finished: bytearray, file: IO[bytes]) -> None:
+    def __init__(self, work: CurationWork, rank: int, world_size: int, finished: bytearray, file: IO[bytes]) -> None:
         self.work, self.rank, self.world_size = work, rank, world_size
         self.finished, self.file = finished, file
         self.counts: Counter[str] = Counter(_read_status(work.folder, rank))

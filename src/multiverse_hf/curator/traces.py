@@ -11,7 +11,7 @@ from multiverse_hf.data.records import Reason, RowError, is_encodable, number_ro
 from multiverse_hf.modeling.tags import MULTIVERSE, read_messages
 
 # The usual names of the columns, in the order in which they are looked for; those of s1K-1.1 are among them.
-COLUMNS = {
+TRACE_COLUMNS = {
     "id": ("id", "unique_id", "uuid"),
     "prompt": ("prompt", "question", "problem"),
     "reasoning": ("reasoning", "reasoning_content", "thinking", "trace", "deepseek_thinking_trajectory"),
@@ -128,7 +128,9 @@ def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
             raise RowError(
                 Reason.MALFORMED, f"the {name} holds {marker[0]}, which parts turns or thinking; clean the trace"
             )
-    row_id = row.get(columns.get("id") or next((name for name in COLUMNS["id"] if row.get(name) is not None), "id"))
+    row_id = row.get(
+        columns.get("id") or next((name for name in TRACE_COLUMNS["id"] if row.get(name) is not None), "id")
+    )
     name = str(row_id) if isinstance(row_id, str | int) and str(row_id).strip() else str(number)
     if not all(map(is_encodable, (name, prompt, reasoning, answer or ""))):
         raise RowError(Reason.UNREADABLE, "half a character (a lone surrogate) in the text or the id")
@@ -147,7 +149,7 @@ def _cut_thought(reasoning: str, answer: str | None) -> tuple[str, str | None]:
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:
     """Give the text of a column, by the name it was given or the first of its usual ones."""
-    names = (columns[name],) if name in columns else COLUMNS[name]
+    names = (columns[name],) if name in columns else TRACE_COLUMNS[name]
     value = next((row[each] for each in names if row.get(each) is not None), None)
     if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value) if isinstance(value, float) and value.is_integer() else value)

@@ -62,7 +62,7 @@ class Chain:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class ChainsProblem:
     """Chains in one or more groups; one group is a flat problem, or a single one if it has one chain."""
 
     groups: tuple[tuple[Chain, ...], ...]
@@ -109,7 +109,7 @@ class Problem:
 _CHAIN = re.compile(r"([A-H])=(\d+)((?:[+-]\d+)+)")
 
 
-def parse_problem(text: str) -> Problem:
+def parse_problem(text: str) -> ChainsProblem:
     """Read a problem back from its text, with or without a suffix.
 
     Raises:
@@ -119,7 +119,7 @@ def parse_problem(text: str) -> Problem:
     if not found or rest.strip() not in ("", PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX):
         raise ValueError(f"not a chains problem: {text!r}; write e.g. 'A=19-7+12; B=8+15-3; total?'")
     groups = re.findall(r"\(([^()]*)\)", body) or [body.rstrip().removesuffix(";")]
-    problem = Problem(tuple(tuple(_parse_chain(part) for part in group.split("; ")) for group in groups))
+    problem = ChainsProblem(tuple(tuple(_parse_chain(part) for part in group.split("; ")) for group in groups))
     if str(problem) != f"{body}{found}".strip():
         raise ValueError(f"not a chains problem: {text!r} reads as {str(problem)!r}")
     return problem
@@ -161,7 +161,7 @@ def sample_chain(rng: random.Random, name: str, max_ops: int = MAX_OPS) -> Chain
 
 def sample_problem(
     rng: random.Random, kind: Kind | str, num_chains: int | None = None, max_ops: int = MAX_OPS
-) -> Problem:
+) -> ChainsProblem:
     """Draw a problem.
 
     Args:
@@ -182,7 +182,7 @@ def sample_problem(
         raise ValueError(f"a {kind.value} problem has {low} to {high} chains, got {num_chains}")
     chains = [sample_chain(rng, name, max_ops) for name in NAMES[:num_chains]]
     if kind is not Kind.NESTED:
-        return Problem((tuple(chains),))
+        return ChainsProblem((tuple(chains),))
     num_groups = rng.randint(2, min(3, num_chains // 2))
     sizes = [2] * num_groups
     for _ in range(num_chains - sum(sizes)):
@@ -191,7 +191,7 @@ def sample_problem(
     for size in sizes:
         groups.append(tuple(chains[begin : begin + size]))
         begin += size
-    return Problem(tuple(groups))
+    return ChainsProblem(tuple(groups))
 
 
 def _split(value: int) -> str:
@@ -242,7 +242,7 @@ def _solve_group(chains: tuple[Chain, ...], label: str = "") -> str:
     return block + "\n" + _sum([chain.name for chain in chains], [chain.value for chain in chains])
 
 
-def document(problem: Problem) -> str:
+def document(problem: ChainsProblem) -> str:
     """Write the parallel document of a problem; a single chain is answered without a block."""
     if problem.kind is Kind.SINGLE:
         work = _work(problem.chains[0])
@@ -266,12 +266,12 @@ def document(problem: Problem) -> str:
 _ANSWER = re.compile(r"^Answer: (0|[1-9][0-9]{0,17})\s*\Z", re.MULTILINE)
 
 
-def read_answer(text: str) -> int | None:
+def read_chains_answer(text: str) -> int | None:
     """Give the number on the last line ``Answer: 123``, None if there is no such line."""
     match = _ANSWER.search(text)
     return int(match.group(1)) if match else None
 
 
-def is_correct(problem: Problem, text: str) -> bool:
+def is_correct(problem: ChainsProblem, text: str) -> bool:
     """Say whether an answer's last line is ``Answer:`` and exactly the problem's answer."""
-    return read_answer(text) == problem.answer
+    return read_chains_answer(text) == problem.answer

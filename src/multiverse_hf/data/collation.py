@@ -14,7 +14,7 @@ from multiverse_hf.data.rows import IGNORE
 from multiverse_hf.modeling.layout import Layout, build_layout
 from multiverse_hf.modeling.tags import TagSet
 
-Row = dict[str, Any]
+EncodedRow = dict[str, Any]
 
 
 @dataclass
@@ -42,9 +42,9 @@ class DocumentCollator:
     multiple: int = 1
     flatten: bool = False
 
-    def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: Sequence[EncodedRow | Sequence[EncodedRow]]) -> dict[str, torch.Tensor]:
         packs = [[row] if isinstance(row, dict) else list(row) for row in rows]
-        layouts = [[lay_out(row, self.tags) for row in pack] for pack in packs]
+        layouts = [[row_layout(row, self.tags) for row in pack] for pack in packs]
         has_blocks = any(len(layout.visible) > 1 for pack in layouts for layout in pack)
         if self.flatten:
             if has_blocks:
@@ -74,7 +74,7 @@ class DocumentCollator:
                 begin, segment = end, last
         return batch
 
-    def _one_segment(self, packs: list[list[Row]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    def _one_segment(self, packs: list[list[EncodedRow]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the layout of a batch of plain text, where the model would find a block otherwise."""
         goal_end = self.tags.close("goal")
         if not any(row.get("plain") and goal_end in row["input_ids"] for pack in packs for row in pack):
@@ -84,7 +84,7 @@ class DocumentCollator:
             "visible": torch.ones(len(ids), 1, 1, dtype=torch.bool),
         }
 
-    def _padded(self, packs: list[list[Row]]) -> dict[str, torch.Tensor]:
+    def _padded(self, packs: list[list[EncodedRow]]) -> dict[str, torch.Tensor]:
         """Join the rows of each pack and pad them."""
         joined = [_joined(pack) for pack in packs]
         length = max(len(row["input_ids"]) for row in joined)
@@ -101,7 +101,7 @@ class DocumentCollator:
         batch["attention_mask"] = (torch.arange(length) < ends[:, None]).long()
         return batch
 
-    def _flat_batch(self, rows: list[Row]) -> dict[str, Any]:
+    def _flat_batch(self, rows: list[EncodedRow]) -> dict[str, Any]:
         """Put rows end to end, for kernels that take the places where documents begin."""
         joined = _joined(rows)
         lengths = [len(row["input_ids"]) for row in rows]
@@ -122,7 +122,7 @@ class DocumentCollator:
         )
 
 
-def lay_out(row: Row, tags: TagSet) -> Layout:
+def row_layout(row: EncodedRow, tags: TagSet) -> Layout:
     """Return the layout of a row; one marked ``plain`` is a single segment."""
     if row.get("plain"):
         length = len(row["input_ids"])
@@ -131,7 +131,7 @@ def lay_out(row: Row, tags: TagSet) -> Layout:
     return build_layout(row["input_ids"], tags)
 
 
-def _joined(rows: Sequence[Row]) -> dict[str, list[int]]:
+def _joined(rows: Sequence[EncodedRow]) -> dict[str, list[int]]:
     """Put rows end to end. The first token of each has no predecessor, so it is not learnt."""
     names = [name for name in ("input_ids", "labels", "kinds") if name in rows[0]]
     joined: dict[str, list[int]] = {name: [] for name in names}

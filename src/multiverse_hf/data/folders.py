@@ -44,7 +44,7 @@ CONFIGS = {
     "autoregressive": (*_SAID, "sequential_from", "num_words", "num_tokens"),
     "mixed": ("epoch", "form", "id", "prompt", "document", "answer", "num_tokens"),
 }
-CARD, DROPPED, STATISTICS, PLOTS = "README.md", "dropped_rows.jsonl", "statistics.json", "statistics.png"
+CARD_FILE, DROPPED, STATISTICS, PLOTS = "README.md", "dropped_rows.jsonl", "statistics.json", "statistics.png"
 _KINDS = ("think", "goal", "path", "conclusion", "answer", "tag")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
 _GROUP = 1000  # rows that parquet compresses together, and that are in memory at once
@@ -123,7 +123,7 @@ def write_dataset(
     (folder / STATISTICS).write_text(json.dumps(summary, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     (folder / DROPPED).write_text(reader.dropped_lines(), encoding="utf-8")
     draw_plots(folder / PLOTS, [each.parallel for part in splits.values() for each in part], ruler.name)
-    (folder / CARD).write_text(_card(summary, infos, reader, about), encoding="utf-8")
+    (folder / CARD_FILE).write_text(_card(summary, infos, reader, about), encoding="utf-8")
     return summary
 
 

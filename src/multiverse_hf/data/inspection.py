@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from multiverse_hf.data.collation import lay_out
+from multiverse_hf.data.collation import row_layout
 from multiverse_hf.data.records import Form, Record
 from multiverse_hf.data.rows import IGNORE, RowEncoder, TokenKind
 from multiverse_hf.modeling.interpreter import Structure
@@ -13,7 +13,7 @@ from multiverse_hf.modeling.layout import Event
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class TokenRun:
     """Tokens of a segment that are next to each other and alike.
 
     Attributes:
@@ -30,7 +30,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class RowSegment:
     """Tokens whose positions count up and who see the same segments.
 
     Attributes:
@@ -40,7 +40,7 @@ class Segment:
 
     name: str
     sees: list[int]
-    runs: list[Run]
+    runs: list[TokenRun]
 
     @property
     def num_tokens(self) -> int:
@@ -68,7 +68,7 @@ class ReadRow:
     segment_ids: list[int]
     length: int
     was_cut: bool
-    segments: list[Segment]
+    segments: list[RowSegment]
 
     @property
     def num_labels(self) -> int:
@@ -83,7 +83,7 @@ def read_row(record: Record, encoder: RowEncoder, form: Form) -> ReadRow:
     """
     form = record.form or form
     row = encoder.encode(record, form)
-    ids, labels, layout = row["input_ids"], row["labels"], lay_out(row, encoder.tags)
+    ids, labels, layout = row["input_ids"], row["labels"], row_layout(row, encoder.tags)
     positions, segment_ids = layout.position_ids.tolist(), layout.segment_ids.tolist()
     parts = [
         "prompt" if kind is TokenKind.PROMPT else "forced" if label == IGNORE else "label"
@@ -98,9 +98,9 @@ def read_row(record: Record, encoder: RowEncoder, form: Form) -> ReadRow:
             start, *rest = group
             stop = (rest or [start])[-1] + 1
             text = encoder.tokenizer.decode(ids[start:stop], skip_special_tokens=False)
-            runs.append(Run(part, start, stop, positions[start], text))
+            runs.append(TokenRun(part, start, stop, positions[start], text))
         if runs:  # a row that ends with a path has nothing after it
-            segments.append(Segment(name, layout.visible[number].nonzero().flatten().tolist(), runs))
+            segments.append(RowSegment(name, layout.visible[number].nonzero().flatten().tolist(), runs))
     was_cut = row["full_length"] > len(ids)
     return ReadRow(form, ids, labels, positions, segment_ids, layout.length, was_cut, segments)
 

@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from multiverse_hf.data.rows import KINDS, TokenKind, token_kinds
-from multiverse_hf.documents import Block, Document, Element, Text
+from multiverse_hf.data.rows import KIND_BY_ROLE, TokenKind, token_kinds
+from multiverse_hf.documents import Document, Element, Parallel, Text
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.tags import TagSet
 
@@ -54,9 +54,9 @@ class Ruler:
         for piece in document.walk():
             if isinstance(piece.node, Text):
                 role = piece.parent.role if isinstance(piece.parent, Element) else None
-                words[KINDS.get(role, TokenKind.ANSWER).name.lower()] += len(piece.text.split())
+                words[KIND_BY_ROLE.get(role, TokenKind.ANSWER).name.lower()] += len(piece.text.split())
             else:
-                num_blocks += isinstance(piece.node, Block) and not piece.closes
+                num_blocks += isinstance(piece.node, Parallel) and not piece.closes
         return Measures(
             num_blocks,
             document.num_paths,

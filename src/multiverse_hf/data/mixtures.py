@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, document, sample_problem
+from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, document, sample_problem
 from multiverse_hf.data.records import Form, Record
 from multiverse_hf.documents import parse_document
 
@@ -13,7 +13,7 @@ from multiverse_hf.documents import parse_document
 class ChainsRow:
     """One training row: a problem and the form in which its answer is learnt."""
 
-    problem: Problem
+    problem: ChainsProblem
     form: Form
 
     @property

@@ -25,7 +25,7 @@ class TokenKind(IntEnum):
     ANSWER = 6  # what stands outside <Think> and blocks, the end token included
 
 
-KINDS = {  # by the role of the innermost element
+KIND_BY_ROLE = {  # by the role of the innermost element
     "think": TokenKind.THINK,
     "parallel": TokenKind.TAG,
     "goal": TokenKind.GOAL,
@@ -74,7 +74,7 @@ def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[boo
     for token in ids:
         role, opens = tags.roles.get(token, (None, False))
         if role is None:
-            kinds.append(KINDS[stack[-1]] if stack else TokenKind.ANSWER)
+            kinds.append(KIND_BY_ROLE[stack[-1]] if stack else TokenKind.ANSWER)
         else:
             kinds.append(TokenKind.TAG)
             num_blocks += (role == block and opens) - (role == block_end and not opens)

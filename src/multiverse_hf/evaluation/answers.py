@@ -39,7 +39,7 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
-from multiverse_hf.data.chains import read_answer
+from multiverse_hf.data.chains import read_chains_answer
 from multiverse_hf.judging.boxes import last_boxed
 from multiverse_hf.judging.equality import Rule, compare_answers
 from multiverse_hf.judging.letters import read_letters
@@ -83,7 +83,7 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
         verifier: for mathematical answers.
     """
     if kind is AnswerKind.CHAINS:
-        said = None if after_thinking(document) is None else read_answer(document)
+        said = None if after_thinking(document) is None else read_chains_answer(document)
         if said is None:
             return Verdict(False, Rule.NO_ANSWER, None)
         return Verdict(str(said) == gold, Rule.LAST_LINE if str(said) == gold else Rule.DIFFERENT, str(said))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, Kind, Problem, sample_problem
+from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, sample_problem
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.errors import CommandError
 
@@ -29,7 +29,7 @@ def unseen_chains(
     seen: Iterable[str] = (),
     max_chains: int = MAX_CHAINS,
     max_ops: int = MAX_OPS,
-) -> Iterator[Problem]:
+) -> Iterator[ChainsProblem]:
     """Draw problems that are not among those seen, each once, for as long as there are any."""
     rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
     while True:

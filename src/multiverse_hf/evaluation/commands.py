@@ -25,7 +25,7 @@ from multiverse_hf.judging.checker import get_checker
 from multiverse_hf.outputs import check_output, json_text, write_output
 
 
-def evaluate(evaluation: Evaluation, output: Path) -> dict[str, Any]:
+def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:
     """Run an evaluation, or what is left of one, and write ``results.json`` and the report.
 
     Raises:
@@ -121,7 +121,7 @@ def print_results(results: dict[str, Any], output: Path) -> None:
     print(f"{output / 'report.html'}\n{output / 'results.json'}")
 
 
-def compare(first: Path, second: Path, output: Path) -> dict[str, Any]:
+def compare_and_report(first: Path, second: Path, output: Path) -> dict[str, Any]:
     """Compare two runs, and write the report.
 
     Raises:

@@ -17,7 +17,7 @@ from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import json_text, output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
-MOST_SHOWN = 20  # flips of a task in the report; comparison.json has all
+MAX_FLIPS = 20  # flips of a task in the report; comparison.json has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def compared_cells(task: Mapping[str, Any], metrics: Sequence[str]) -> list[str]
     return [str(task["problems"]), *differences, str(len(task["helped"])), str(len(task["hurt"]))]
 
 
-def write_page(comparison: Mapping[str, Any]) -> str:
+def comparison_page(comparison: Mapping[str, Any]) -> str:
     """Return the comparison in Markdown. Problems are named by their ids alone."""
     lines = ["# Comparison", ""]
     for side in ("a", "b"):
@@ -196,15 +196,15 @@ def _flips(flips: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = [
         [flip["id"], flip["group"] or "", *(f"{100 * flip[side]:.0f} %" for side in ("before", "after")),
          *(f"{flip[side]:.2f}" for side in ("parallelism_before", "parallelism_after"))]
-        for flip in flips[:MOST_SHOWN]
+        for flip in flips[:MAX_FLIPS]
     ]  # fmt: skip
     lines = markdown_table(header, cells)
-    if len(flips) > MOST_SHOWN:
-        lines += ["", f"And {len(flips) - MOST_SHOWN} more, in comparison.json."]
+    if len(flips) > MAX_FLIPS:
+        lines += ["", f"And {len(flips) - MAX_FLIPS} more, in comparison.json."]
     return lines
 
 
-def draw(path: Path, comparison: Mapping[str, Any]) -> None:
+def draw_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
     """Draw the differences with their intervals, by task and by whether B forks."""
     rows: dict[str, Mapping[str, float]] = {}
     for name, task in comparison["tasks"].items():
@@ -224,9 +224,9 @@ def draw(path: Path, comparison: Mapping[str, Any]) -> None:
 
 def write_comparison(folder: Path, comparison: Mapping[str, Any]) -> None:
     """Write ``comparison.json``, ``.md``, ``.html``, ``.png`` and ``.svg``."""
-    text = write_page(comparison)
+    text = comparison_page(comparison)
     with output_folder(folder) as part:
-        draw(part / "comparison", comparison)
+        draw_comparison(part / "comparison", comparison)
         (part / "comparison.md").write_text(text, encoding="utf-8")
         (part / "comparison.html").write_text(to_html(text, "Comparison"), encoding="utf-8")
         (part / "comparison.json").write_text(json_text(comparison, indent=2), encoding="utf-8")

@@ -78,15 +78,15 @@ def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
     return True
 
 
-def speedup(sequential_seconds: float, parallel_seconds: float) -> float:
+def speedup(autoregressive_seconds: float, parallel_seconds: float) -> float:
     """How many times as fast parallel writing is (paper, section on efficiency).
 
     Raises:
         ValueError: if a time is not positive.
     """
-    if min(sequential_seconds, parallel_seconds) <= 0:
-        raise ValueError(f"times must be positive, got {sequential_seconds} and {parallel_seconds} s")
-    return sequential_seconds / parallel_seconds
+    if min(autoregressive_seconds, parallel_seconds) <= 0:
+        raise ValueError(f"times must be positive, got {autoregressive_seconds} and {parallel_seconds} s")
+    return autoregressive_seconds / parallel_seconds
 
 
 # Of a problem's samples

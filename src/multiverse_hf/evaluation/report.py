@@ -23,7 +23,7 @@ GATED = (
     "The task is gated: `samples/` holds its questions and must not be published. This page holds none of them, and "
     "may be."
 )
-MOST_SHOWN = 100  # wrong answers of a task
+MAX_WRONG = 100  # wrong answers of a task
 TAIL = 2000  # characters of the end of what was written, where an answer stands
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -45,9 +45,9 @@ img {{ max-width: 100% }}
 
 def write_report(folder: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
     """Write ``report.md``, ``report.html`` and the figure they show, ``report.png`` and ``report.svg``."""
-    text = write_page(results, samples)
+    text = report_page(results, samples)
     with output_folder(folder) as part:
-        draw(part / "report", results, samples)
+        draw_report(part / "report", results, samples)
         (part / "report.md").write_text(text, encoding="utf-8")
         (part / "report.html").write_text(to_html(text, f"Evaluation of {results['model']['name']}"), encoding="utf-8")
 
@@ -60,7 +60,7 @@ def to_html(text: str, title: str) -> str:
     return PAGE.format(title=html.escape(title), body=body)
 
 
-def write_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
+def report_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
     """Return the report in Markdown. It shows no problem of a gated task: nothing of those may be published."""
     lines = [f"# Evaluation of {results['model']['name']}, {results['mode']}", "", *_how(results), ""]
     lines += ["![pass@1, # parallel and length of the answers](report.svg)", ""]
@@ -81,10 +81,10 @@ def write_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
         if task["gated"]:
             lines += ["", GATED]
             continue
-        for sample in wrong[:MOST_SHOWN]:
+        for sample in wrong[:MAX_WRONG]:
             lines += ["", *_wrong(sample, results["prompts"]["suffix"])]
-        if len(wrong) > MOST_SHOWN:
-            lines += ["", f"And {len(wrong) - MOST_SHOWN} more; `samples/` has all of them."]
+        if len(wrong) > MAX_WRONG:
+            lines += ["", f"And {len(wrong) - MAX_WRONG} more; `samples/` has all of them."]
     return "\n".join(lines) + "\n"
 
 
@@ -178,7 +178,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], num_samples: int) -> list[str]
     return [*table, "", "Means over problems; in brackets 95 % intervals, bootstrap over problems."]
 
 
-def draw(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
+def draw_report(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
     """Draw pass@1 with its interval, how often each # parallel, and length against tokens."""
     rows = {name: task["metrics"]["pass@1"] for name, task in results["tasks"].items()}
     for name, task in results["tasks"].items():

@@ -22,7 +22,7 @@ from multiverse_hf.evaluation.tasks import Instance, Mode, ProblemSet, Task, loa
 from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import check_output, write_output
 
-POLL_S = 0.005
+_POLL_S = 0.005
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +197,7 @@ def answer_trials(
                 result, seconds = handle.result(), time.perf_counter() - begin
                 yield Answered(trial, opened + checkpoint.decode(result.ids), result.ids, result.stats, seconds)
             if running and len(still) == len(running):
-                time.sleep(POLL_S)
+                time.sleep(_POLL_S)
             running = still
 
 

@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.begun import check_begun, explain_option, name_option, read_begun
-from multiverse_hf.checkpoints import Attention, Dtype
+from multiverse_hf.checkpoints import MAX_NUM_SEQS, Attention, Dtype
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
 from multiverse_hf.evaluation.task_files import find_task
 from multiverse_hf.evaluation.tasks import (
     MAX_NEW_TOKENS,
-    MAX_NUM_SEQS,
     TASKS,
     TEMPERATURE,
     TOP_P,
@@ -117,7 +116,7 @@ class Evaluation:
 Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and gives its results
 OPTION_NAMES = {"num_samples": "n", "tasks": "task"}  # settings whose option has another name
 # May differ when a run is gone on with: they do not change an answer.
-HOW = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
+_MAY_DIFFER = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
 
 
 def check_run(
@@ -139,7 +138,7 @@ def check_run(
         CommandError: if the folder is another run's.
     """
     tasks = evaluation.read_tasks()
-    asked = {name: value for name, value in asdict(evaluation).items() if name not in (*HOW, "rule")}
+    asked = {name: value for name, value in asdict(evaluation).items() if name not in (*_MAY_DIFFER, "rule")}
     asked |= {"tasks": [task.name for task in tasks], "weights": weights, "rules_version": RULES_VERSION}
     if any(task.file for task in tasks):
         asked["rule"] = (evaluation.rule or AnswerKind.MATH).value

@@ -24,7 +24,6 @@ from multiverse_hf.judging.boxes import last_boxed
 
 # Sampling of record (the published example), and the paper's context, which the model's own bounds
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
-MAX_NUM_SEQS = 64  # the engine's own default
 LETTERS = "ABCD"
 
 
@@ -44,6 +43,9 @@ class Mode(StrEnum):
     def structure(self) -> str:
         """What the engine makes of control tags."""
         return "off" if self is Mode.AUTOREGRESSIVE else "guided"
+
+
+SIDES = (Mode.PARALLEL, Mode.AUTOREGRESSIVE)  # what experiments and the demo compare
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_packages(executor: Executor, option: str, needed: Mapping[str, str]) -> None:
+def check_executor(executor: Executor, option: str, needed: Mapping[str, str]) -> None:
     """Check that what is needed can be imported.
 
     Args:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
+from typing import Any
 
 from multiverse_hf.errors import CommandError
 
@@ -32,6 +34,27 @@ class Cluster:
     gpus_per_task: int | None = None
     mem_per_cpu: int | None = None
     dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class JobOutcome:
+    """How a job ended.
+
+    Attributes:
+        result: file with all rows; it is there once the last task has ended.
+        summary: totals over the rows; None while tasks are still to run.
+        finished_before: rows that an earlier command had finished.
+        seconds: duration of this command.
+        job: Slurm's number of the job.
+        script: Slurm's script, for a dry run.
+    """
+
+    result: Path
+    summary: Any = None
+    finished_before: int = 0
+    seconds: float = 0.0
+    job: str | None = None
+    script: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

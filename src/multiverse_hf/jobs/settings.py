@@ -12,7 +12,7 @@ from multiverse_hf.jobs.folders import JobFolder
 from multiverse_hf.outputs import json_text, write_output
 
 
-def settle(
+def begin_or_resume(
     folder: JobFolder,
     output: Path,
     asked: Mapping[str, Any],

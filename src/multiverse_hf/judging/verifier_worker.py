@@ -22,7 +22,7 @@ CPU_S = 120  # of one comparison: an end also where the process that would kill 
 MEMORY = 4 << 30  # bytes; a tower of powers takes all there is before it takes long
 DIGITS = 40  # that numbers are worked out to
 SAME = 1e-30  # relative difference of two numbers that are the same
-MIN_DIGITS = 6  # that a decimal must have to stand for an irrational number
+MIN_ROUNDED_DIGITS = 6  # that a decimal must have to stand for an irrational number
 
 _DECIMAL = re.compile(r"(?<![\w.\\])(\d*)\.(\d+)(?![\d.])")
 _LONE_DECIMAL = re.compile(r"\s*([-+]?)\s*(\d*)\.(\d+)\s*")
@@ -51,7 +51,7 @@ def read(text: str) -> Any:
     return value
 
 
-def compare(gold: str, answer: str) -> tuple[bool, str | None]:
+def compare_expressions(gold: str, answer: str) -> tuple[bool, str | None]:
     """Check whether math-verify holds two answers to be the same, and if it reads them at all."""
     from math_verify import verify
 
@@ -87,7 +87,7 @@ def is_rounded(text: str, value: Any) -> bool:
     from sympy import Expr, Rational
 
     match = _LONE_DECIMAL.fullmatch(text)
-    if match is None or len((match[2] + match[3]).lstrip("0")) < MIN_DIGITS:
+    if match is None or len((match[2] + match[3]).lstrip("0")) < MIN_ROUNDED_DIGITS:
         return False
     if not isinstance(value, Expr) or value.free_symbols or value.is_Rational:
         return False
@@ -139,13 +139,13 @@ def main() -> None:
 
     logging.disable(logging.WARNING)  # math-verify warns at each call without a timeout
     out, sys.stdout = sys.stdout, sys.stderr
-    compare("x", "1")  # imports, before the first clock runs
+    compare_expressions("x", "1")  # imports, before the first clock runs
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
         limit("RLIMIT_CPU", int(time.process_time()) + CPU_S)
         try:
             gold, answer, search = json.loads(line)
-            reply = compare_prose(gold, answer) if search else compare(gold, answer)
+            reply = compare_prose(gold, answer) if search else compare_expressions(gold, answer)
         except (Exception, RecursionError) as err:
             reply = (False, f"{type(err).__name__}: {err}"[:200])
         print(json.dumps(reply), file=out, flush=True)

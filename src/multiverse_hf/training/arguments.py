@@ -98,7 +98,7 @@ class Parser(TrlParser):
         data, training, model_args = self.parse_args_and_config()
         check_arguments(data, training, model_args)
         self.check_base(model_args.model_name_or_path or "")
-        settle(data, training, model_args)
+        fill_defaults(data, training, model_args)
         return data, training, model_args
 
     def parse_args_and_config(self, args: list[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
@@ -219,7 +219,7 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
     check_output(Path(training.output_dir), is_folder=True)
 
 
-def settle(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
+def fill_defaults(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
     """Set what was left open: the curriculum, and the attention implementation; and say so once.
 
     Raises:

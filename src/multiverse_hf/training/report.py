@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from multiverse_hf.data.rows import TokenKind
 from multiverse_hf.outputs import write_output
-
-KINDS = ("tag", "goal", "path", "conclusion", "think", "answer")
 
 
 def finish_run(record: dict[str, Any], trainer: Any, metrics: dict[str, Any]) -> None:
@@ -27,7 +26,7 @@ def finish_run(record: dict[str, Any], trainer: Any, metrics: dict[str, Any]) ->
     text = json.dumps(record | {"metrics": metrics, "last_evaluation": evaluation}, indent=1, default=str)
     num_epochs = max(1, round(trainer.state.epoch or 1))
     draw_run(output / "report.png", history, [trainer.sampler.parallel_share(epoch) for epoch in range(num_epochs)])
-    write_output(output / "report.md", write_page(json.loads(text), "report.png"))
+    write_output(output / "report.md", run_page(json.loads(text), "report.png"))
     write_output(output / "run.json", text + "\n")
     (output / "begun.json").unlink(missing_ok=True)
     print(f"report: {output / 'report.md'}")
@@ -57,7 +56,7 @@ def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequenc
     curve(loss, steps, "loss", "training")
     curve(loss, evals, "eval_loss", "evaluation")
     loss.set(title="Loss", xlabel="step", ylabel="nats per token")
-    for kind in KINDS:
+    for kind in (each.name.lower() for each in TokenKind):
         curve(kinds, steps, f"loss_{kind}", kind)
     kinds.set(title="Loss by kind of token", xlabel="step", ylabel="nats per token", yscale="log")
     epochs = range(1, len(shares) + 1)
@@ -79,7 +78,7 @@ def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequenc
     figure.savefig(path, dpi=110)
 
 
-def write_page(record: Mapping[str, Any], picture: str) -> str:
+def run_page(record: Mapping[str, Any], picture: str) -> str:
     """Give a run's page in Markdown.
 
     Args:

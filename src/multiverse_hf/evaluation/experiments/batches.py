@@ -17,13 +17,12 @@ from multiverse_hf.evaluation.experiments.subject import Subject, describe, show
 from multiverse_hf.evaluation.experiments.timing import Timed, in_turns
 from multiverse_hf.evaluation.figures import log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.metrics import parallelism, speedup
+from multiverse_hf.evaluation.tasks import SIDES
 
-REPEATS = 3
 SIZES = (1, 2, 4, 8, 16)
-SIDES = {"parallel": "guided", "sequential": "off"}
 
 
-def measure_batches(subject: Subject, sizes: Sequence[int] = SIZES, repeats: int = REPEATS) -> dict[str, Any]:
+def measure_batches(subject: Subject, sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     """Answer all problems in batches of each size, on both sides, in turns: the work is the same at every size.
 
     A size that is greater than the number of problems has one batch, which begins with the first of them again.
@@ -34,8 +33,8 @@ def measure_batches(subject: Subject, sizes: Sequence[int] = SIZES, repeats: int
         runs: dict[str, list[list[Timed]]] = {side: [] for side in SIDES}
         with subject.engine(max_num_seqs=size) as time_answers:
             time_answers(prompts[:1])
-            for side in shown(in_turns(list(SIDES), repeats), len(SIDES) * repeats, f"batch {size}"):
-                runs[side].append([time_answers(batch, structure=SIDES[side]) for batch in batches])
+            for side in shown(in_turns(SIDES, repeats), len(SIDES) * repeats, f"batch {size}"):
+                runs[side].append([time_answers(batch, structure=side.structure) for batch in batches])
         rows.append({"batch": size, "batches": len(batches)} | _summarize_size(runs))
     return describe(subject, "batch") | {"repeats": repeats, "rows": rows}
 
@@ -56,7 +55,9 @@ def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, 
     per_token = {
         side: [total(of, "seconds") / total(of, "num_tokens") for of in turns] for side, turns in runs.items()
     }
-    ratios = [speedup(slow, fast) for slow, fast in zip(per_token["sequential"], per_token["parallel"], strict=True)]
+    ratios = [
+        speedup(slow, fast) for slow, fast in zip(per_token["autoregressive"], per_token["parallel"], strict=True)
+    ]
     first = {side: turns[0] for side, turns in runs.items()}
     answers = {side: [result for timed in of for result in timed.results] for side, of in first.items()}
     return {
@@ -71,7 +72,7 @@ def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, 
             side: round(statistics.median(total(of, "prompt_seconds") + total(of, "seconds") for of in turns), 4)
             for side, turns in runs.items()
         },
-        "speedup": round(speedup(*(statistics.median(per_token[side]) for side in ("sequential", "parallel"))), 4),
+        "speedup": round(speedup(*(statistics.median(per_token[side]) for side in ("autoregressive", "parallel"))), 4),
         "min": round(min(ratios), 4),
         "max": round(max(ratios), 4),
     }
@@ -81,8 +82,8 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
     """Return what came out, in lines for people."""
     lines = [
         f"batch {row['batch']:3}: {row['speedup']:.2f} times as fast per token [{row['min']:.2f}, {row['max']:.2f}], "
-        f"# parallel {row['parallelism']:.2f}; {row['answers']} answers in {row['seconds']['parallel']:.1f} s, one "
-        f"token after the other in {row['seconds']['sequential']:.1f} s, {row['same_documents']} of them the same"
+        f"# parallel {row['parallelism']:.2f}; {row['answers']} answers in {row['seconds']['parallel']:.1f} s, "
+        f"autoregressive in {row['seconds']['autoregressive']:.1f} s, {row['same_documents']} of them the same"
         for row in result["rows"]
     ]
     return [*lines, f"the paper's engine: about the same at batch {paper.BATCH_SIZES[0]} to {paper.BATCH_SIZES[1]}"]

@@ -16,10 +16,9 @@ from multiverse_hf.evaluation.experiments import paper
 from multiverse_hf.evaluation.figures import error_bars, log_axis, make_figure, save_figure
 from multiverse_hf.evaluation.report import show
 from multiverse_hf.evaluation.settings import Evaluate, Evaluation
-from multiverse_hf.evaluation.tasks import Mode
+from multiverse_hf.evaluation.tasks import SIDES
 
 BUDGETS = (128, 192, 256, 320, 384, 512, 768, 1024, 1536)
-SIDES = {"parallel": Mode.PARALLEL, "autoregressive": Mode.AUTOREGRESSIVE}
 
 
 def measure_budgets(
@@ -39,13 +38,13 @@ def measure_budgets(
     """
     if len(evaluation.tasks) != 1:
         raise CommandError(f"a budget curve is of one task, got {', '.join(evaluation.tasks)}; name one")
-    models = {"parallel": evaluation.model, "autoregressive": autoregressive}
+    models = dict(zip(SIDES, (evaluation.model, autoregressive), strict=True))
     task, rows, runs = evaluation.read_tasks()[0].name, [], {}
     for budget in sorted(set(budgets)):
         row: dict[str, Any] = {"budget": budget}
-        for side, mode in SIDES.items():
+        for side in SIDES:
             folder = output / f"{side}-{budget}"
-            asked = replace(evaluation, model=models[side], mode=mode, max_new_tokens=budget)
+            asked = replace(evaluation, model=models[side], mode=side, max_new_tokens=budget)
             runs[side] = evaluate(asked, folder)
             metrics = runs[side]["tasks"][task]["metrics"]
             row[side] = {name: metrics[name] for name in ("pass@1", "parallelism", "length", "tokens", "finished")}

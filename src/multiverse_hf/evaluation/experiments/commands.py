@@ -34,6 +34,6 @@ def run_experiment(name: str, measure: Callable[[], dict[str, Any]], output: Pat
     with output_folder(output) as part:
         (part / f"{name}.json").write_text(json_text(result, indent=1), encoding="utf-8")
         if module is suite:
-            (part / "table.md").write_text(suite.write_page(result), encoding="utf-8")
+            (part / "table.md").write_text(suite.table_page(result), encoding="utf-8")
         module.draw(part / name, result)
     print(*module.summarize(result), output / f"{name}.png", sep="\n")

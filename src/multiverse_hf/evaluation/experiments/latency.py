@@ -19,8 +19,6 @@ from multiverse_hf.evaluation.experiments.subject import Subject, describe, show
 from multiverse_hf.evaluation.experiments.timing import in_turns
 from multiverse_hf.evaluation.figures import make_figure, save_figure
 
-REPEATS = 3
-
 
 @dataclass(frozen=True)
 class Fit:
@@ -65,7 +63,7 @@ def fit(parallelism: Sequence[float], latency: Sequence[float]) -> Fit:
     return Fit(float(a), float(b), r_squared, 100 * float(np.abs(residuals / y).max()))
 
 
-def measure_latency(subject: Subject, repeats: int = REPEATS) -> dict[str, Any]:
+def measure_latency(subject: Subject, repeats: int) -> dict[str, Any]:
     """Answer every problem alone, several times, in turns, and fit the medians.
 
     Raises:

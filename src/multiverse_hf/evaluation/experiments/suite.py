@@ -95,7 +95,7 @@ def _cells(row: str, task: str, results: Mapping[str, Any]) -> list[str]:
     return [*shown, f"{theirs.accuracy} %", "" if theirs.parallelism is None else f"{theirs.parallelism}"]
 
 
-def write_page(result: Mapping[str, Any]) -> str:
+def table_page(result: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with the paper's numbers where its tasks are among ours."""
     head = result["rows"]["parallel"]
     asked = [f"{row}: `{of['model']['name']}`, `{of['prompts']['template']}`." for row, of in result["rows"].items()]

@@ -25,7 +25,7 @@ from multiverse_hf.evaluation.run import Trial, answer_trials, sample_seed
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import TASKS, Instance, Mode
 
-OPTIONS: dict[str, Any] = {
+MODEL_OPTIONS: dict[str, Any] = {
     "temperature": float,
     "top_p": float,
     "seed": int,
@@ -51,14 +51,14 @@ def read_name(text: str) -> tuple[str | None, dict[str, Any]]:
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
-        if key not in OPTIONS or not equals:
-            close = difflib.get_close_matches(key, OPTIONS, 1)
+        if key not in MODEL_OPTIONS or not equals:
+            close = difflib.get_close_matches(key, MODEL_OPTIONS, 1)
             hint = f"did you mean {close[0]}? " if close else ""
-            raise ValueError(f"no option {pair!r} after the model's name; {hint}there are {', '.join(OPTIONS)}")
+            raise ValueError(f"no option {pair!r} after the model's name; {hint}there are {', '.join(MODEL_OPTIONS)}")
         try:
-            options[key] = OPTIONS[key](value)
+            options[key] = MODEL_OPTIONS[key](value)
         except ValueError as err:
-            raise ValueError(f"{key} takes {OPTIONS[key].__name__}, got {value!r}") from err
+            raise ValueError(f"{key} takes {MODEL_OPTIONS[key].__name__}, got {value!r}") from err
     return None if name == "multiverse" else name, options
 
 

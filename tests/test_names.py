@@ -1,0 +1,60 @@
+"""Names: a public name at the top of a module of src/ has one definition, so a reader finds one meaning for it."""
+
+import ast
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+SRC = Path(__file__).resolve().parent.parent / "src" / "multiverse_hf"
+# name -> where it may be defined more than once: a convention of Python, a command, or a hook that one caller calls
+CONVENTIONAL = {
+    "main": "",
+    "logger": "",
+    "generate": "cli/generate.py modeling/generation.py",  # the command, and what it is named after
+    "draw": "evaluation/experiments/",
+    "summarize": "evaluation/experiments/",
+    "round_up": "modeling/pages.py modeling/static.py",  # one of them is to go
+}
+
+
+def defined_names(text: str) -> Iterator[str]:
+    """Yield the public classes, functions and constants that a module defines at its top."""
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            found = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)]
+        else:
+            continue
+        yield from (name for name in found if not name.startswith("_"))
+
+
+def repeated_names(modules: dict[str, str]) -> dict[str, list[str]]:
+    """Return the names that several modules define, with those modules."""
+    places: dict[str, list[str]] = defaultdict(list)
+    for module, text in modules.items():
+        for name in sorted(set(defined_names(text))):
+            places[name].append(module)
+    return {name: found for name, found in places.items() if len(found) > 1}
+
+
+def is_conventional(name: str, modules: list[str]) -> bool:
+    if name not in CONVENTIONAL:
+        return False
+    allowed = CONVENTIONAL[name].split()
+    return not allowed or all(module.startswith(tuple(allowed)) for module in modules)
+
+
+def test_no_public_name_is_defined_in_two_modules():
+    modules = {str(path.relative_to(SRC)): path.read_text(encoding="utf-8") for path in sorted(SRC.rglob("*.py"))}
+    assert "documents.py" in modules
+    repeated = repeated_names(modules)
+    assert {name: found for name, found in repeated.items() if not is_conventional(name, found)} == {}
+
+
+def test_a_name_of_two_modules_is_found_whatever_defines_it():
+    first = "LIMIT, _OWN = 1, 2\nclass Row: ...\ndef read(): ...\nasync def ask(): ..."
+    second = "LIMIT: int = 2\n_OWN = 3\nRow = dict\ndef ask(): ...\nclass Column:\n    def read(self): ..."
+    assert set(repeated_names({"a.py": first, "b.py": second})) == {"LIMIT", "Row", "ask"}
+    assert not is_conventional("draw", ["evaluation/experiments/budget.py", "cli/inspect.py"])
