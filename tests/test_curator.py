@@ -19,7 +19,7 @@ import rule_server
 from rapidfuzz.distance import Levenshtein
 
 from multiverse_hf.curator.answers import AnswerChecker, boxed, concluded_answers, final_answers
-from multiverse_hf.curator.assembly import parallelism, reasoning_of
+from multiverse_hf.curator.assembly import character_parallelism, reasoning_of
 from multiverse_hf.curator.calls import CallLog
 from multiverse_hf.curator.checks import check_content, check_independence, distance
 from multiverse_hf.curator.drafts import Draft, Limits, Refusal
@@ -392,8 +392,8 @@ def test_parallelism_is_all_text_over_the_longest_way():
         "<Conclusion>e</Conclusion></Parallel>"
     )
     shared = 21 + 13 + 2 * 20 + 26
-    assert parallelism(found) == (shared + 17 + 15) / (shared + 17)
-    assert parallelism(parse_document("text")) == parallelism(parse_document("")) == 1
+    assert character_parallelism(found) == (shared + 17 + 15) / (shared + 17)
+    assert character_parallelism(parse_document("text")) == character_parallelism(parse_document("")) == 1
 
 
 # Answers

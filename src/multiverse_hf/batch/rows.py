@@ -141,7 +141,7 @@ def check_input(path: Path) -> tuple[int, str, str | None]:
         How many rows it has; the SHA-256 of its bytes; what ids count where a row has none, None if all have one.
 
     Raises:
-        CommandError: as :func:`read_rows`; if there is no row, or two have the same id.
+        CommandError: as :func:`read_prompt_rows`; if there is no row, or two have the same id.
     """
     if path.exists() and not path.is_file():
         raise CommandError(f"{path} is not a file; give --input one: each task reads it, and again later")
@@ -163,7 +163,7 @@ def read_unchanged(path: Path, digest: str) -> Iterator[PromptRow]:
     """Read the rows of an input that was checked before.
 
     Raises:
-        CommandError: as :func:`read_rows`; at the end, if it is not what it was then.
+        CommandError: as :func:`read_prompt_rows`; at the end, if it is not what it was then.
     """
     now = hashlib.sha256()
     yield from read_prompt_rows(path, now)
