@@ -279,7 +279,7 @@ def test_a_row_that_can_never_be_answered_says_so_and_stops_nothing(tmp_path: Pa
     assert too_long["document"] is too_long["stats"] is None
     again = call(capfd, "--input", source, "--output", folder, "--max-cache-tokens", 200, *SHORT)
     assert "already complete: 3 rows" in again.stdout
-    assert "2 could not be answered; first row 1: the prompt has" in again.stderr
+    assert "2 could not be answered; first row 2: the prompt has" in again.stderr
 
 
 def test_a_model_that_can_answer_nothing_fails_the_run_not_its_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
