@@ -1,10 +1,10 @@
-"""Wall clock of whole answers: the embedded model, in parallel against one token after the other, on one problem set.
+"""Wall clock of whole answers: the embedded model, in parallel against autoregressive, on one problem set.
 
 Flat chains problems, greedy, five sides that take turns on every problem:
 
 - parallel: ``model.generate`` with the parallel suffix; paths are written at the same time.
-- off: the same prompt on the same engine with ``structure="off"``: the same document, one token after the other.
-- off, sequential suffix: the engine, one token after the other, with the prompt that asks for a sequential answer.
+- off: the same prompt on the same engine with ``structure="off"``: the same document, autoregressively.
+- off, sequential suffix: the engine, autoregressively, with the prompt that asks for a sequential answer.
 - transformers: ``generate`` of the plain ``AutoModelForCausalLM`` on the same checkpoint and the parallel suffix.
 - transformers, sequential suffix.
 

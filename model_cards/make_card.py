@@ -35,7 +35,7 @@ UNKNOWING = "Nothing is known here of its training or accuracy."  # in the card 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 PLACES = ("OWNER/", "SAY HERE")  # what a template leaves open
 KINDS = {str: "text", str | None: "text", list[str]: "a list of texts", bool: "true or false", int: "a whole number"}
-SUFFIXES = {"parallel": PARALLEL_SUFFIX, "sequential": SEQUENTIAL_SUFFIX}
+SUFFIXES = {"parallel": PARALLEL_SUFFIX, "autoregressive": SEQUENTIAL_SUFFIX}
 # Tasks of multiverse eval by the names that people know.
 TITLES = {
     "mv:aime24": "AIME 2024", "mv:aime25": "AIME 2025", "mv:math_500": "MATH-500", "mv:gpqa_diamond": "GPQA Diamond",
@@ -65,7 +65,7 @@ class Facts:
 
     Attributes:
         name: of the model.
-        mode: "parallel", or "sequential" for an autoregressive twin.
+        mode: "parallel" or "autoregressive".
         license: of the weights, the Hub's name of it.
         summary: a sentence or two.
         example: a prompt, without its suffix.
@@ -196,7 +196,7 @@ def read_facts(path: Path) -> Facts:
             raise CommandError(f"{path}: {name} is {KINDS[kind]}, got {value!r:.40}")
     facts = Facts(**given)
     if facts.mode not in SUFFIXES:
-        raise CommandError(f"{path}: mode is parallel or sequential, got {facts.mode!r}")
+        raise CommandError(f"{path}: mode is parallel or autoregressive, got {facts.mode!r}")
     if facts.max_new_tokens < 1:
         raise CommandError(f"{path}: max_new_tokens must be at least 1, got {facts.max_new_tokens}")
     return facts
@@ -392,7 +392,7 @@ def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
 def describe_elsewhere(folder: Path, facts: Facts, architecture: str) -> str:
     """Say what the files are to other loaders."""
     plain = f"an ordinary {architecture}"
-    if facts.mode == "sequential":
+    if facts.mode == "autoregressive":
         return f"It is {plain} to every loader, and never forks."
     if facts.is_embedded:
         return (

@@ -215,7 +215,7 @@ BAD = {
     "no facts": ("", None, "holds no facts"),
     "no name": ("name:", None, "lacks name"),
     "an unknown fact": ("licence: mit", None, "no fact 'licence'; did you mean license?"),
-    "a wrong mode": ("mode: both", None, "mode is parallel or sequential, got 'both'"),
+    "a wrong mode": ("mode: both", None, "mode is parallel or autoregressive, got 'both'"),
     "no YAML": ("a: [", None, "cannot read"),
     "a fact of another kind": ("language: [en]", None, "language is text, got ['en']"),
     "no positions": ("max_new_tokens: -1", None, "max_new_tokens must be at least 1, got -1"),

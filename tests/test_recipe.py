@@ -403,14 +403,14 @@ def test_the_papers_table_in_miniature_is_made_by_one_command_that_repeats_nothi
     table = json.loads((tmp_path / "table/table.json").read_text())
     assert (table["settings"]["num_rows"], len(table["rows"])) == (64, 4)
     seed = tmp_path / "table/seed-3"
-    for name, settings in (("parallel", {"sequential": False}), ("sequential", {"sequential": True})):
+    for name, settings in (("parallel", {"sequential": False}), ("autoregressive", {"sequential": True})):
         record = json.loads((seed / name / "run.json").read_text())
         steps = json.loads(next((seed / name).glob("checkpoint-*/trainer_state.json")).read_text())["global_step"]
         assert (record["training"]["seed"], record["data"]["rows_seed"], steps) == (3, 4, 8)
         assert settings.items() <= record["data"].items()
     files = (
         "base-parallel",
-        "sequential-sequential",
+        "autoregressive-sequential",
         "parallel-sequential",
         "parallel-parallel",
     )  # in the rows' order

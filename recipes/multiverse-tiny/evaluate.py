@@ -1,7 +1,7 @@
 """Measure a checkpoint on unseen chains problems: accuracy, # parallel, forks, well-formedness.
 
     python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/parallel --output evaluation.json
-    python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/sequential --suffix sequential
+    python recipes/multiverse-tiny/evaluate.py --model runs/multiverse-tiny/autoregressive --suffix sequential
 
 Greedy and guided, unless told otherwise. Problems of the run's own training rows (``run.json`` beside the model) are
 left out. ``multiverse eval --task mv:chains`` asks a fixed set of 300, with intervals and resumable; this asks many

@@ -27,7 +27,7 @@ KINDS = ("single", "flat", "nested")
 # name in the table: (which model, suffix of its prompts)
 ROWS = {
     "base, random weights": ("base", "parallel"),
-    "autoregressive twin": ("sequential", "sequential"),
+    "autoregressive twin": ("autoregressive", "sequential"),
     "Multiverse-zero (sequential suffix)": ("parallel", "sequential"),
     "Multiverse": ("parallel", "parallel"),
 }
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[int, dict[st
             call(
                 folder / "base.log", str(HERE / "make_base.py"), "--output", str(folder / "base"), "--seed", str(seed)
             )
-    models = [(folders[seed], seed, name, args) for seed in args.seeds for name in ("parallel", "sequential")]
+    models = [(folders[seed], seed, name, args) for seed in args.seeds for name in ("parallel", "autoregressive")]
     list(pool.map(lambda model: train(*model), models))
     asked = [(folders[seed], seed, row, args) for seed in args.seeds for row in ROWS]
     reports = pool.map(lambda question: evaluate(*question), asked)

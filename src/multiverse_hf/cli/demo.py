@@ -1,4 +1,4 @@
-"""The demo: problems shown as they are solved, and the same model timed in parallel and one token after another."""
+"""The demo: problems shown as they are solved, and the same model timed in parallel and autoregressively."""
 
 import os
 import random
@@ -236,7 +236,7 @@ def demo(
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Solve a few problems, show the branches, and time the same model in parallel and one token after the other.
+    """Solve a few problems, show the branches, and time the same model in parallel and autoregressively.
 
     \b
     Examples:

@@ -32,7 +32,7 @@ class Mode(StrEnum):
 
     PARALLEL = "parallel"  # asked to think in parallel, free to branch
     ZERO = "zero"  # asked to think step by step, free to branch all the same
-    AUTOREGRESSIVE = "autoregressive"  # asked to think step by step, one token after the other
+    AUTOREGRESSIVE = "autoregressive"  # asked to think step by step, and decoded without branches
 
     @property
     def suffix(self) -> Suffix:

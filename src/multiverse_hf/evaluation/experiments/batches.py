@@ -1,7 +1,7 @@
 """Figure 8b: how much faster parallel writing is, against the batch size.
 
 The same problems are answered in batches of each size, twice by the same model and engine: in parallel, and with
-``structure="off"``, which writes the same documents one token after the other. The speedup is the ratio of seconds per
+``structure="off"``, which writes the same documents autoregressively. The speedup is the ratio of seconds per
 token, from the first token chosen. It stays as long as a step is bound by reading the weights (paper, section on
 efficiency). ``benchmarks/batch_scaling.py`` measures the same with random weights of any size, on blocks of a given
 shape.

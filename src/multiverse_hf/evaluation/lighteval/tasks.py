@@ -1,7 +1,7 @@
 """The tasks for LightEval 0.13: ``--custom-tasks multiverse_hf.evaluation.lighteval.tasks``.
 
 ``mv:math_500`` asks in parallel; ``mv:math_500:zero`` and ``mv:math_500:autoregressive`` with the sequential suffix,
-the latter, through the adapter, one token after the other. So too for aime24, aime25, gpqa_diamond and chains.
+the latter, through the adapter, autoregressively. So too for aime24, aime25, gpqa_diamond and chains.
 Prompts, answers and rules are those of ``multiverse eval``. ``mv:math_500@n=4|0`` draws four answers to each problem.
 
 LightEval has no options of tasks; these environment variables stand in for them:
