@@ -51,6 +51,38 @@ def call(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str, **names:
     return 0
 
 
+@pytest.mark.slow
+def test_a_small_model_trains_with_the_number_of_threads_that_is_measured_to_be_best(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from multiverse_hf.modeling import threads
+    from multiverse_hf.training.trainer import MultiverseSFTTrainer
+
+    monkeypatch.chdir(base)
+    for name in threads._FIXED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_DEFAULT", 2)
+    monkeypatch.setattr(threads, "_measure", lambda model, width, own: 1)  # tests/test_threads.py has the measurement
+    step, seen = MultiverseSFTTrainer.training_step, []
+
+    def watched(self: MultiverseSFTTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        seen.append(torch.get_num_threads())
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(MultiverseSFTTrainer, "training_step", watched)
+    own = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        options = ["--use_cpu", "--bf16", "false", "--dataset_name", "chains", "--num_rows", "16", "--max_steps", "2"]
+        options += ["--model_name_or_path", "base", "--report_to", "none"]
+        assert call(monkeypatch, SFT, *options, "--output_dir", "threads") == 0
+        assert (seen, torch.get_num_threads()) == ([1, 1], 2)
+    finally:
+        torch.set_num_threads(own)
+
+
 # A user's own documents
 
 
