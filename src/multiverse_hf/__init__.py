@@ -1,4 +1,4 @@
-"""Multiverse models on the Hugging Face stack: parallel generation that a model decides itself (arXiv:2506.09991).
+"""Multiverse models on the Hugging Face stack: a model decides what to write in parallel (arXiv:2506.09991).
 
 Importing the package is cheap: the public names below are imported when first used, and torch with them.
 """
@@ -41,7 +41,7 @@ _LAZY_EXPORTS = {
 
 
 def embedded_model(name: str = "multiverse-tiny") -> str:
-    """Give the folder of a checkpoint that comes with the package.
+    """Return the folder of a checkpoint that comes with the package.
 
     Args:
         name: ``multiverse-tiny``, or ``multiverse-tiny-sequential``, its autoregressive twin.
@@ -61,7 +61,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
     value = getattr(import_module(_LAZY_EXPORTS[name]), name)
-    globals()[name] = value  # so that the next access does not come here
+    globals()[name] = value  # the next access does not call this
     return value
 
 

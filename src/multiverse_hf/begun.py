@@ -1,4 +1,4 @@
-"""What a run is begun with, kept in its folder: a folder is gone on with only as it was begun."""
+"""The settings that a run began with, kept in its folder. A run is continued only with the same settings."""
 
 import json
 from collections.abc import Callable, Collection, Mapping
@@ -11,7 +11,7 @@ Explain = Callable[[str, Mapping[str, Any], Any], str]
 
 
 def read_begun(path: Path) -> dict[str, Any] | None:
-    """Return the settings that a run was begun with, None if none was.
+    """Return the settings that a run began with; None if no run began.
 
     Raises:
         CommandError: if the file cannot be read.
@@ -30,14 +30,14 @@ def read_begun(path: Path) -> dict[str, Any] | None:
 def check_begun(
     output: Path, stored: Mapping[str, Any], asked: Mapping[str, Any], may_differ: Collection[str], explain: Explain
 ) -> None:
-    """Check that a run goes on as it was begun.
+    """Check that a run continues with the settings it began with.
 
     Args:
         output: its folder, as the user gave it.
-        stored: the settings it was begun with.
+        stored: the settings it began with.
         asked: the settings now.
-        may_differ: names of those that do not matter.
-        explain: says in words how a setting differs: (its name, all that is stored, what is asked) -> "with ...".
+        may_differ: names of settings that may differ.
+        explain: describes how a setting differs: (name, all stored settings, asked value) -> "with ...".
 
     Raises:
         CommandError: if a setting differs.
@@ -49,14 +49,14 @@ def check_begun(
 
 
 def name_option(name: str, value: Any) -> str:
-    """Write a setting as the option that sets it."""
+    """Return a setting as the option that sets it."""
     return f"--{name.replace('_', '-')} {', '.join(value) if isinstance(value, list) else value}"
 
 
 def explain_option(
     name: str, stored: Mapping[str, Any], value: Any, write: Callable[[str, Any], str] = name_option
 ) -> str:
-    """Say how a setting differs that an option sets, which ``write`` writes."""
+    """Return how a setting differs from the stored one. ``write`` writes it as an option."""
     there = stored.get(name)
     was = f"with {write(name, there)}" if there is not None else f"without {write(name, value)}"
     return was + (f", now it is {write(name, value)}" if None not in (there, value) else "")

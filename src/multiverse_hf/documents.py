@@ -1,8 +1,8 @@
 """Text <-> tree for Multiverse documents: parse, render, validate, and strip to sequential text.
 
-A document is a whole answer as text. Its tree mirrors the text piece by piece, so rendering returns the very same
-text. Only the names in ``TagNames`` are control tags; any other ``<`` is text. Parsing refuses what forms no tree;
-``validate`` then finds what still makes a well-formed document unfit as a training row.
+A document is a whole answer as text. Its tree mirrors the text piece by piece, so rendering returns the same text.
+Only the names in ``TagNames`` are control tags; any other ``<`` is text. Parsing refuses text whose tags form no tree.
+``validate`` then finds what makes a well-formed document unfit as a training row.
 
     document: text, <Think> regions and blocks      block: <Parallel> goal path+ conclusion </Parallel>
     <Think>, <Path>: text and blocks                goal:  outline+
@@ -42,14 +42,14 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Element:
-    """What stands between an open and a close tag: text and further elements, in order."""
+    """The content between an open and a close tag: text and other elements, in order."""
 
     role: ClassVar[str]
     children: tuple["Text | Element", ...]
 
     @property
     def text(self) -> str:
-        """The element's own text, without that of the elements in it."""
+        """The element's own text, without the text of the elements in it."""
         return "".join(child.text for child in self.children if isinstance(child, Text))
 
     @property
@@ -60,13 +60,13 @@ class Element:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing but whitespace and a label is in it."""
+        """Whether it holds only whitespace and a label."""
         has_elements = any(isinstance(child, Element) for child in self.children)
         return not has_elements and not _split_label(self.text)[1].strip()
 
 
 def _split_label(text: str) -> tuple[str | None, str]:
-    """Split a leading label off a text, the label without its colon."""
+    """Return a text's leading label without its colon, None if it has none, and the rest."""
     match = LABEL.match(text)
     return (match[1], text[match.end() :]) if match else (None, text)
 
@@ -155,9 +155,9 @@ class Document:
     tags: TagNames = field(default=MULTIVERSE)
 
     def walk(self) -> Iterator[DocumentPiece]:
-        """Give every piece of the document in the order of its text. Tags that the family lacks are empty pieces."""
+        """Yield every piece of the document in text order. Tags that the family lacks are empty pieces."""
         offset, tags = 0, _open_close(self.tags)
-        # A stack instead of recursion, so that no depth of nesting can exhaust the interpreter's own.
+        # A stack instead of recursion: deep nesting cannot exhaust Python's own stack.
         stack: list[tuple[Text | Element, Element | Document, int, bool]]
         stack = [(child, self, 0, False) for child in reversed(self.children)]
         while stack:
@@ -174,11 +174,11 @@ class Document:
             offset += len(text)
 
     def render(self) -> str:
-        """Return the text; for a parsed document, the very text that was parsed."""
+        """Return the text; for a parsed document, the text that was parsed."""
         return "".join(piece.text for piece in self.walk())
 
     def blocks(self) -> Iterator[tuple[Parallel, int]]:
-        """Give every block with its depth (1 for an outermost one), in the order in which they open."""
+        """Yield every block with its depth (1 for an outermost block), in the order in which they open."""
         stack = [(child, 0) for child in reversed(self.children)]
         while stack:
             node, depth = stack.pop()
@@ -195,15 +195,15 @@ class Document:
 
     @property
     def depth(self) -> int:
-        """How deep blocks nest: 0 without a block, 1 where none is inside a path."""
+        """How deep blocks nest: 0 without a block, 1 if no block is inside a path."""
         return max((depth for _, depth in self.blocks()), default=0)
 
     def sequential(self) -> str:
         """Return the autoregressive version: each block is replaced by the text of its paths, one after the other.
 
-        Tags, goals, outlines and conclusions are dropped, and with them stray text between structural tags. The label
-        that leads a path goes too. ``<Think>`` is not parallel structure and stays. Where a block or a path began or
-        ended stands exactly one newline, or none at either end of the document; all other text is unchanged.
+        Tags, goals, outlines, conclusions and stray text between structural tags are dropped, and so is the label at
+        the start of a path. ``<Think>`` is not parallel structure and stays. One newline replaces each boundary of a
+        block or a path, except at the ends of the document. All other text is unchanged.
         """
         kept: list[str] = []
         cut = at_path_start = False
@@ -214,7 +214,7 @@ class Document:
                 text = _split_label(piece.text)[1] if at_path_start else piece.text
             elif isinstance(piece.node, Think):
                 text = piece.text
-            else:  # a tag of a block: drop the whitespace before it; ``cut`` has that after it dropped
+            else:  # a tag of a block: drop the whitespace before it; ``cut`` drops the whitespace after it
                 cut, at_path_start = True, isinstance(piece.node, Path) and not piece.closes
                 while kept and not kept[-1].strip():
                     kept.pop()
@@ -271,13 +271,13 @@ class DocumentError(ValueError):
 
 
 def _line_column(text: str, offset: int) -> tuple[int, int]:
-    """Give the 1-based line and column of an offset."""
+    """Return the 1-based line and column of an offset."""
     return text.count("\n", 0, offset) + 1, offset - text.rfind("\n", 0, offset)
 
 
 @dataclass(slots=True)
 class _Open:
-    """An element whose close tag has not come yet."""
+    """An element whose close tag was not read yet."""
 
     role: str
     state: str  # key into _GRAMMAR
@@ -287,7 +287,7 @@ class _Open:
 
 @lru_cache(maxsize=32)
 def _open_close(tags: TagNames) -> dict[str, tuple[str, str]]:
-    """Give the open and the close tag of each role; empty ones for a role that the family lacks."""
+    """Return the open and the close tag of each role; both are empty if the family lacks the role."""
     return {
         role: ("", "") if getattr(tags, role) is None else (tags.open(role), tags.close(role)) for role in _ELEMENTS
     }
@@ -295,7 +295,7 @@ def _open_close(tags: TagNames) -> dict[str, tuple[str, str]]:
 
 @lru_cache(maxsize=32)
 def _moves(tags: TagNames) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
-    """Write _GRAMMAR in a family's tags: a pattern of all tags, and by state each allowed tag with its move."""
+    """Return _GRAMMAR in a family's tags: a pattern of all tags, and by state each allowed tag with its move."""
     moves: dict[str, dict[str, str]] = {}
     for state, allowed in _GRAMMAR.items():
         moves[state] = {}
@@ -310,14 +310,14 @@ def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
     """Read a text into its tree.
 
     Args:
-        text: a whole document; anything but a control tag is free text, ``<``, ``&`` and unknown tags included.
+        text: a whole document. Everything except control tags is free text, including ``<``, ``&`` and unknown tags.
         tags: the names of the control tags. Without ``parallel``, a block runs from its goal to its conclusion.
 
     Returns:
         The tree, whose ``render()`` is ``text``.
 
     Raises:
-        DocumentError: if the tags form no tree of the grammar above, at the first tag that does not fit.
+        DocumentError: if the tags form no tree of the grammar above; it names the first tag that does not fit.
     """
     pattern, moves = _moves(tags)
     open_elements = [_Open("document", "document", 0)]
@@ -355,7 +355,7 @@ def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
 
 
 def _unexpected(text: str, offset: int, found: str, current: _Open, tags: TagNames) -> DocumentError:
-    """Explain a tag, or an end, that does not fit into the innermost open element."""
+    """Return the error for a tag, or an end of the text, that does not fit into the innermost open element."""
     expected = " or ".join(_moves(tags)[1][current.state])
     if current.role == "document":
         advice = f"remove {found}, or put it inside the element it belongs to"
@@ -368,18 +368,19 @@ def _unexpected(text: str, offset: int, found: str, current: _Open, tags: TagNam
 
 
 def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
-    """Find everything that makes a well-formed document unfit as a training row.
+    """Return every problem that makes a well-formed document unfit as a training row.
 
-    That is: a path too many or too few for the outlines; labels that do not agree (an outline without one stands for
-    its ordinal, which its path may then leave out) or do not tell siblings apart; an outline, path or conclusion with
-    nothing in it but a label; text between structural tags; a second ``<Think>``; a block that nests too deep.
+    The problems are: more or fewer paths than outlines; a path whose label is not its outline's; siblings with one
+    label; an outline, path or conclusion that is empty but for a label; text between structural tags; a second
+    ``<Think>``; a block that nests too deep. The label of an outline without one is its ordinal, and its path may
+    leave the label out.
 
     Args:
         document: as parsed. Positions refer to its rendered text.
         max_depth: the deepest block allowed, 1 for blocks that do not nest; None for any depth.
 
     Returns:
-        The problems in the order of the text; empty if there is none.
+        The problems, in text order.
     """
     problems: list[Problem] = []
     text = document.render()
@@ -419,7 +420,7 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
 def _check_goal(
     block: Parallel, start: int, report: Callable[[int, str, str, str], None]
 ) -> Iterator[tuple[str, bool]]:
-    """Check a block's outlines against its paths; give the label due to each path, and whether it must be written."""
+    """Check a block's outlines against its paths. Return each path's label, and whether the path must have it."""
     outlines, num_paths = block.outlines, len(block.paths)
     labels = [outline.label or str(ordinal) for ordinal, outline in enumerate(outlines, start=1)]
     if len(outlines) != num_paths:

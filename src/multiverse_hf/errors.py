@@ -1,4 +1,4 @@
-"""What commands and recipes end with when something is wrong: one line that names it and the way out."""
+"""Errors of commands and recipes: one line that names what is wrong and the next step."""
 
 import argparse
 import contextlib
@@ -16,9 +16,9 @@ USAGE, FAILURE, INTERRUPTED = 2, 1, 130  # exit codes: bad input, failure while 
 
 
 def install_line(extra: str) -> str:
-    """Return the command that installs an extra of this package, from where the package itself came.
+    """Return the command that installs an extra of this package, from the source the package came from.
 
-    There may be no release on an index: a checkout and a repository are named by their own address.
+    An index may have no release, so a checkout or a repository is named by its own address.
     """
     origin = {}
     with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
@@ -36,7 +36,7 @@ def install_line(extra: str) -> str:
 
 
 class CommandError(Exception):
-    """What went wrong, for one line on standard error, and the exit code."""
+    """An error that a command reports in one line on standard error, with its exit code."""
 
     def __init__(self, message: str, code: int = USAGE) -> None:
         super().__init__(message)
@@ -44,21 +44,21 @@ class CommandError(Exception):
 
 
 def one_line(error: BaseException | str, most: int = 400) -> str:
-    """Put a message on one line."""
+    """Return a message on one line, cut to ``most`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def find_unknown(arguments: Sequence[str], known: Collection[str]) -> str | None:
-    """Return what is wrong with the first option that is not known, abbreviations among them; None if all are known.
+    """Return the error for the first unknown option, abbreviations included; None if all are known.
 
     Args:
-        arguments: of a command line.
-        known: the options, as they are spelled.
+        arguments: the words of a command line.
+        known: the options, spelled out.
     """
     for argument in arguments:
         option = argument.partition("=")[0]
-        if option == "--":  # what follows is no option
+        if option == "--":  # arguments after it are no options
             return None
         if option.startswith("--") and option not in known:
             close = difflib.get_close_matches(option, known, 1)
@@ -67,13 +67,13 @@ def find_unknown(arguments: Sequence[str], known: Collection[str]) -> str | None
 
 
 class ScriptParser(argparse.ArgumentParser):
-    """Parser of a script: takes options as they are spelled only, and names the closest to one it does not know."""
+    """Parser of a script. It refuses abbreviated options, and names the closest known option."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """Parse a command line; an unknown option ends the script, before anything else that is wrong."""
+        """Parse a command line. An unknown option is reported before any other error."""
         args = sys.argv[1:] if args is None else list(args)
         if wrong := find_unknown(args, self._option_string_actions):
             self.error(wrong)

@@ -1,4 +1,4 @@
-"""Files and folders that commands and recipes write: whole or not at all, tried before the work begins."""
+"""Files and folders that commands and recipes write: whole or not at all, and checked before the work begins."""
 
 import contextlib
 import glob
@@ -14,9 +14,9 @@ from multiverse_hf.errors import CommandError
 
 
 def check_output(path: Path, is_folder: bool = False) -> None:
-    """Try now whether a file, or files in a folder, can be written: long work should not fail at its end.
+    """Check that a file, or files in a folder, can be written, so that long work does not fail at its end.
 
-    Makes the folders on the way.
+    The parent folders are created.
 
     Raises:
         CommandError: if it cannot.
@@ -34,7 +34,7 @@ def check_output(path: Path, is_folder: bool = False) -> None:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    """Return JSON with a line end. NaN and Infinity, which JSON does not have, become null."""
+    """Return JSON with a line end. NaN and Infinity, which JSON lacks, become null."""
     return json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -47,8 +47,8 @@ def _finite(value: Any) -> Any:
 
 
 def write_output(path: Path, text: str) -> None:
-    """Write a file whole or not at all: an interrupted write leaves the old one."""
-    if path.exists() and not path.is_file():  # a device or a pipe is not to be replaced
+    """Write a file whole or not at all: an interrupted write leaves the old file."""
+    if path.exists() and not path.is_file():  # a device or a pipe must not be replaced
         path.write_text(text, encoding="utf-8")
         return
     with output_folder(path.resolve().parent) as folder:  # resolved, so that a link stays one
@@ -57,7 +57,7 @@ def write_output(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def output_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write files to; once all are written they move to ``folder``, in place of older ones."""
+    """Yield an empty folder to write files to. At the end of the context they replace older files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     with _staging(folder, ".writing-") as part:
         yield part
@@ -69,10 +69,10 @@ def output_folder(folder: Path) -> Iterator[Path]:
 
 
 def check_new_folder(folder: Path) -> None:
-    """Try now whether a folder that is not there yet, or is empty, can be written.
+    """Check that a folder that does not exist yet, or is empty, can be written.
 
     Raises:
-        CommandError: if it holds something, or cannot be written or replaced.
+        CommandError: if it is not empty, or cannot be written or replaced.
     """
     try:
         is_there = folder.exists()
@@ -89,31 +89,31 @@ def check_new_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write files to; once all are written it becomes ``folder``, by one rename.
+    """Yield an empty folder to write files to. At the end of the context one rename makes it ``folder``.
 
-    Until then it is in a hidden folder beside it. What a killed process left there is removed.
+    Until then it is in a hidden folder beside ``folder``. Hidden folders of killed processes are removed.
 
     Raises:
-        CommandError: if ``folder`` holds something.
+        CommandError: if ``folder`` is not empty.
     """
     check_new_folder(folder)
     folder = folder.resolve()
-    prefix = f".{folder.name[:100]}.writing-"  # with what is added it must not get longer than a name may be
+    prefix = f".{folder.name[:100]}.writing-"  # cut: file systems limit names
     with _staging(folder.parent, prefix) as part:
-        whole = part / folder.name  # of its final name, which a checkpoint's card tells
+        whole = part / folder.name  # with its final name: a checkpoint's card names it
         whole.mkdir()
         yield whole
         try:
             whole.replace(folder)
-        except OSError as err:  # somebody else has written there meanwhile
+        except OSError as err:  # another process wrote there in the meantime
             raise CommandError(f"cannot write {folder}: {err.strerror or err}; name a new folder") from err
 
 
 @contextlib.contextmanager
 def _staging(parent: Path, prefix: str) -> Iterator[Path]:
-    """Give a hidden folder that goes away in the end, and remove those of killed processes."""
+    """Yield a hidden folder that is removed at the end, and remove those of killed processes."""
     for left in parent.glob(f"{glob.escape(prefix)}*/lock"):
-        with contextlib.suppress(FileNotFoundError), left.open("rb+") as file:  # its process may end meanwhile
+        with contextlib.suppress(FileNotFoundError), left.open("rb+") as file:  # its process may end in the meantime
             if lock_file(file):
                 shutil.rmtree(left.parent, ignore_errors=True)
     try:
@@ -122,24 +122,26 @@ def _staging(parent: Path, prefix: str) -> Iterator[Path]:
         raise CommandError(f"cannot write to {parent}: {err.strerror or err}; name another place") from err
     with made as part, (Path(part) / "new").open("wb") as file:
         lock_file(file)
-        with contextlib.suppress(PermissionError):  # Windows, which has no such locks either
-            (Path(part) / "new").rename(Path(part) / "lock")  # only now: who finds it unlocked removes the folder
+        with contextlib.suppress(PermissionError):  # Windows, which lacks such locks too
+            (Path(part) / "new").rename(
+                Path(part) / "lock"
+            )  # only now: a process that finds it unlocked removes the folder
         inside = Path(part) / "files"
         inside.mkdir()
         yield inside
 
 
 def lock_file(file: Any, *, waits: bool = False) -> bool | None:
-    """Take a lock that keeps other processes out, on other machines too, and ends with this process.
+    """Lock a file against other processes, also on other machines. The lock ends with this process.
 
-    A record lock, not flock: a process forked from this one must not go on holding it.
+    It is a record lock, not flock: a process forked from this one must not keep it.
 
     Args:
         file: opened for writing.
-        waits: until the lock is free.
+        waits: wait until the lock is free.
 
     Returns:
-        True; False if another process holds it; None on Windows and on file systems that have no locks.
+        True; False if another process holds the lock; None on Windows and on file systems without locks.
     """
     try:
         import fcntl

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, processor, commit. What every stored result says of itself."""
+"""Where a result comes from: versions, processor and commit, stored with every result."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Give the versions of this package, Python, torch, transformers and others; None for one that is not there."""
+    """Return the versions of this package, Python, torch, transformers and others; None for a missing package."""
     found: dict[str, str | None] = {"multiverse_hf": __version__, "python": platform.python_version()}
     for name in ("torch", "transformers", *packages):
         try:
@@ -25,7 +25,7 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 
 def hardware(device: Any = None) -> dict[str, Any]:
-    """Describe the machine, and the device that computes there (a ``torch.device``; the CPU by default)."""
+    """Return the machine's hardware, and the device that computes (a ``torch.device``; the CPU by default)."""
     import torch
 
     where = {"device": processor()}
@@ -36,7 +36,7 @@ def hardware(device: Any = None) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Give the CPU's name."""
+    """Return the CPU's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -45,10 +45,10 @@ def processor() -> str:
 
 
 def commit(leave_out: Sequence[str] = ()) -> str | None:
-    """Give the commit that runs, marked where tracked files differ from it; None where this is no checkout.
+    """Return the commit that runs, with "-dirty" if tracked files differ from it; None if this is no checkout.
 
     Args:
-        leave_out: paths from the repository's root whose differences do not matter, such as stored results.
+        leave_out: paths from the repository's root whose changes are ignored, such as stored results.
     """
 
     def git(*arguments: str) -> str:
@@ -57,7 +57,7 @@ def commit(leave_out: Sequence[str] = ()) -> str | None:
         ).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "provenance.py")  # installed, it may lie in somebody else's repository
+        git("ls-files", "--error-unmatch", "provenance.py")  # an installed package may lie in another repository
         excluded = [f":(top,exclude){path}" for path in leave_out]
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":(top)", *excluded)
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")

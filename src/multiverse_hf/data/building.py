@@ -1,4 +1,4 @@
-"""From rows of a dataset to what a trainer reads, with a report of what was dropped or is doubtful, and why."""
+"""From rows of a dataset to the rows of a trainer, with a report of dropped and doubtful rows."""
 
 import hashlib
 import json
@@ -12,16 +12,16 @@ from multiverse_hf.data.records import Form, Record, RowError, read_record
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.data.suffixes import Suffix
 
-_SHOWN = 5  # rows of each kind that are told; the file has all of them
+_SHOWN = 5  # rows of each kind that are printed; the file has all of them
 
 
 @dataclass
 class RowReport:
-    """What became of the rows of a dataset.
+    """Counts of a dataset's rows, and the rows that were dropped or are doubtful.
 
     Attributes:
         unit: what a row's number counts, from 1: "line" of a JSONL file, or "row".
-        dropped, doubtful: number, id if there is one, reason and detail of each.
+        dropped, doubtful: each row's number, id if it has one, reason and detail.
     """
 
     num_rows: int = 0
@@ -37,17 +37,17 @@ class RowReport:
 
     @property
     def bad(self) -> list[dict[str, Any]]:
-        """What was dropped and what is doubtful, in the rows' order."""
+        """Dropped and doubtful rows, in the order of the dataset."""
         return sorted([*self.dropped, *self.doubtful], key=lambda entry: entry[self.unit])
 
     def drop(self, number: int, row: Any, error: RowError) -> None:
-        """Count a row out."""
+        """Record a dropped row."""
         self.dropped.append(
             self._entry(number, row, str(error.reason), error.detail.removeprefix(f"line {number} is "))
         )
 
     def doubt(self, number: int, row: Any, detail: str) -> None:
-        """Name a row that is kept and may not be what was meant."""
+        """Record a row that is kept but may be wrong."""
         self.doubtful.append(self._entry(number, row, "doubtful", detail))
 
     def _entry(self, number: int, row: Any, reason: str, detail: str) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class RowReport:
         return "".join(json.dumps(entry, default=str) + "\n" for entry in entries)
 
     def describe(self) -> str:
-        """Return the counts, and the first rows that were dropped or are doubtful, a line each."""
+        """Return the counts and the first dropped and doubtful rows, one per line."""
         counts = {"kept": self.num_kept, "dropped": len(self.dropped)}
         counts |= {name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count}
         lines = [", ".join([f"{self.num_rows} rows read", *(f"{count} {what}" for what, count in counts.items())])]
@@ -77,7 +77,7 @@ class RowReport:
         return "\n".join(lines)
 
     def name(self, entry: Mapping[str, Any]) -> str:
-        """Return how people find a row: ``line 3 (id a)``."""
+        """Return a row's name for people: ``line 3 (id a)``."""
         return f"{self.unit} {entry[self.unit]}" + (f" (id {entry['id']})" if "id" in entry else "")
 
 
@@ -88,7 +88,7 @@ def _shorten(entry: Mapping[str, Any]) -> str:
 
 @dataclass
 class TrainingRows:
-    """Encoded rows, and where the forms of each record stand among them."""
+    """Encoded rows, and for each record the indices of its forms among them."""
 
     records: list[Record] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
@@ -96,7 +96,7 @@ class TrainingRows:
     report: RowReport = field(default_factory=RowReport)
 
     def describe(self) -> str:
-        """Say in a line what the kept rows are like."""
+        """Return one line about the blocks and lengths of the kept rows."""
         blocks = [block for record in self.records for block, _ in record.document.blocks()]
         with_blocks = sum(record.document.num_paths > 0 for record in self.records)
         lengths = sorted(max(choice.parallel_length, choice.sequential_length) for choice in self.choices)
@@ -109,12 +109,12 @@ class TrainingRows:
         )
 
     def columns(self, places: Sequence[int] | None = None) -> dict[str, list[Any]]:
-        """Return what the collator reads, by column: of all rows, or of those at some places."""
+        """Return the collator's columns, of all rows or of the rows at ``places``."""
         rows = self.rows if places is None else [self.rows[at] for at in places]
         return {name: [row[name] for row in rows] for name in ("input_ids", "labels", "kinds", "plain")}
 
     def hold_out(self, count: int) -> tuple["TrainingRows", "TrainingRows"]:
-        """Part the last records from the others, for evaluation.
+        """Split the last ``count`` records off, for evaluation.
 
         Raises:
             ValueError: if nothing is left to train on.
@@ -134,14 +134,14 @@ class TrainingRows:
 
 @dataclass
 class _Repeats:
-    """Finds rows whose prompt or document an earlier row has."""
+    """Finds rows that repeat the prompt or the document of an earlier row."""
 
     unit: str
     prompts: dict[bytes, int] = field(default_factory=dict)
     documents: dict[bytes, int] = field(default_factory=dict)
 
     def find(self, number: int, record: Record) -> str | None:
-        """Return what an earlier row has in common with this one, None for nothing."""
+        """Return how a row repeats an earlier one, None if it does not."""
         chat = [
             (message["role"], " ".join(Suffix.PARALLEL.exchange(message["content"]).split()))
             for message in record.messages
@@ -167,15 +167,17 @@ def build_rows(
     system_prompt: str | None = None,
     unit: str = "row",
 ) -> TrainingRows:
-    """Encode every row in each form that is asked for. A row that one form fails is dropped, with the reason; so is
-    one whose parallel form fails, whatever is asked for: a baseline reads the rows of the model it is compared with.
+    """Encode every row in each form that is asked for.
+
+    A row is dropped with its reason if one of its forms fails. It is also dropped if its parallel form fails, even if
+    only the sequential form is asked for: a baseline reads the same rows as the model it is compared with.
 
     Args:
-        source: rows with their numbers, as :func:`~.records.number_rows` gives them, or :class:`~.records.Record`
-            objects, of which none is doubtful.
+        source: rows with their numbers, as :func:`~.records.number_rows` yields them, or :class:`~.records.Record`
+            objects, which are never doubtful.
         encoder: turns records into ids and labels.
         forms: the forms that some epoch reads: ``PARALLEL``, ``SEQUENTIAL``, or both in this order.
-        system_prompt: said before a chat that has no system message of its own.
+        system_prompt: system message for chats that have none.
         unit: what the numbers count: "line" or "row".
     """
     built = TrainingRows(report=RowReport(unit=unit))
@@ -189,14 +191,14 @@ def build_rows(
             read_in = [record.form] if record.form else forms
             encoded = [encoder.encode(record, form) for form in read_in]
             if not record.form and Form.PARALLEL not in forms:
-                encoder.encode(record, Form.PARALLEL)  # too long for the parallel model: the baseline does not read it
+                encoder.encode(record, Form.PARALLEL)  # a row too long for the parallel model is none for the baseline
         except RowError as err:
             built.report.drop(number, row, err)
             continue
         doubts = [] if isinstance(row, Record) else [record.doubt, repeats.find(number, record)]
         if found := "; ".join(filter(None, doubts)):
             built.report.doubt(number, row, found)
-        first, last = len(built.rows), len(built.rows) + len(encoded) - 1  # the same where there is one form
+        first, last = len(built.rows), len(built.rows) + len(encoded) - 1  # equal if there is one form
         lengths = [len(each["input_ids"]) for each in encoded]
         built.choices.append(Choice(first, last, lengths[0], lengths[-1]))
         was_cut = [each.pop("full_length") > len(each["input_ids"]) for each in encoded]

@@ -1,7 +1,7 @@
-"""Chains: the embedded problem family. Sums of short chains of additions that can be worked out side by side.
+"""Chains: the embedded problem family. Sums of short chains of additions that can be computed in parallel.
 
-A problem is ``A=19-7+12; B=8+15-3; total?``: up to eight chains named in order, each a number and one to eight
-operations, every number from 1 to 20 and every running value from 0 to 99. Two or three groups in parentheses,
+A problem is ``A=19-7+12; B=8+15-3; total?``: up to eight chains named in order. A chain is a number and one to eight
+operations. Numbers are from 1 to 20, and running values from 0 to 99. Two or three groups in parentheses,
 ``(A=5+6; B=7+8) (C=9-2; D=4+4) total?``, make it nested. The answer is the sum of the values of all chains.
 """
 
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """One chain: its name, the number it starts at, and the signed numbers added to it."""
+    """One chain: its name, its first number, and the signed numbers added to it."""
 
     name: str
     start: int
@@ -63,7 +63,7 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class ChainsProblem:
-    """Chains in one or more groups; one group is a flat problem, or a single one if it has one chain."""
+    """Chains in one or more groups. One group makes a flat problem, one chain a single one."""
 
     groups: tuple[tuple[Chain, ...], ...]
 
@@ -102,7 +102,7 @@ class ChainsProblem:
         return " ".join(f"({group})" for group in groups) + " total?"
 
     def prompt(self, parallel: bool = True) -> str:
-        """Give the prompt: the problem, a space, and the suffix of record."""
+        """Return the prompt: the problem, a space, and the suffix of record."""
         return (Suffix.PARALLEL if parallel else Suffix.SEQUENTIAL).end(str(self))
 
 
@@ -110,7 +110,7 @@ _CHAIN = re.compile(r"([A-H])=(\d+)((?:[+-]\d+)+)")
 
 
 def parse_problem(text: str) -> ChainsProblem:
-    """Read a problem back from its text, with or without a suffix.
+    """Return the problem of a text, with or without a suffix.
 
     Raises:
         ValueError: if the text is not a problem of this family.
@@ -143,9 +143,9 @@ def _parse_chain(text: str) -> Chain:
 
 
 def sample_chain(rng: random.Random, name: str, max_ops: int = MAX_OPS) -> Chain:
-    """Draw a chain: the number of operations uniform, every number uniform among those that keep it in range.
+    """Draw a chain: the number of operations is uniform, and each number is uniform over those that keep it in range.
 
-    One chain in three leans towards plus, so that high running values are met as well.
+    One chain in three leans towards plus, so that high running values occur too.
     """
     lean = 0.8 if rng.random() < 1 / 3 else 0.5
     value = start = rng.randint(1, 20)
@@ -165,10 +165,10 @@ def sample_problem(
     """Draw a problem.
 
     Args:
-        rng: the source of randomness; the same state gives the same problem.
+        rng: source of randomness; the same state draws the same problem.
         kind: its shape.
-        num_chains: how many chains; by default uniform over what the shape allows (flat 2 to 8, nested 4 to 8).
-        max_ops: the most operations a chain has.
+        num_chains: number of chains; by default drawn from those that the shape allows (flat 2 to 8, nested 4 to 8).
+        max_ops: most operations of a chain.
 
     Raises:
         ValueError: if the shape cannot have that many chains.
@@ -195,14 +195,14 @@ def sample_problem(
 
 
 def _split(value: int) -> str:
-    """Write a value as its tens and its ones, e.g. ``35=30+5``."""
+    """Return a value split into tens and ones, e.g. ``35=30+5``."""
     return f"{value}={value - value % 10}+{value % 10}"
 
 
 def _work(chain: Chain) -> str:
-    """Write one chain out, every intermediate value, tens before ones.
+    """Return the steps of one chain: every intermediate value, tens before ones.
 
-    Each line begins with what is left of the chain: a small model then never has to count where it is.
+    Each line begins with the rest of the chain, so that a small model need not count its steps.
     """
     lines, value = [f"Follow chain {chain}, one term at a time, from left to right, tens before ones."], chain.start
     for step, term in enumerate(chain.terms):
@@ -217,7 +217,7 @@ def _work(chain: Chain) -> str:
 
 
 def _sum(names: list[str], values: list[int]) -> str:
-    """Add values up one after the other, each step naming what it adds, tens before ones."""
+    """Return the sum of values, one by one. Each step names its addend, tens before ones."""
     total, steps = values[0], [f"{names[0]} {values[0]}"]
     for name, value in zip(names[1:], values[1:], strict=True):
         ones = value % 10
@@ -243,7 +243,7 @@ def _solve_group(chains: tuple[Chain, ...], label: str = "") -> str:
 
 
 def document(problem: ChainsProblem) -> str:
-    """Write the parallel document of a problem; a single chain is answered without a block."""
+    """Return the parallel document of a problem; a single chain has no block."""
     if problem.kind is Kind.SINGLE:
         work = _work(problem.chains[0])
     elif problem.kind is Kind.FLAT:
@@ -267,11 +267,11 @@ _ANSWER = re.compile(r"^Answer: (0|[1-9][0-9]{0,17})\s*\Z", re.MULTILINE)
 
 
 def read_chains_answer(text: str) -> int | None:
-    """Give the number on the last line ``Answer: 123``, None if there is no such line."""
+    """Return the number on the last line ``Answer: 123``, None if there is no such line."""
     match = _ANSWER.search(text)
     return int(match.group(1)) if match else None
 
 
 def is_correct(problem: ChainsProblem, text: str) -> bool:
-    """Say whether an answer's last line is ``Answer:`` and exactly the problem's answer."""
+    """Return whether an answer's last line is ``Answer:`` and exactly the problem's answer."""
     return read_chains_answer(text) == problem.answer

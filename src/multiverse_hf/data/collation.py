@@ -1,7 +1,7 @@
 """Batches of rows with their layout, so that the model does not compute it again on the device.
 
-Several documents may stand in one row. Each keeps its own positions, and its segments see none of another document:
-the layout's own ``visible`` separates documents and sibling paths alike, in one mask.
+A row may hold several documents. Each document keeps its own positions and sees no other document. One mask, the
+layout's ``visible``, separates both documents and sibling paths.
 """
 
 from collections.abc import Sequence
@@ -23,18 +23,16 @@ class DocumentCollator:
 
     Args:
         tags: the control tags.
-        pad_token_id: what padding is made of.
-        multiple: pad to a multiple of this many tokens, and ``visible`` to a power of two of segments: kernels that
-            are
-            compiled for a shape then meet few.
-        flatten: put rows without a block end to end, in the form in which transformers' flash attention keeps
-            documents
-            apart (``cu_seq_lens_q`` and its like), without padding. Rows with a block are refused.
+        pad_token_id: id of the padding token.
+        multiple: pad to a multiple of this many tokens, and ``visible`` to a power of two of segments. Kernels
+            compiled for a shape then meet few shapes.
+        flatten: concatenate rows without a block, without padding. transformers' flash attention then separates
+            documents by ``cu_seq_lens_q`` and its like. Rows with a block are refused.
 
-    Calling it with B rows of :class:`~multiverse_hf.data.rows.RowEncoder`, or with B lists of rows to be packed, gives
-    ``input_ids``, ``labels``, ``attention_mask``, ``position_ids`` and ``segment_ids`` (B, L) int64, and ``visible``
-    (B, S, S) bool; the last two only if something has to be kept apart. And ``kinds`` (B, L) int8 if the rows have
-    them. A row marked ``plain`` is one segment: ordinary causal text, whatever tags it holds.
+    A call takes B rows of :class:`~multiverse_hf.data.rows.RowEncoder`, or B lists of rows to pack. It returns
+    ``input_ids``, ``labels``, ``attention_mask`` and ``position_ids`` (B, L) int64. If a mask is needed, it also
+    returns ``segment_ids`` (B, L) int64 and ``visible`` (B, S, S) bool; if the rows have kinds, ``kinds`` (B, L) int8.
+    A row marked ``plain`` is one segment of causal text, whatever tags it holds.
     """
 
     tags: TagSet
@@ -52,9 +50,8 @@ class DocumentCollator:
             return self._flat_batch([row for pack in packs for row in pack])
         batch = self._padded(packs)
         if not has_blocks and all(len(pack) == 1 for pack in packs):
-            # No real token sees padding on its right, so no mask is needed: it is all ones, and transformers then
-            # takes the causal kernel, at half the price. A layout of one segment says that tags in a plain row are
-            # text.
+            # Tokens do not see padding on their right, so the mask is all ones. transformers then takes the causal
+            # kernel, at half the cost. A layout of one segment marks tags in a plain row as text.
             batch["attention_mask"] = torch.ones_like(batch["input_ids"])
             batch["position_ids"] = torch.arange(batch["input_ids"].shape[1]).repeat(len(packs), 1)
             return batch | self._one_segment(packs, batch["input_ids"])
@@ -75,7 +72,7 @@ class DocumentCollator:
         return batch
 
     def _one_segment(self, packs: list[list[EncodedRow]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the layout of a batch of plain text, where the model would find a block otherwise."""
+        """Return a layout of one segment if the model would find a block in plain text, else nothing."""
         goal_end = self.tags.close("goal")
         if not any(row.get("plain") and goal_end in row["input_ids"] for pack in packs for row in pack):
             return {}
@@ -102,7 +99,7 @@ class DocumentCollator:
         return batch
 
     def _flat_batch(self, rows: list[EncodedRow]) -> dict[str, Any]:
-        """Put rows end to end, for kernels that take the places where documents begin."""
+        """Concatenate rows, for kernels that take the offsets of documents."""
         joined = _joined(rows)
         lengths = [len(row["input_ids"]) for row in rows]
         begins = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
@@ -123,7 +120,7 @@ class DocumentCollator:
 
 
 def row_layout(row: EncodedRow, tags: TagSet) -> Layout:
-    """Return the layout of a row; one marked ``plain`` is a single segment."""
+    """Return the layout of a row; a row marked ``plain`` is a single segment."""
     if row.get("plain"):
         length = len(row["input_ids"])
         one = torch.ones(1, 1, dtype=torch.bool)
@@ -132,7 +129,7 @@ def row_layout(row: EncodedRow, tags: TagSet) -> Layout:
 
 
 def _joined(rows: Sequence[EncodedRow]) -> dict[str, list[int]]:
-    """Put rows end to end. The first token of each has no predecessor, so it is not learnt."""
+    """Concatenate rows. The first token of each has no predecessor, so it has no label."""
     names = [name for name in ("input_ids", "labels", "kinds") if name in rows[0]]
     joined: dict[str, list[int]] = {name: [] for name in names}
     for row in rows:

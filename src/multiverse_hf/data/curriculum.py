@@ -1,8 +1,8 @@
-"""Which rows an epoch reads, in which form, in which order, and packed how.
+"""The rows of an epoch: their forms, their order and their packing.
 
-Training moves from all-sequential to all-parallel over its epochs (Multiverse, section on training): each epoch reads
-every record once, a share of them in their parallel form, the rest in their sequential one. What an epoch reads
-follows from the seed and its number alone, so it is the same in every process and after a restart.
+Training moves from all-sequential to all-parallel over its epochs (Multiverse, section on training). Each epoch reads
+every record once, a share of the records in parallel form and the rest in sequential form. The rows of an epoch depend
+only on the seed and the epoch's number, so they are the same in every process and after a restart.
 """
 
 import bisect
@@ -14,14 +14,14 @@ import torch
 from torch.utils.data import Sampler
 
 PAPER_SHARES = (0.0, 0.0, 0.1, 0.5, 0.5, 0.9, 1.0, 1.0)  # eight passes, Multiverse-32B
-_WINDOW = 4096  # rows that are packed together: more fill rows no better, and cost time
+_WINDOW = 4096  # rows that are packed together; more would cost time and pack no better
 
 
 def paper_shares(num_epochs: int) -> list[float]:
-    """Give the paper's way from sequential to parallel over another number of epochs: shares of rows in parallel form.
+    """Return the paper's shares of rows in parallel form, interpolated to another number of epochs.
 
-    It is read at evenly spaced points from its first pass to its last, with straight lines between passes; a single
-    epoch is all parallel.
+    The shares are read at evenly spaced points from the first pass to the last, with straight lines between passes. A
+    single epoch is all parallel.
 
     Raises:
         ValueError: if there is no epoch.
@@ -35,9 +35,9 @@ def paper_shares(num_epochs: int) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The rows of one record: where its forms stand in the dataset, and how long they are, in tokens.
+    """The rows of one record: the indices of its forms in the dataset, and their lengths in tokens.
 
-    A record with one form has it in both places.
+    A record with one form has it in both fields.
     """
 
     parallel: int
@@ -47,27 +47,27 @@ class Choice:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether there is one form only."""
+        """Whether the record has only one form."""
         return self.parallel == self.sequential
 
 
 class CurriculumSampler(Sampler[tuple[int, ...]]):
-    """Gives the rows of an epoch, each as a tuple: one index into the dataset, or those of the rows packed into one.
+    """Yields the rows of an epoch, each as a tuple of dataset indices: one index, or all rows packed into one.
 
     Args:
         choices: the records.
-        shares: share of records in parallel form, by epoch; later epochs have the last. 0 to 1.
-        seed: of all that is random here.
-        shuffle: read the records in random order; otherwise in their own.
-        max_length: pack rows into ones of at most this many tokens; None for no packing. A longer row stands alone.
-        group: without packing, order rows by length within this many, in batches of ``batch_size``: less is padded.
-        batch_size: rows a batch, for ``group``.
-        num_epochs: epochs whose number of packed rows is made the same, as a trainer counts its steps beforehand.
-        step: packed rows that all processes together read for an update. Packs are parted until the last update has
-            as many, where there are documents enough: processes that find too few read the epoch's first ones again.
+        shares: share of records in parallel form by epoch, 0 to 1. Later epochs use the last share.
+        seed: seed of every random choice here.
+        shuffle: read the records in random order.
+        max_length: most tokens of a packed row; None for no packing. A longer row stays alone.
+        group: without packing, number of batches within which rows are ordered by length, so that less is padded.
+        batch_size: rows per batch, for ``group``.
+        num_epochs: epochs that must have the same number of packed rows, as a trainer counts its steps beforehand.
+        step: packed rows that all processes together read for an update. Packs are split until the last update is
+            full, if there are enough documents. Otherwise processes read the first packs of the epoch again.
 
     Raises:
-        ValueError: if there is no record, or a share is none.
+        ValueError: if there is no record, or a share is out of range.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
             self.length = min(-(-most // step) * step, len(choices))
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch is read next; accelerate calls this."""
+        """Set the epoch that is read next; accelerate calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -105,10 +105,10 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         return iter(self.plan(self.epoch))
 
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
-        """Give an epoch's rows, in order."""
+        """Return an epoch's rows, in order."""
         if self.max_length is not None:
             packs = self._packs(epoch)
-            while len(packs) < self.length:  # another epoch needs more rows: part the fullest
+            while len(packs) < self.length:  # another epoch has more rows: split the fullest pack
                 most = max(range(len(packs)), key=lambda index: len(packs[index]))
                 pack = packs[most]
                 packs[most : most + 1] = [pack[: len(pack) // 2], pack[len(pack) // 2 :]]
@@ -119,7 +119,7 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         return [(row,) for row, _ in rows]
 
     def parallel_share(self, epoch: int) -> float:
-        """Give the share of an epoch's rows that are in parallel form, as drawn; records of one form do not count."""
+        """Return the drawn share of an epoch's rows in parallel form; records of one form do not count."""
         free = [index for index, choice in enumerate(self.choices) if not choice.is_fixed]
         return len(self._parallel(epoch)) / len(free) if free else self._share(epoch)
 
@@ -130,14 +130,14 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
         return torch.Generator().manual_seed(((self.seed * 1_000_003 + epoch) * 4 + use) % (1 << 63))
 
     def _parallel(self, epoch: int) -> set[int]:
-        """Draw the records that are read in their parallel form: exactly the share, to the nearest record."""
+        """Return the records to read in parallel form: exactly the share, to the nearest record."""
         free = [index for index, choice in enumerate(self.choices) if not choice.is_fixed]
         count = round(self._share(epoch) * len(free))
         drawn = torch.randperm(len(free), generator=self._generator(epoch, 0))[:count].tolist()
         return {free[index] for index in drawn}
 
     def _rows(self, epoch: int) -> list[tuple[int, int]]:
-        """Give index and length of an epoch's rows."""
+        """Return index and length of an epoch's rows."""
         parallel = self._parallel(epoch)
         order: Sequence[int] = range(len(self.choices))
         if self.shuffle:
@@ -158,18 +158,18 @@ class CurriculumSampler(Sampler[tuple[int, ...]]):
             for begin in range(0, len(rows), _WINDOW)
             for pack in pack_rows(rows[begin : begin + _WINDOW], self.max_length)
         ]
-        if self.shuffle:  # packing sorts by length
+        if self.shuffle:  # packing sorted them by length
             order = torch.randperm(len(packs), generator=self._generator(epoch, 3)).tolist()
             packs = [packs[index] for index in order]
         return packs
 
 
 def pack_rows(rows: Sequence[tuple[int, int]], max_length: int) -> list[tuple[int, ...]]:
-    """Pack rows into as few as best-fit decreasing finds.
+    """Pack rows by best-fit decreasing.
 
     Args:
         rows: (index, length) of each.
-        max_length: the most tokens a packed row may have; a longer row stands alone.
+        max_length: most tokens of a packed row; a longer row stays alone.
 
     Returns:
         Indices, by packed row.
@@ -192,13 +192,13 @@ def pack_rows(rows: Sequence[tuple[int, int]], max_length: int) -> list[tuple[in
 def group_by_length(
     rows: Sequence[tuple[int, int]], batch_size: int, num_batches: int, generator: torch.Generator
 ) -> list[tuple[int, int]]:
-    """Order rows so that a batch holds rows of like length, without moving any further than its ``num_batches``.
+    """Order rows so that a batch holds rows of similar length. No row leaves its window of ``num_batches`` batches.
 
     Args:
         rows: (index, length) of each.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         num_batches: batches within which rows are ordered.
-        generator: of the order of the batches.
+        generator: draws the order of the batches.
     """
     order: list[tuple[int, int]] = []
     size = batch_size * num_batches

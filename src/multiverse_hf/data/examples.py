@@ -1,8 +1,8 @@
-"""From what a curator wrote, or others published, to the examples of a dataset: checked, each with both its forms.
+"""From curated or published rows to the examples of a dataset: checked, each in both its forms.
 
-Three kinds of rows are read. Curated ones have the columns of :mod:`.records` and whatever ``provenance`` they like.
-Published ones have those of Multiverse-1K. Those of s1K-1.1 bring the sequential side only: the reasoning as its
-author wrote it, for the examples that answer the same question.
+Three kinds of rows are read. Curated rows have the columns of :mod:`.records` and any ``provenance``. Published rows
+have the columns of Multiverse-1K. Rows of s1K-1.1 bring only the sequential form: the original reasoning, for the
+examples that answer the same question.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ PUBLISHED = {
     "answer": "deepseek_attempt",
     "sequential": "deepseek_thinking_trajectory_sequential",
 }
-# what else the published rows say of a question, as far as it is about where it comes from
+# columns of published rows about a question's origin
 _PUBLISHED_PROVENANCE = ("source_type", "cot_type", "metadata", "deepseek_grade")
 _S1K = ("question", "deepseek_thinking_trajectory")
 
@@ -39,9 +39,9 @@ class Example:
         document: the parallel answer, as a tree.
         sequential: the sequential answer, as text.
         answer: the answer alone, None where it is not known.
-        source: where the row comes from: the name of a file or dataset.
-        sequential_from: where the sequential answer comes from: "document", "published" or "s1K-1.1".
-        provenance: what is known of how the row was made, as JSON with sorted keys.
+        source: name of the file or dataset that the row comes from.
+        sequential_from: origin of the sequential answer: "document", "published" or "s1K-1.1".
+        provenance: how the row was made, as JSON with sorted keys.
     """
 
     id: str
@@ -56,10 +56,10 @@ class Example:
 
 @dataclass
 class ExampleReader:
-    """Reads rows of several sources into examples, and keeps a list of what was dropped.
+    """Reads rows of several sources into examples, and keeps a list of dropped rows.
 
     Attributes:
-        dropped: the source, the line (or number) from 1, the id if there is one, the reason and the detail of each.
+        dropped: each row's source, line (or number) from 1, id if it has one, reason and detail.
         num_rows: rows read, by source.
     """
 
@@ -71,7 +71,7 @@ class ExampleReader:
     _contents: set[bytes] = field(default_factory=set)
 
     def read_trajectories(self, rows: Iterable[tuple[int, Any]], source: str) -> None:
-        """Take the sequential side from rows of s1K-1.1, before the examples that it belongs to are read."""
+        """Read sequential forms from rows of s1K-1.1. Call this before the examples with these questions are read."""
         for number, row in rows:
             self.num_rows[source] += 1
             try:
@@ -83,7 +83,7 @@ class ExampleReader:
             self._trajectories.setdefault(_key(question), trajectory)
 
     def read(self, rows: Iterable[tuple[int, Any]], source: str, is_published: bool = False) -> Iterator[Example]:
-        """Give the examples of a source in order; a row that is none is dropped, with the reason."""
+        """Yield the examples of a source in order. Other rows are dropped, with the reason."""
         for number, row in rows:
             self.num_rows[source] += 1
             try:
@@ -95,7 +95,7 @@ class ExampleReader:
             yield example
 
     def dropped_lines(self) -> str:
-        """Give what was dropped as JSON lines."""
+        """Return the dropped rows as JSON lines."""
         return "".join(json.dumps(entry, ensure_ascii=False, sort_keys=True) + "\n" for entry in self.dropped)
 
     def _drop(self, source: str, number: int, row: Any, error: RowError) -> None:
@@ -150,7 +150,7 @@ class ExampleReader:
 
 
 def _id(value: Any) -> str:
-    """Give an id column as text, empty if there is none."""
+    """Return an id column as text, empty if there is none."""
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
@@ -159,7 +159,7 @@ def _id(value: Any) -> str:
 
 
 def _renamed(row: Any) -> Any:
-    """Give a published row the columns of a curated one."""
+    """Return a published row with the columns of a curated one."""
     if not isinstance(row, Mapping):
         return row
     for name in (PUBLISHED["prompt"], PUBLISHED["document"]):
@@ -170,7 +170,7 @@ def _renamed(row: Any) -> Any:
 
 
 def _text(row: Any, column: str) -> str:
-    """Give the text of a column."""
+    """Return the text of a column."""
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, Mapping):
@@ -183,12 +183,12 @@ def _text(row: Any, column: str) -> str:
 
 
 def _key(question: str) -> str:
-    """Give what two copies of a question have in common: its words."""
+    """Return a question's words, which its copies have in common."""
     return " ".join(question.split())
 
 
 def _parsed(text: str) -> Any:
-    """Read provenance that is JSON in a column of text; other text stays text."""
+    """Return provenance that a text column holds as JSON; other text stays text."""
     try:
         return json.loads(text)
     except ValueError:
@@ -196,10 +196,10 @@ def _parsed(text: str) -> Any:
 
 
 def _with_reasoning(document: Document, reasoning: str, origin: str) -> str:
-    """Put other reasoning in place of a document's own; what follows it stays.
+    """Return a document's sequential text with other reasoning. The text after the reasoning stays.
 
     Raises:
-        RowError: if the reasoning spells control tags, which would be taken for such.
+        RowError: if the reasoning contains control tags, or is no text.
     """
     if not isinstance(reasoning, str) or not reasoning.strip():
         raise RowError(Reason.COLUMNS, f"the sequential reasoning ({origin}) must be text")
@@ -219,14 +219,14 @@ def _with_reasoning(document: Document, reasoning: str, origin: str) -> str:
 
 
 def split_examples(examples: Sequence[Example], test_share: float, seed: int) -> dict[str, list[Example]]:
-    """Part examples into ``train`` and ``test``, all of one prompt on one side, in their own order.
+    """Split examples into ``train`` and ``test``, in their own order. Examples of one prompt stay together.
 
-    Which prompts are held out follows from the seed and each prompt's own text, so it does not depend on the order.
+    The held-out prompts depend only on the seed and the prompts' texts, not on their order.
 
     Args:
         examples: at least one.
-        test_share: share of prompts held out, from 0 to below 1; above 0, at least one where there are two.
-        seed: of the choice.
+        test_share: share of prompts to hold out, from 0 to below 1. Above 0 at least one of two or more is held out.
+        seed: seed of the choice.
     """
     prompts = {_key(example.prompt) for example in examples}
     count = round(test_share * len(prompts))

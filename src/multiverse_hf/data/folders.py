@@ -1,7 +1,7 @@
-"""A dataset as a folder that ``load_dataset`` reads, here and from the Hub: a card that names configs, and parquet.
+"""A dataset as a folder that ``load_dataset`` reads, locally and from the Hub: a card with configs, and parquet.
 
-Nothing in it depends on the clock, on paths or on the machine: with the same versions of libraries, two builds of the
-same rows are equal to the byte.
+The files do not depend on the clock, on paths or on the machine. With the same versions of libraries, two builds of
+the same rows are equal to the byte.
 """
 
 import json
@@ -26,8 +26,8 @@ COLUMNS = {
     "document": ("string", "the whole answer in the row's form, to train on as it is"),
     "answer": ("string", "the final answer alone, null where it is not known"),
     "source": ("string", "the file or dataset that the row was read from"),
-    "provenance": ("string", "what is known of how the row was made, as JSON"),
-    "sequential_from": ("string", "whose text the document is, as said above"),
+    "provenance": ("string", "how the row was made, as JSON"),
+    "sequential_from": ("string", "origin of the text, as described above"),
     "epoch": ("int32", "the pass over all rows, from 0"),
     "form": ("string", "`parallel` or `sequential`"),
     "num_blocks": ("int32", "blocks of the document"),
@@ -47,7 +47,7 @@ CONFIGS = {
 CARD_FILE, DROPPED, STATISTICS, PLOTS = "README.md", "dropped_rows.jsonl", "statistics.json", "statistics.png"
 _KINDS = ("think", "goal", "path", "conclusion", "answer", "tag")
 _SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
-_GROUP = 1000  # rows that parquet compresses together, and that are in memory at once
+_GROUP = 1000  # rows that parquet compresses together; only these are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +61,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class About:
-    """What a card says that does not follow from the rows.
+    """Facts on a card that do not follow from the rows.
 
     Attributes:
-        title: of the dataset.
-        licence: the Hub's name of it.
+        title: title of the dataset.
+        licence: the Hub's name of the licence.
         made: how the rows are made, as Markdown.
-        languages: their codes.
-        tags: by which the dataset is found.
+        languages: codes of the languages.
+        tags: tags by which the Hub finds the dataset.
     """
 
     title: str
@@ -90,13 +90,13 @@ def write_dataset(
     """Write a dataset with its card, plots, statistics and list of dropped rows.
 
     Args:
-        folder: an empty one.
-        examples: in order.
-        reader: that the examples come from, for what was dropped.
+        folder: an empty folder.
+        examples: the examples, in order.
+        reader: reader of the examples, which knows the dropped rows.
         ruler: measures the documents.
-        about: what the card says of them.
-        test_share: share of the prompts held out as the split ``test``.
-        seed: of the split, and of which rows each pass of ``mixed`` reads in which form and order.
+        about: facts for the card.
+        test_share: share of the prompts to hold out as the split ``test``.
+        seed: seed of the split, and of the forms and order of rows in each pass of ``mixed``.
 
     Returns:
         The statistics.
@@ -148,10 +148,10 @@ def _said(example: Example) -> dict[str, Any]:
 
 
 def plan_passes(num_rows: int, seed: int) -> list[list[tuple[int, Form]]]:
-    """Give the paper's eight passes: each row once, in random order, a share of them in parallel form.
+    """Return the paper's eight passes: each row once, in random order, a share of them in parallel form.
 
-    They are those that the recipe's sampler draws with this seed: row 2n of its dataset is the parallel form of
-    example n, row 2n + 1 the sequential one.
+    The recipe's sampler draws the same passes with this seed. Row 2n of its dataset is the parallel form of example n,
+    row 2n + 1 the sequential form.
     """
     choices = [Choice(2 * index, 2 * index + 1, 1, 1) for index in range(num_rows)]
     sampler = CurriculumSampler(choices, PAPER_SHARES, seed)
@@ -168,7 +168,7 @@ def _mixed_rows(part: Sequence[Measured], seed: int) -> Iterator[dict[str, Any]]
 
 
 def _mixed_test_rows(part: Sequence[Measured], seed: int) -> Iterator[dict[str, Any]]:
-    for each in part:  # what the last pass has learnt to write
+    for each in part:  # the form of the last pass
         yield _mixed_row(each, len(PAPER_SHARES) - 1, Form.PARALLEL)
 
 
@@ -196,14 +196,14 @@ _ROWS: dict[tuple[str, str], Callable[[Sequence[Measured], int], Iterator[dict[s
 
 
 def _write_config(folder: Path, config: str, splits: Mapping[str, Sequence[Measured]], seed: int) -> Any:
-    """Write a config's splits, and give its ``DatasetInfo``."""
+    """Write a config's splits, and return its ``DatasetInfo``."""
     import pyarrow
     import pyarrow.parquet
     from datasets import DatasetInfo, Features, Value
     from datasets.splits import SplitDict, SplitInfo
 
     features = Features({name: Value(COLUMNS[name][0]) for name in CONFIGS[config]})
-    schema = features.arrow_schema  # with the features in its metadata, where datasets looks for them
+    schema = features.arrow_schema  # its metadata holds the features, where datasets looks for them
     infos, size = SplitDict(), 0
     for split, part in splits.items():
         path = folder / f"{split}-00000-of-00001.parquet"
@@ -225,7 +225,7 @@ def _write_config(folder: Path, config: str, splits: Mapping[str, Sequence[Measu
 def _summarize(
     splits: Mapping[str, Sequence[Measured]], reader: ExampleReader, ruler: Ruler, seed: int
 ) -> dict[str, Any]:
-    """Give the statistics of a dataset, as they stand in ``statistics.json``."""
+    """Return the statistics of a dataset, as in ``statistics.json``."""
     parts = {}
     for split, part in splits.items():
         kinds = ("words_by_kind", "tokens_by_kind")
@@ -265,7 +265,7 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def draw_plots(path: Path, measures: Sequence[Measures], tokenizer: str) -> None:
-    """Draw how # parallel, tokens, blocks and the kinds of tokens are spread over documents, as a PNG file."""
+    """Draw histograms of # parallel, tokens and blocks, and the kinds of words, as a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 6.5), layout="constrained")
@@ -285,14 +285,14 @@ def draw_plots(path: Path, measures: Sequence[Measures], tokenizer: str) -> None
     kinds.set(title="Words by what they are part of", xlabel="words")
     for axes in (parallel, tokens, blocks, kinds):
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100, metadata={"Software": None})  # whose version would be in the file
+    figure.savefig(path, dpi=100, metadata={"Software": None})  # matplotlib's version would be in the file
 
 
 # Card
 
 
 def _card(summary: Mapping[str, Any], infos: Mapping[str, Any], reader: ExampleReader, about: About) -> str:
-    """Write the card: what the Hub and ``load_dataset`` read, then what a person does."""
+    """Return the card: metadata for the Hub and ``load_dataset``, then text for people."""
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
@@ -323,8 +323,8 @@ def _card(summary: Mapping[str, Any], infos: Mapping[str, Any], reader: ExampleR
 
 def _usage() -> list[str]:
     return [
-        "Answers that say themselves which of their parts do not depend on each other, so that a model can learn to",
-        "write these parts at the same time ([Multiverse](https://arxiv.org/abs/2506.09991)).",
+        "Answers with marked parts that do not depend on each other. A model can learn to write these parts at the",
+        "same time ([Multiverse](https://arxiv.org/abs/2506.09991)).",
         "",
         "```python",
         "from datasets import load_dataset",
@@ -412,7 +412,7 @@ def _dropped(summary: Mapping[str, Any], reader: ExampleReader) -> list[str]:
 
 
 def _entry(entry: Mapping[str, Any]) -> str:
-    """Say on one line which row was dropped and why."""
+    """Return in one line which row was dropped and why."""
     detail = " ".join(entry["detail"].split())
     detail = detail if len(detail) <= 200 else detail[:197] + "..."
     return f"{entry['source']}, line {entry['line']}: {entry['reason']}: {detail}"

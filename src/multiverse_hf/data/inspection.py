@@ -1,4 +1,4 @@
-"""How a row is read: its segments, their positions, what each sees, and which tokens carry a label."""
+"""How training reads a row: segments, positions, visibility and labels."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,12 +14,12 @@ from multiverse_hf.modeling.layout import Event
 
 @dataclass(frozen=True, slots=True)
 class TokenRun:
-    """Tokens of a segment that are next to each other and alike.
+    """Adjacent tokens of one kind in a segment.
 
     Attributes:
-        part: "prompt" and "forced" tokens carry no label, "label" tokens are learnt.
+        part: "prompt" and "forced" tokens have no label, "label" tokens are learnt.
         start, stop: indices into the row.
-        position: of the first token.
+        position: position of the first token.
     """
 
     part: str
@@ -31,11 +31,11 @@ class TokenRun:
 
 @dataclass(frozen=True, slots=True)
 class RowSegment:
-    """Tokens whose positions count up and who see the same segments.
+    """Tokens with consecutive positions that see the same segments.
 
     Attributes:
-        name: what it is: "prompt, goal", "path 1", "after 1 and 2".
-        sees: numbers of the segments whose tokens it attends to, its own among them.
+        name: "prompt, goal", "path 1" or "after 1 to 2".
+        sees: numbers of the segments that it attends to, including its own.
     """
 
     name: str
@@ -57,8 +57,8 @@ class ReadRow:
     """A row as the trainer reads it.
 
     Attributes:
-        length: positions, the prompt's included: the critical path.
-        was_cut: it was longer than the most tokens that a row may have.
+        length: number of positions including the prompt's: the critical path.
+        was_cut: the row was longer than the encoder's ``max_length``.
     """
 
     form: Form
@@ -99,14 +99,14 @@ def read_row(record: Record, encoder: RowEncoder, form: Form) -> ReadRow:
             stop = (rest or [start])[-1] + 1
             text = encoder.tokenizer.decode(ids[start:stop], skip_special_tokens=False)
             runs.append(TokenRun(part, start, stop, positions[start], text))
-        if runs:  # a row that ends with a path has nothing after it
+        if runs:  # a row that ends with a path has no tokens after it
             segments.append(RowSegment(name, layout.visible[number].nonzero().flatten().tolist(), runs))
     was_cut = row["full_length"] > len(ids)
     return ReadRow(form, ids, labels, positions, segment_ids, layout.length, was_cut, segments)
 
 
 def _names(ids: Sequence[int], encoder: RowEncoder) -> list[str]:
-    """Return what each segment of a row is, by the labels of its paths."""
+    """Return the name of each segment of a row, from the labels of its paths."""
     structure, names, closed = Structure(encoder.tags), ["prompt, goal"], []
     for token in ids:
         open_labels = structure.labels[-1] if structure.labels else []

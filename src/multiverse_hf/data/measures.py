@@ -1,4 +1,4 @@
-"""What a document is made of: its blocks, its words and tokens by kind, and its # parallel."""
+"""Measures of a document: its blocks, its words and tokens by kind, and its # parallel."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Ruler:
     Args:
         tokenizer: a transformers tokenizer that has the tags.
         tags: the control tags.
-        name: of the tokenizer, as a reader knows it.
+        name: name of the tokenizer, for people.
     """
 
     tokenizer: Any

@@ -1,4 +1,4 @@
-"""The order in which a small model meets the chains family: short chains first, every shape, both suffixes."""
+"""Training rows of the chains family for a small model: short chains first, every shape, both suffixes."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from multiverse_hf.documents import parse_document
 
 @dataclass(frozen=True, slots=True)
 class ChainsRow:
-    """One training row: a problem and the form in which its answer is learnt."""
+    """One training row: a problem and the form of its answer."""
 
     problem: ChainsProblem
     form: Form
@@ -28,7 +28,7 @@ class ChainsRow:
         return parse_document(text).sequential() if self.form is Form.SEQUENTIAL else text
 
     def record(self) -> Record:
-        """Give the record; a parallel row leaves its form to the epoch."""
+        """Return the record; a parallel row leaves its form to the epoch."""
         messages = ({"role": "user", "content": str(self.problem)},)
         form = None if self.form is Form.PARALLEL else self.form
         return Record(messages, parse_document(document(self.problem)), form)
@@ -39,15 +39,15 @@ class ChainsMixture:
     """A seeded stream of chains rows.
 
     Args:
-        num_rows: how many rows.
-        seed: same seed, same rows.
-        sequential: every row in its sequential form under the sequential suffix (the autoregressive twin).
-        sequential_share: otherwise, the share of rows in that form, so that the model obeys either suffix.
-        plain_share: the share of parallel rows read as plain causal text, so that the same checkpoint also writes the
-            tags one after the other (``structure="off"``, or a server that does not know Multiverse).
-        ramp: the share of the stream over which the most operations a chain may have grows from 2 to ``max_ops``, and
-            the most chains from 3 to ``max_chains``. Short rows are cheap, and they teach everything but length.
-        max_chains, max_ops: the longest problems, 3 to 8 chains of 2 to 8 operations.
+        num_rows: number of rows.
+        seed: the same seed draws the same rows.
+        sequential: every row in sequential form under the sequential suffix, for the autoregressive twin.
+        sequential_share: otherwise, the share of rows in that form, so that the model obeys both suffixes.
+        plain_share: share of parallel rows read as plain causal text. The checkpoint then also decodes documents
+            autoregressively (``structure="off"``, or a server that does not know Multiverse).
+        ramp: share of the stream over which the limits grow: from 2 operations to ``max_ops``, and from 3 chains to
+            ``max_chains``. Short rows are cheap, and teach everything but length.
+        max_chains, max_ops: limits of the longest problems, 3 to 8 chains of 2 to 8 operations.
         single_share, nested_share: shares of the shapes; the rest is flat.
     """
 
@@ -90,7 +90,7 @@ class ChainsMixture:
             problem = sample_problem(rng, kind, num_chains, max_ops)
             sequential = rng.random() < self.sequential_share
             plain = not sequential and rng.random() < self.plain_share
-            if sequential or self.sequential:  # decided after the draws, so that the twin sees the very same problems
+            if sequential or self.sequential:  # after the draws, so that the twin gets the same problems
                 form = Form.SEQUENTIAL
             else:
                 form = Form.PLAIN if plain else Form.PARALLEL

@@ -1,8 +1,8 @@
-"""What a user's row says: read and checked, so that one bad row costs that row and not the run.
+"""A user's rows, read and checked, so that one bad row costs that row and not the run.
 
-A row has ``messages``, the last of them the assistant's; or a ``prompt`` (text or messages) and a ``document``
-(``completion`` will do). The ``answer`` may stand in a column of its own: a document that does not say it is then the
-reasoning, is wrapped in ``<Think>`` if it is not yet, and ``Answer: ...`` follows it, as in Multiverse-1K.
+A row has ``messages`` that end with the assistant's, or a ``prompt`` (text or messages) and a ``document`` (or
+``completion``). The ``answer`` may have a column of its own. A document without it is then the reasoning: it is
+wrapped in ``<Think>`` if it is not yet, and ``Answer: ...`` follows it, as in Multiverse-1K.
 """
 
 import csv
@@ -22,7 +22,7 @@ from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, read_messages
 
 
 class Form(StrEnum):
-    """How a record is read: with the sentence of record that belongs to it at the end of its prompt."""
+    """How a record is read. Each form has its sentence of record at the end of the prompt."""
 
     PARALLEL = "parallel"  # the document, its paths beside each other
     SEQUENTIAL = "sequential"  # the text of its paths, one after the other
@@ -41,10 +41,10 @@ class Reason(StrEnum):
 
 
 class RowError(ValueError):
-    """A row that cannot be trained on, with the kind of reason and what exactly is wrong."""
+    """A row that cannot be trained on, with the kind of reason and the details."""
 
     def __init__(self, reason: Reason, detail: str) -> None:
-        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")  # it may quote half a character
+        detail = detail.encode("utf-8", "backslashreplace").decode("utf-8")  # a lone surrogate cannot be printed
         super().__init__(f"{reason}: {detail}")
         self.reason, self.detail = reason, detail
 
@@ -56,8 +56,8 @@ class Record:
     Attributes:
         messages: the chat before the answer.
         document: the answer, as a tree.
-        form: the one form it is read in, None for whichever an epoch asks for.
-        doubt: what of the row may not be as it was meant, None if nothing was found.
+        form: the only form to read it in; None leaves the form to the epoch.
+        doubt: why the row may be wrong, None if there is no doubt.
     """
 
     messages: tuple[Mapping[str, str], ...]
@@ -70,12 +70,12 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
     """Read a row of a dataset.
 
     Args:
-        row: a mapping with the columns this module's text names; others are passed over.
-        names: how the control tags are spelled.
-        system_prompt: said before a chat that has no system message of its own.
+        row: a mapping with the columns that this module's docstring names; others are ignored.
+        names: spelling of the control tags.
+        system_prompt: system message for chats that have none.
 
     Raises:
-        RowError: if a column is missing or of the wrong kind, or the document is not fit to train on.
+        RowError: if a column is missing or has the wrong type, or the document is unfit for training.
     """
     if not isinstance(row, Mapping):
         raise RowError(Reason.UNREADABLE, f"a row is an object with columns, got {json.dumps(row, default=str):.60}")
@@ -97,7 +97,7 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
         raise RowError(Reason.COLUMNS, "two answers in a row; join them, or put the user's message between them")
     if system_prompt and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *messages]
-    # a model writes "\n", and what the engine writes around paths is found by it
+    # models write "\n", and the engine's tokens around paths are found by it
     text = text.replace("\r\n", "\n")
     answer = _answer(given.get("answer"))
     for value in (text, answer or "", *(message["content"] for message in messages)):
@@ -115,7 +115,7 @@ def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | Non
 
 
 def is_encodable(text: str) -> bool:
-    """Say whether a text holds whole characters only; JSON can spell half of one."""
+    """Return whether a text can be encoded. JSON can hold a lone surrogate, which cannot."""
     return text.encode("utf-8", "replace").decode("utf-8") == text
 
 
@@ -127,7 +127,7 @@ def _messages(value: Any, column: str) -> list[Mapping[str, str]]:
 
 
 def _document(value: Any) -> str:
-    """Give the text of a document column, which TRL's conversational form has as a list of one message."""
+    """Return the text of a document column; TRL's conversational format has a list of one message there."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content")
     if not isinstance(value, str):
@@ -136,7 +136,7 @@ def _document(value: Any) -> str:
 
 
 def _answer(value: Any) -> str | None:
-    """Give an answer column as text. Tables hold whole numbers as floats where another row has none."""
+    """Return an answer column as text. A table with missing answers holds whole numbers as floats."""
     if value is None or isinstance(value, str):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -147,7 +147,7 @@ def _answer(value: Any) -> str | None:
 
 
 def _with_answer(text: str, answer: str | None, names: TagNames) -> str:
-    """Put reasoning and answer together, unless the document says its answer itself."""
+    """Return the document with its answer appended, unless it has one."""
     if answer is None or not answer.strip():
         return text
     document = parse_document(text, names)
@@ -164,7 +164,7 @@ _ANSWER = re.compile(r"^Answer:[ \t]*(\S[^\n]*?)\s*\Z", re.MULTILINE)
 
 
 def read_answer(text: str) -> str | None:
-    """Give what stands on the last line ``Answer: ...``, None if there is no such line."""
+    """Return the text of a last line ``Answer: ...``, None if there is no such line."""
     match = _ANSWER.search(text)
     return match[1] if match else None
 
@@ -173,10 +173,11 @@ _NUMBER = re.compile(r"(?<![\w.,/])-?\d+(?:\.\d+)?(?![\w/]|[.,]\d)")
 
 
 def _contradiction(document: Document, answer: str | None) -> str | None:
-    """Return how a document contradicts the answer of its row, None where it does not or nobody can tell.
+    """Return how a document contradicts the answer of its row, None if it does not or the two are not comparable.
 
-    What stands after ``Answer:``, or outside ``<Think>``, has to hold the answer or be a part of it. A document
-    without either contradicts a whole number only: if it ends in other numbers. LaTeX and sentences are not compared.
+    The text after ``Answer:``, or outside ``<Think>``, must contain the answer or be a part of it. A document without
+    either is compared with whole numbers only, and contradicts them if it ends in others. LaTeX and sentences are not
+    compared.
     """
     last = document.children[-1]
     end = last.text.strip() if isinstance(last, Text) else ""
@@ -194,17 +195,17 @@ def _contradiction(document: Document, answer: str | None) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Return a text without what changes no answer: case, dollar signs, stars, thousands' commas, a full stop."""
+    """Return a text without case, dollar signs, stars, backquotes, thousands' commas and a full stop."""
     return re.sub(r"(?<=\d),(?=\d{3}\b)", "", re.sub(r"[$*`]", "", text)).strip().removesuffix(".").casefold()
 
 
 def _holds(text: str, part: str) -> bool:
-    """Return whether a text holds another as whole words and numbers."""
+    """Return whether a text contains another as whole words and numbers."""
     return re.search(rf"(?<![\w.,/-]){re.escape(part)}(?![\w/]|[.,]\d)", text) is not None
 
 
 def _value(text: str) -> Fraction | None:
-    """Return the value of a number or a fraction, None of anything else."""
+    """Return the value of a number or a fraction, None for other texts."""
     try:
         return Fraction(text.replace(" ", "").removesuffix("%"))
     except (ValueError, ZeroDivisionError):
@@ -212,7 +213,7 @@ def _value(text: str) -> Fraction | None:
 
 
 def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
-    """Give the rows of a file or dataset, as :func:`number_rows` does, without their numbers."""
+    """Yield the rows of a file or dataset, as :func:`number_rows` does, without their numbers."""
     for _, row in number_rows(source, config, split):
         yield row
 
@@ -220,16 +221,16 @@ def load_rows(source: str, config: str | None = None, split: str = "train") -> I
 def number_rows(
     source: str, config: str | None = None, split: str = "train", rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[int, Any]]:
-    """Give the rows of a file or dataset with their numbers from 1; for a JSONL file these are lines.
+    """Yield the rows of a file or dataset with their numbers from 1. The numbers of a JSONL file are its lines.
 
-    A line of a JSONL file that is no JSON is given as a :class:`RowError`.
+    A line of a JSONL file that is no JSON is yielded as a :class:`RowError`.
 
     Args:
-        source: a ``.jsonl`` file; a ``.json``, ``.parquet`` or ``.csv`` file; a folder with a dataset; or its name on
+        source: a ``.jsonl``, ``.json``, ``.parquet`` or ``.csv`` file, a folder with a dataset, or a dataset's name on
             the Hub.
-        config: of a dataset that has several.
-        split: of a dataset.
-        rank, world_size: give only every ``world_size``-th number from ``rank + 1`` on.
+        config: config of a dataset that has several.
+        split: split of a dataset.
+        rank, world_size: yield only every ``world_size``-th number, from ``rank + 1`` on.
 
     Raises:
         ValueError: if there is no such file, dataset, config or split.
@@ -251,7 +252,7 @@ def number_rows(
     share = table if world_size == 1 else table.select(range(rank, len(table), world_size))
     try:
         yield from zip(range(rank + 1, len(table) + 1, world_size), share, strict=True)
-    except Exception as err:  # as below: a damaged file shows when it is read
+    except Exception as err:  # as below; a damaged file fails only when it is read
         raise _unreadable(source, err) from err
 
 
@@ -267,7 +268,7 @@ def open_table(source: str, config: str | None = None, split: str = "train") -> 
     try:
         is_file = path.is_file()
         if path.suffix == ".parquet" and is_file:
-            # datasets takes [, * and ? in a name for a pattern
+            # datasets reads [, * and ? in a name as a pattern
             return datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
         if is_file or path.suffix in (".jsonl", ".json", ".csv", ".parquet"):
             known = "a .jsonl, .json, .parquet or .csv file, a folder, or a dataset on the Hub"
@@ -286,7 +287,7 @@ def _unreadable(source: str, error: Exception) -> ValueError:
 
 
 def _read_lines(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[tuple[int, Any]]:
-    """Read JSON lines; datasets would refuse the whole file for one bad line."""
+    """Yield JSON lines. datasets would refuse the whole file for one bad line."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if (number - 1) % world_size != rank or not line.strip():
@@ -303,7 +304,7 @@ def _read_lines(path: Path, rank: int = 0, world_size: int = 1) -> Iterator[tupl
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
-    """Read a list of rows, or lines all the same; datasets would guess at types, and take some text for dates."""
+    """Yield the rows of a JSON list, or of JSON lines. datasets would guess types, and read some texts as dates."""
     text = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     try:
         rows = json.loads(text)
@@ -314,7 +315,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict[str, str | None]]]:
-    """Read a table as text: a library that guesses at types makes 7 of 007, and 1.0 of 1."""
+    """Yield the rows of a table as text: a library that guesses types turns 007 into 7, and 1 into 1.0."""
     csv.field_size_limit(1 << 30)  # a document is a field; the default is 128 kB
     with path.open(encoding="utf-8-sig", newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=1):

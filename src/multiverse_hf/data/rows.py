@@ -14,7 +14,7 @@ from multiverse_hf.modeling.tags import TagSet, encode_inside, encode_prompt
 
 
 class TokenKind(IntEnum):
-    """What a token of a row is part of; training reports its loss by kind."""
+    """The part of a row that a token belongs to; training reports its loss by kind."""
 
     PROMPT = 0
     TAG = 1  # a control tag, and the newlines between tags of a block
@@ -22,7 +22,7 @@ class TokenKind(IntEnum):
     PATH = 3  # a path's own text
     CONCLUSION = 4
     THINK = 5  # reasoning outside every block
-    ANSWER = 6  # what stands outside <Think> and blocks, the end token included
+    ANSWER = 6  # text outside <Think> and blocks, including the end token
 
 
 KIND_BY_ROLE = {  # by the role of the innermost element
@@ -36,18 +36,19 @@ KIND_BY_ROLE = {  # by the role of the innermost element
 
 
 def document_labels(ids: list[int], tags: TagSet) -> list[int]:
-    """Give the labels of a document: what the model must choose, nothing else.
+    """Return the labels of a document: only tokens that the model must choose have one.
 
-    Tokens the engine writes itself, ``\\n<Path>\\n1:`` at a fork and ``\\n<Conclusion>\\n`` at a reduce, are ignored,
-    and so is the first token of every path and of what follows a block, which in document order has no meaningful
-    predecessor.
+    Tokens that the engine writes, ``\\n<Path>\\n1:`` at a fork and ``\\n<Conclusion>\\n`` at a reduce, are ignored.
+    The
+    first token of every path and the first token after a block are ignored too: in document order they have no
+    meaningful predecessor.
 
     Args:
         ids: token ids of the document.
         tags: the control tags.
 
     Returns:
-        As many labels as ids, :data:`IGNORE` where nothing is to be learnt.
+        As many labels as ids, :data:`IGNORE` for ignored tokens.
     """
     labels = list(ids)
     for run in find_forced(ids, tags):
@@ -56,7 +57,7 @@ def document_labels(ids: list[int], tags: TagSet) -> list[int]:
 
 
 def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[bool]]:
-    """Say of every token of a document what it is part of.
+    """Return the kind of every token of a document.
 
     Args:
         ids: token ids of the document.
@@ -89,20 +90,20 @@ def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[boo
 def with_forced_starts(ids: list[int], text: str, tokenizer: Any, tags: TagSet) -> list[int]:
     """Return the ids of a document in which every path and conclusion begins with the ids that the engine writes.
 
-    A tokenizer may join the end of ``\\n<Path>\\n1:`` with what follows: Qwen2.5 and Llama 3 have a token ``:\\n``.
-    The engine encodes that start by itself, so training has to read it that way.
+    A tokenizer may join the end of ``\\n<Path>\\n1:`` with the next text: Qwen2.5 and Llama 3 have a token ``:\\n``.
+    The engine encodes that start separately, so training must read it the same way.
 
     Args:
-        ids: of the whole text.
+        ids: ids of the whole text.
         text: the document.
-        tokenizer: that encoded it.
+        tokenizer: the tokenizer that encoded it.
         tags: the control tags.
     """
     found = list(re.finditer("|".join(map(re.escape, tags.names.tokens)), text))
     ends = [*(match.start() for match in found), len(text)][1:]
     after = [text[match.end() : end] for match, end in zip(found, ends, strict=True)]
     at = [index for index, token in enumerate(ids) if token in tags.roles]
-    if len(at) != len(after):  # the text spells a tag that is none
+    if len(at) != len(after):  # the text contains a tag that is no token
         return ids
     structure, whole = Structure(tags), list(ids[: at[0]] if at else ids)
     for number, index in enumerate(at):
@@ -130,8 +131,8 @@ class RowEncoder:
     Args:
         tokenizer: a transformers tokenizer with the tags and a chat template.
         tags: the control tags.
-        max_length: the most tokens a row may have, None for any number.
-        cut: what becomes of a longer one: cut at the last token after which no block is open, or dropped.
+        max_length: most tokens of a row, None for no limit.
+        cut: cut a longer row at the last token after which no block is open, instead of dropping it.
         suffix: end prompts with the sentence of record of their form.
     """
 
@@ -142,7 +143,7 @@ class RowEncoder:
     suffix: bool = True
 
     def prompt(self, record: Record, form: Form) -> list[Mapping[str, str]]:
-        """Give a record's chat, the last message of the user ended with the sentence of the form."""
+        """Return a record's chat. The user's last message ends with the sentence of the form."""
         messages = list(record.messages)
         users = [index for index, message in enumerate(messages) if message["role"] == "user"]
         if self.suffix and users:
@@ -155,16 +156,16 @@ class RowEncoder:
         """Tokenize a record: its prompt in the chat template, its document, the end token.
 
         Returns:
-            ``input_ids``, ``labels`` (:data:`IGNORE` where nothing is to be learnt) and ``kinds``
-            (:class:`TokenKind`), lists of the same length; ``full_length`` in tokens, before it was cut; and
-            ``plain``, whether it is to be laid out as plain causal text.
+            ``input_ids``, ``labels`` (:data:`IGNORE` for ignored tokens) and ``kinds`` (:class:`TokenKind`), lists of
+            one length; ``full_length``, the tokens before a cut; and ``plain``, whether the row is laid out as plain
+            causal text.
 
         Raises:
-            RowError: if it is too long, has an end token inside, or the chat template cannot take the prompt.
+            RowError: if it is too long, contains an end token, or the chat template fails on the prompt.
         """
         try:
             prompt = encode_prompt(self.tokenizer, self.prompt(record, form), self.tags.names)
-        except Exception as err:  # a chat template is a program of the model's and may raise anything
+        except Exception as err:  # a chat template is the model's own program and may raise anything
             raise RowError(Reason.TEMPLATE, " ".join(str(err).split())) from err
         text = record.document.sequential() if form is Form.SEQUENTIAL else record.document.render()
         ids = self.tokenizer.encode(text, add_special_tokens=False)

@@ -1,4 +1,4 @@
-"""Sentences of record at the end of a prompt: they tell a model which form of answer is wanted (Multiverse-1K)."""
+"""Sentences of record at the end of a prompt, which ask for a form of answer (Multiverse-1K)."""
 
 from enum import StrEnum
 
@@ -14,13 +14,13 @@ class Suffix(StrEnum):
     NONE = "none"
 
     def end(self, text: str) -> str:
-        """End a prompt with the sentence; one that has either is left as it is."""
+        """Return a prompt that ends with the sentence. A prompt that ends with either sentence is unchanged."""
         if self is Suffix.NONE or text.endswith((PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX)):
             return text
         return f"{text} {PARALLEL_SUFFIX if self is Suffix.PARALLEL else SEQUENTIAL_SUFFIX}"
 
     def exchange(self, text: str) -> str:
-        """End a prompt with the sentence, in place of the one it may have."""
+        """Return a prompt that ends with the sentence, in place of the one it may have."""
         if self is Suffix.NONE:
             return text
         return self.end(text.removesuffix(PARALLEL_SUFFIX).removesuffix(SEQUENTIAL_SUFFIX).rstrip())
