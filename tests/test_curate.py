@@ -347,7 +347,7 @@ def test_a_dead_endpoint_is_told_of_and_ends_the_run_in_a_line_and_the_same_comm
     ended = (
         rf"error: the endpoint {re.escape(url)} is down: no call was answered for \d+ s; the last one failed: {words}"
     )
-    assert re.fullmatch(rf"{told}{ended}; start it.* goes on\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"{told}{ended}; start it.* again\n", done.stderr), done.stderr
     assert re.search(told, (folder / "logs" / "logs" / "task_00000.log").read_text())
     server.behave(status=None)
     assert f"{rows} accepted, 0 rejected" in call(capfd, options(source, folder, server)).stdout
@@ -367,7 +367,7 @@ def test_several_tasks_tell_of_a_dead_endpoint_once(tmp_path: Path, serve, words
     assert (done.returncode, done.stdout) == (1, "")
     told = f"calls to {server.url}/v1 fail: {words}; trying again until 6 s have passed\n"
     assert done.stderr.startswith(told)
-    ended = rf"error: the endpoint {server.url}/v1 is down: no call was answered for \d+ s; .* goes on\n"
+    ended = rf"error: the endpoint {server.url}/v1 is down: no call was answered for \d+ s; .* again\n"
     assert re.fullmatch(ended, done.stderr.removeprefix(told)), done.stderr
     logs = [path.read_text() for path in (folder / "logs" / "logs").glob("task_*.log")]
     assert {1} <= {log.count(told) for log in logs} <= {0, 1}  # a task that starts late is ended with the first
@@ -402,7 +402,7 @@ def test_a_wait_longer_than_one_may_wait_ends_the_run_in_a_line(tmp_path: Path, 
     done = call(capfd, options(source, folder, server, "--max-outage", "0.1"))
     assert (done.returncode, done.stdout) == (1, "")
     assert re.fullmatch(
-        r"error: the endpoint \S+ is down: it asks to wait 0.2 s, longer than 0.1 s; raise --max-outage.* goes on\n",
+        r"error: the endpoint \S+ is down: it asks to wait 0.2 s, longer than 0.1 s; raise --max-outage.* again\n",
         done.stderr,
     ), done.stderr
 
@@ -440,7 +440,7 @@ def test_an_endpoint_that_takes_no_call_ends_the_run_at_once_and_rejects_no_row(
     command = options(source, folder, server)
     done = call(capfd, command)
     assert (done.returncode, done.stdout) == (1, "")
-    assert re.fullmatch(rf"error: the endpoint takes no calls: {words}; mend that.*\n", done.stderr), done.stderr
+    assert re.fullmatch(rf"error: the endpoint refuses all calls: {words}; correct that.*\n", done.stderr), done.stderr
     server.behave(status=None)
     assert "30 accepted, 0 rejected" in call(capfd, command).stdout
 

@@ -153,7 +153,7 @@ def test_what_parts_turns_is_no_text_of_a_trace(marker):
         {"reasoning": f"One. {marker} Two.", "answer": "2"},
         {"reasoning": "One. Two.", "answer": f"2{marker}"},
     ):
-        with pytest.raises(RowError, match="which parts turns or thinking"):
+        with pytest.raises(RowError, match="which separates turns or thinking"):
             read_trace(1, {"prompt": "p", **row}, {})
 
 
@@ -572,7 +572,7 @@ def test_replies_in_parts_without_counts_and_with_half_a_character_are_read():
 @pytest.mark.parametrize("body", ["{", "", "null", "[1]", '{"choices": [7]}', "<html>", b"\xff\xfe\x00"])
 @pytest.mark.parametrize("content_type", ["application/json", "text/html"])
 def test_an_answer_that_is_none_is_a_fault_of_the_server(body: str | bytes, content_type: str):
-    with pytest.raises(Refusal, match="1 tries failed, the last with an answer that is none") as caught:
+    with pytest.raises(Refusal, match="1 tries failed, the last with an unreadable answer") as caught:
         ask_once((200, body, {"Content-Type": content_type}))
     assert caught.value.check == "no answer"
 
@@ -737,7 +737,7 @@ def test_the_log_gives_back_what_was_put_and_a_damaged_one_is_told_of(tmp_path: 
         ("model: m\nbase_url: localhost", "must be an address"),
         ("model: m\nbase_url: https://me:secret@host/v1", "holds a key"),
         ("model: m\nbase_url: https://host/v1#secret", "holds a key"),
-        ("model: m\nbase_url: http://host:port/v1", "no port that there can be"),
+        ("model: m\nbase_url: http://host:port/v1", "a port out of range \\(1-65535\\)"),
         ("model: m\ntimeout_s: .inf", "timeout_s must be a number above 0, got inf"),
         ("model: m\nprices: {m: {prompt: -1}}", "the price of m must be at least 0"),
         ("model: m\nrequest: {model: other}", "request cannot have model: it is a setting of its own"),

@@ -1,4 +1,4 @@
-"""Checkpoints as commands and recipes use them: opened with every fault told in a line, loaded, asked for an answer.
+"""Checkpoints as commands and recipes use them: opened and checked, loaded, and asked for an answer.
 
 torch and transformers are imported inside functions, so that ``--help`` answers at once.
 """
@@ -26,12 +26,12 @@ from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
 MAX_NUM_SEQS = 64  # the engine's default; it is defined beside torch
-# Files of a checkpoint that hold one JSON object if they are there. transformers takes a generation config that it
-# cannot parse for none at all, and fails deep inside on other JSON.
+# Files that hold one JSON object. transformers ignores a generation config that it cannot parse, and fails with an
+# obscure error on other JSON.
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
-# One of these holds the vocabulary. Without any, transformers makes up an empty tokenizer.
+# One of these holds the vocabulary. Without any, transformers makes an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
-SAMPLE = 1 << 20  # bytes at either end of a weights file that tell it from others: training changes every tensor
+SAMPLE = 1 << 20  # bytes at each end of a weights file that its fingerprint covers: training changes every tensor
 
 
 class Dtype(StrEnum):
@@ -60,35 +60,35 @@ class Checkpoint:
     config: Any
     tokenizer: Any
     tags: TagSet
-    hidden: frozenset[int]  # ids that are not part of an answer's text: end and padding tokens
+    hidden: frozenset[int]  # ids outside an answer's text: end and padding tokens
     revision: str = "main"
 
     @property
     def has_tags(self) -> bool:
-        """Its vocabulary has the control tags; without them it can write no branches."""
+        """Whether its vocabulary has the control tags, without which it cannot branch."""
         return bool(self.tokenizer.get_vocab().keys() & set(self.tags.names.tokens))
 
     @property
     def is_embedded(self) -> bool:
-        """It comes with this package and solves sums of chains only."""
+        """Whether it comes with this package, and so solves only sums of chains."""
         return Path(self.path).parent == EMBEDDED.parent
 
     def encode(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
-        """Tokenize a prompt: text or chat messages.
+        """Return the ids of a prompt: text or chat messages.
 
         Raises:
             CommandError: if the checkpoint's chat template fails, or the prompt does not fit the context.
         """
         try:
             ids = encode_prompt(self.tokenizer, prompt, self.tags.names)
-        except Exception as err:  # a chat template is a program of the checkpoint's and may raise anything
+        except Exception as err:  # a chat template is the checkpoint's own program and may raise anything
             raise CommandError(
                 f"the chat template of {self.name} cannot take the prompt: {one_line(err).rstrip('.')}; "
                 "copy or download the checkpoint again"
             ) from err
         if not ids:
             raise CommandError(
-                f"the tokenizer and chat template of {self.name} make no token of the prompt; "
+                f"the tokenizer and chat template of {self.name} turn the prompt into no token; "
                 "copy or download the checkpoint again"
             )
         context = getattr(self.config, "max_position_embeddings", None)
@@ -97,7 +97,7 @@ class Checkpoint:
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Give the text of an answer, its tags included, without end and padding tokens."""
+        """Return the text of an answer with its tags, without end and padding tokens."""
         return self.tokenizer.decode([i for i in ids if i not in self.hidden], skip_special_tokens=False)
 
 
@@ -111,14 +111,14 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """The answer without parallel structure; the document itself where it does not parse."""
+        """The answer without parallel structure; the document itself if it does not parse."""
         try:
             return parse_document(self.document).sequential()
         except DocumentError:
             return self.document
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the JSON form."""
+        """Return the JSON form."""
         names = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
         stats = {name: getattr(self.stats, name) for name in names}
         stats |= {"finish_reason": str(self.stats.finish_reason), "malformed": self.stats.malformed}
@@ -132,30 +132,30 @@ class Answer:
 
 
 def quiet() -> None:
-    """Keep warnings and progress bars of libraries off the screen."""
+    """Turn off warnings and progress bars of libraries."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if not sys.stderr.isatty():  # in a terminal a download of gigabytes should be seen
+    if not sys.stderr.isatty():  # in a terminal, users should see a download of gigabytes
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
 
 
 def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool = True) -> Checkpoint:
-    """Read a checkpoint's config and tokenizer, and check that they fit each other and the model can branch.
+    """Read a checkpoint's config and tokenizer. Check that they fit each other and that the model can branch.
 
     Args:
         name: folder or repository; None for the embedded checkpoint.
-        revision: of a repository.
-        needs_tags: refuse a model without control tags. If not, such a model is given tags beyond its vocabulary,
-            which it never writes: with ``structure="off"`` the engine then runs it as the ordinary model it is.
+        revision: revision of a repository.
+        needs_tags: refuse a model without control tags. Otherwise such a model gets tags beyond its vocabulary, which
+            it never writes. The engine runs it with ``structure="off"``.
 
     Raises:
-        CommandError: if there is none, it cannot be read, or it is of a kind that cannot branch.
+        CommandError: if the checkpoint is missing, cannot be read, or cannot branch.
     """
     if name is None and not (EMBEDDED / "config.json").is_file():
         raise CommandError("this installation has no built-in model; choose one with --model FOLDER or REPO", FAILURE)
@@ -165,7 +165,7 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
         if not path.exists() and name in EMBEDDED_NAMES:
             path = EMBEDDED.parent / name
         is_local = path.exists()
-    except (OSError, RuntimeError) as err:  # longer than a path may be; or in the home of a user nobody knows
+    except (OSError, RuntimeError) as err:  # a path that is too long, or the home of an unknown user
         raise CommandError(
             f"no model folder {one_line(shown, 80)} ({one_line(err, 80).rstrip('.')}); give an existing one"
         ) from err
@@ -185,9 +185,9 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
 
     source = str(path) if is_local else shown
     try:
-        # a checkpoint's own code is never run here, and nobody is asked whether it may be
+        # never runs a checkpoint's own code, and never asks whether it may
         config = MultiverseConfig.from_pretrained(source, revision=revision)
-    except Exception as err:  # a checkpoint is input: whatever reading it raises is to be said in a line
+    except Exception as err:  # a checkpoint is input: any error of reading it is reported in one line
         raise _unreadable(shown, "config", err, is_local) from err
     try:
         base_class(config)
@@ -199,7 +199,7 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
         raise _unreadable(shown, "tokenizer", err, is_local) from err
     try:
         generation = GenerationConfig.from_pretrained(source, revision=revision)
-    except OSError:  # there need not be one
+    except OSError:  # the file is optional
         generation = GenerationConfig.from_model_config(config)
     except Exception as err:
         raise _unreadable(shown, "generation config", err, is_local) from err
@@ -227,19 +227,19 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
                 f"{shown} names the end token {end!r}, which is none of its {config.vocab_size} token ids; "
                 "mend eos_token_id in its generation_config.json"
             )
-    # by id, not by skip_special_tokens: some tokenizers hold the tags to be special as well
+    # by id, not by skip_special_tokens: in some tokenizers the tags are special tokens too
     hidden = frozenset(tokenizer.all_special_ids) - frozenset(tags.control_ids)
     return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision)
 
 
 def _check_folder(folder: Path, name: str) -> None:
-    """Check that a checkpoint's files are there and hold what they should, as far as transformers says it badly."""
+    """Check a checkpoint's files for faults that transformers reports badly."""
     if (folder / "adapter_config.json").is_file():
         merge = f"multiverse merge --adapter {name} --output {name}-merged"
-        raise CommandError(f"{name} is a LoRA adapter without its base; put them together with: {merge}")
+        raise CommandError(f"{name} is a LoRA adapter without its base; merge them with: {merge}")
     if not (folder / "config.json").is_file():
         raise CommandError(f"{name} holds no config.json; give the folder of a checkpoint")
-    # without its config a tokenizer is taken for the architecture's usual one, which may cut text in other places
+    # without its config, transformers takes the architecture's usual tokenizer, which may split text differently
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
     if not has_tokenizer or not (folder / "tokenizer_config.json").is_file():
         lacking = "tokenizer_config.json" if has_tokenizer else "tokenizer.json"
@@ -256,7 +256,7 @@ def _check_folder(folder: Path, name: str) -> None:
 
 
 def _check_tags(name: str, stored: TagSet, spelled: TagSet) -> None:
-    """Check that the ids the config holds are those of the tokenizer beside it."""
+    """Check that config and tokenizer have the same ids of tags."""
     for what in ("ids", "newline", "colon", "digits"):
         ours, theirs = getattr(stored, what), getattr(spelled, what)
         if ours == theirs:
@@ -265,15 +265,16 @@ def _check_tags(name: str, stored: TagSet, spelled: TagSet) -> None:
             what = next(text for text in theirs if ours.get(text) != theirs[text])
             ours, theirs = ours.get(what), theirs[what]
         raise CommandError(
-            f"{name} is not of one piece: {what} is token {ours} to its config and {theirs} to its tokenizer; "
+            f"config and tokenizer of {name} do not match: {what} is token {ours} in the config and {theirs} in the "
+            "tokenizer; "
             "keep config.json and tokenizer of one model together"
         )
 
 
 def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> CommandError:
-    """Say why a part of a checkpoint could not be read."""
+    """Return the error for a part of a checkpoint that cannot be read."""
     reason = one_line(error).rstrip(".")
-    if isinstance(error, LookupError):  # whose text is the key alone
+    if isinstance(error, LookupError):  # its text is only the key
         reason = f"it has no {reason}"
     if not is_local and "connect" in reason:
         return CommandError(f"cannot reach the Hub for {name}, and it is not in the cache; check the network", FAILURE)
@@ -281,13 +282,13 @@ def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> Comma
         return CommandError(f"no model {name}, neither as a folder nor on the Hub; check the name, or log in")
     if kind := re.search(r"model type `([^`]*)` but Transformers does not recognize", reason):
         return CommandError(f"this transformers does not know {name}'s architecture {kind[1]}; upgrade transformers")
-    if isinstance(error, ImportError) or "attn_implementation" in reason:  # how it was to be loaded, not what is there
+    if isinstance(error, ImportError) or "attn_implementation" in reason:  # the way of loading is wrong, not the files
         return CommandError(f"cannot load {name} like this: {reason}")
     return CommandError(f"cannot read the {part} of {name}: {reason}; copy or download the checkpoint again")
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Tell a checkpoint from others: by a repository's commit, or by a folder's files, of large ones the ends."""
+    """Return a repository's commit, or a hash of a folder's files, of large files the ends."""
     commit = getattr(checkpoint.config, "_commit_hash", None)
     if not os.path.isdir(checkpoint.path):
         return str(commit)
@@ -304,10 +305,10 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, device: str, threads: int | None) -> Any:
-    """Read the weights onto a device, to answer prompts.
+    """Return the model on a device, ready to answer prompts.
 
     Raises:
-        CommandError: if they are damaged or incomplete, or there is no such device.
+        CommandError: if weights are damaged or incomplete, or there is no such device.
     """
     from multiverse_hf.modeling.threads import set_threads
 
@@ -318,10 +319,10 @@ def load_model(checkpoint: Checkpoint, dtype: Dtype, attention: Attention, devic
 
 
 def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> Any:
-    """Read the weights, every one of them, and no others.
+    """Return the model with exactly the weights of its config.
 
     Raises:
-        CommandError: if they are damaged or incomplete.
+        CommandError: if weights are damaged, missing or unexpected.
     """
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM, base_class
 
@@ -335,39 +336,39 @@ def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> A
             dtype=dtype,
             attn_implementation=attention,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are told of below, by name
+            ignore_mismatched_sizes=True,  # reported below by name
         )
-    except Exception as err:  # as for the config: safetensors, pickle and json all raise errors of their own
+    except Exception as err:  # as for the config: safetensors, pickle and json raise different errors
         raise _unreadable(checkpoint.name, "weights", err, os.path.isdir(checkpoint.path)) from err
     if wrong := sorted(key for key, *_ in info["mismatched_keys"]):
         raise CommandError(
-            f"{checkpoint.name} has weights of other shapes than its config says, {wrong[0]} among them; "
+            f"{checkpoint.name} has weights whose shapes differ from its config, such as {wrong[0]}; "
             "keep config.json and weights of one model together"
         )
     if missing := sorted(info["missing_keys"]):
         raise CommandError(
-            f"{checkpoint.name} lacks {len(missing)} weights, {missing[0]} among them; download the checkpoint again"
+            f"{checkpoint.name} lacks {len(missing)} weights, such as {missing[0]}; download the checkpoint again"
         )
     if unexpected := sorted(info["unexpected_keys"]):
         raise CommandError(
-            f"{checkpoint.name} has weights that its config has no place for, {unexpected[0]} among them; "
+            f"{checkpoint.name} has weights that its config does not have, such as {unexpected[0]}; "
             "keep config.json and weights of one model together"
         )
-    if not branches:  # for the engine, which then runs it with structure="off"
+    if not branches:  # the engine runs it with structure="off"
         model.config.multiverse = checkpoint.tags.to_dict()
         MultiverseForCausalLM.adopt(model)
     return model
 
 
 def _find_device(name: str) -> Any:
-    """Give the torch device a user means."""
+    """Return the torch device that a user named."""
     import torch
 
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # whether it is there and computes, which the meta device does not
+        torch.zeros(1, device=device).item()  # it must exist and compute, which the meta device does not
     except (RuntimeError, AssertionError, NotImplementedError) as err:
         raise CommandError(f"no device {name!r} here; use --device cpu, cuda, cuda:0, ... or auto") from err
     return device
@@ -376,10 +377,10 @@ def _find_device(name: str) -> Any:
 def answer_prompt(
     model: Any, checkpoint: Checkpoint, prompt: Sequence[int], streamer: Any = None, **options: Any
 ) -> Answer:
-    """Answer one prompt, given as token ids, and take the time.
+    """Answer one prompt of token ids, and measure the time.
 
     Raises:
-        CommandError: if the model or its generation config does not serve.
+        CommandError: if the model or its generation config cannot be used.
     """
     import torch
 
@@ -393,7 +394,7 @@ def answer_prompt(
             return_dict_in_generate=True,
             **{name: value for name, value in options.items() if value is not None},
         )
-    except ValueError as err:  # the commands check their own options: what is left is the checkpoint's
+    except ValueError as err:  # the commands check their own options, so the checkpoint is at fault
         raise CommandError(f"{checkpoint.name} cannot answer: {one_line(err).rstrip('.')}") from err
-    seconds = time.perf_counter() - begin  # the ids came back to the host, so the device is done
+    seconds = time.perf_counter() - begin  # the ids are on the host, so the device is done
     return Answer(checkpoint.decode(output.sequences[0, len(prompt) :].tolist()), output.stats[0], seconds)

@@ -1,4 +1,4 @@
-"""The answer of a document against its original's, by the rules that judge an evaluation."""
+"""Checks a document's answer against the original's, by the rules that judge an evaluation."""
 
 import asyncio
 import re
@@ -19,8 +19,8 @@ _STATED = re.compile(
     r"[\s*]*(?!\$?\\boxed)(\S[^\n]*?)(?=[.;,]?\**(?:\s*$|\s*\n|[.;,]\s))",
     re.IGNORECASE | re.MULTILINE,
 )
-_VALUE = re.compile(r"[-+(]*\s*(?:[\d.\\]|\w\s*=)")  # what a value begins with; "at least 40" states none
-# "Total: 42", "the sum is 42", "a + b = 42", "**42**": how a sentence ends that concludes with an integer
+_VALUE = re.compile(r"[-+(]*\s*(?:[\d.\\]|\w\s*=)")  # how a value begins; "at least 40" states none
+# "Total: 42", "the sum is 42", "a + b = 42", "**42**": ends of a sentence that concludes with an integer
 _PLAIN = re.compile(
     r"(?:(?<![<>!])=|\b(?:total|sum|result|value|count)\**(?:\s+is|\s*[:=]))[\s*$]*(-?\d[\d,]{0,30})[\s*$.!]*$"
     r"|\*\*\$?(-?\d[\d,]{0,30})\$?[.!]?\*\*[.!]?\s*$",
@@ -31,7 +31,7 @@ _WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 
 def stated_answers(text: str) -> list[str]:
-    """Give the answer that a text states: on a last line ``Answer: ...``, else all in its last line with a box."""
+    """Return the stated answers: of a last line ``Answer: ...``, else of the last line with a box."""
     if (answer := read_answer(text)) is not None:
         return boxed(answer) or [answer]
     if (begin := text.rfind("\\boxed")) >= 0:
@@ -41,16 +41,16 @@ def stated_answers(text: str) -> list[str]:
 
 
 def final_answers(text: str) -> list[str]:
-    """Return the answer that a text states, else its last sentence."""
+    """Return the answers that a text states, else its last sentence."""
     return stated_answers(text) or [sentence.strip() for sentence in split_sentences(text.rstrip())[-1:]]
 
 
 def concluded_answers(text: str, gold: str, original: str) -> list[str]:
     """Return every answer that a conclusion states.
 
-    That is what is in a box, after ``Answer:`` or in "the answer is ...". Where the right answer is an integer, it is
-    also an integer at the end of the last sentence: ``Total: 42``, ``... = 42.``, ``**42**``. As conclusions state
-    results on the way too, that one counts only if the reasoning has no such number.
+    These are boxes, texts after ``Answer:`` and "the answer is ...". If the right answer is an integer, an integer at
+    the end of the last sentence counts too: ``Total: 42``, ``... = 42.``, ``**42**``. Conclusions also state
+    intermediate results, so such an integer counts only if the reasoning does not contain it.
 
     Args:
         text: the conclusion.
@@ -72,7 +72,7 @@ def concluded_answers(text: str, gold: str, original: str) -> list[str]:
 
 
 class AnswerChecker:
-    """Compares answers; what takes longer than ``timeout_s`` is not equal. To be closed."""
+    """Compares answers. A comparison longer than ``timeout_s`` counts as different. Close it after use."""
 
     def __init__(self, timeout_s: float = 15.0) -> None:
         self.timeout_s = timeout_s
@@ -82,13 +82,13 @@ class AnswerChecker:
         """Check that a document's sequential text has the original's answer, and that no conclusion states another.
 
         Args:
-            original: the reasoning.
-            sequential: that of the document.
-            document: with the conclusions.
-            answer: what follows the reasoning, if anything does.
+            original: the original reasoning.
+            sequential: the document's sequential text.
+            document: the document with its conclusions.
+            answer: the answer after the reasoning, if there is one.
 
         Raises:
-            Refusal: if not, with both answers.
+            Refusal: if they differ, with both answers.
         """
         are_stated = bool(stated_answers(original) and stated_answers(sequential))
         await self._compare(final_answers(original), final_answers(sequential), is_prose=not are_stated)
@@ -115,7 +115,7 @@ class AnswerChecker:
         raise Refusal("answer", f"the answer is {', '.join(found)!r:.120}, in the original {', '.join(gold)!r:.120}")
 
     def _equal(self, ours: str, theirs: str, is_prose: bool) -> bool:
-        """Compare two answers; of sentences, which say more than an answer, what math-verify finds in them."""
+        """Return whether two answers are equal. In prose, compare the expressions that math-verify finds."""
         self._verifier.timeout_s = self.timeout_s
         if ours == theirs or compare_answers(ours, theirs, self._verifier)[0]:
             return True
@@ -125,5 +125,5 @@ class AnswerChecker:
             return False
 
     def close(self) -> None:
-        """End the process that compares, whatever it is at."""
+        """End the process that compares, even during a comparison."""
         self._verifier.close()

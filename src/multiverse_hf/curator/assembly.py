@@ -1,4 +1,4 @@
-"""From the structure and the text of its steps to a document."""
+"""Builds a document from its structure and the text of its steps."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,18 +8,20 @@ from multiverse_hf.curator.forms import BlockText, PlacedStep, RefillReply, Stru
 from multiverse_hf.documents import Document, Element, Path, Text
 from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
 
-_SURROUNDING = re.compile(r"\A(?:[ \t]*\n)+|\s+\Z")  # what a block boundary replaces; not the first line's indentation
+_SURROUNDING = re.compile(
+    r"\A(?:[ \t]*\n)+|\s+\Z"
+)  # whitespace that a block boundary replaces, except the first line's indentation
 
 
 class PlannedBlock(NamedTuple):
-    """A block: its name, and what each path is made of."""
+    """A block: its name, and the steps and blocks of each path."""
 
     name: str
     paths: "list[list[str | PlannedBlock]]"
 
 
 def plan(structure: StructureReply) -> "list[str | PlannedBlock]":
-    """Give the document as steps and blocks in order; blocks are named B1, B2, ... in the order in which they open."""
+    """Return the document as steps and blocks in order. Blocks are named B1, B2, ... as they open."""
     count = 0
 
     def name() -> str:
@@ -47,7 +49,7 @@ def plan(structure: StructureReply) -> "list[str | PlannedBlock]":
 
 
 def block_names(structure: StructureReply) -> dict[str, int]:
-    """Give the name of every block with its number of paths, in the order in which they open."""
+    """Return the name and the number of paths of every block, in the order in which they open."""
     return {block.name: len(block.paths) for block in _blocks(plan(structure))}
 
 
@@ -60,7 +62,7 @@ def _blocks(items: "Sequence[str | PlannedBlock]") -> Iterator[PlannedBlock]:
 
 
 def path_sentences(structure: StructureReply, refill: RefillReply) -> set[int]:
-    """Give the numbers of the sentences that stand in some path."""
+    """Return the numbers of all sentences in paths."""
     leaves = {
         item
         for block in _blocks(plan(structure))
@@ -72,7 +74,7 @@ def path_sentences(structure: StructureReply, refill: RefillReply) -> set[int]:
 
 
 def original_text(refill: RefillReply, sentences: Sequence[str]) -> dict[str, str]:
-    """Give the text of each step: its sentences, as they stand in the original."""
+    """Return the text of each step: its sentences from the original."""
     texts: dict[str, str] = {}
     for quote in refill.quotes:
         texts[quote.step] = _join(texts.get(quote.step, ""), "".join(sentences[quote.first - 1 : quote.last]))
@@ -80,18 +82,18 @@ def original_text(refill: RefillReply, sentences: Sequence[str]) -> dict[str, st
 
 
 def _join(before: str, text: str) -> str:
-    """Put texts one after the other; what no whitespace parts goes on its own line."""
+    """Concatenate texts, with a newline if no whitespace separates them."""
     return f"{before}\n{text}" if before and text and not before[-1].isspace() else before + text
 
 
 def assemble(
     structure: StructureReply, texts: Mapping[str, str], blocks: Mapping[str, BlockText] | None = None
 ) -> str:
-    """Write the document, in ``<Think>``: exactly one newline between tags, labels in outlines and paths.
+    """Return the document in ``<Think>``: one newline between tags, labels in outlines and paths.
 
     Args:
-        structure: what stands beside what.
-        texts: of each step that has text of its own.
+        structure: the arrangement of steps.
+        texts: text of each step that has its own.
         blocks: outlines and conclusion of each block by its name; None writes the names in their place.
     """
 
@@ -127,30 +129,30 @@ def _element(role: str, text: str) -> str:
 
 
 def _labelled(label: str, text: str) -> str:
-    """Begin a path with its label, on a line of its own if a block follows at once."""
+    """Return a path that begins with its label, on a separate line if a block follows directly."""
     return f"{label}:\n{text}" if text.startswith(MULTIVERSE.open("parallel")) else f"{label}: {text.lstrip()}"
 
 
 def _bare(outline: str) -> str:
-    """Take a label away that a model wrote before its outline."""
+    """Return an outline without a label that a model wrote before it."""
     return outline[match.end() :].strip() if (match := LABEL.match(outline)) else outline.strip()
 
 
 def reasoning_of(document: Document) -> str:
-    """Give the sequential text of an assembled document, without the ``<Think>`` around it."""
+    """Return the sequential text of an assembled document, without its ``<Think>`` tags."""
     text = document.sequential()
     return text.removeprefix(f"{MULTIVERSE.open('think')}\n").removesuffix(f"\n{MULTIVERSE.close('think')}")
 
 
 def character_parallelism(document: Document) -> float:
-    """Give # parallel of a document in characters: all of its text over the longest way through it."""
+    """Return # parallel of a document in characters: all of its text over its critical path."""
     sizes = [_sizes(child, document.tags) for child in document.children]
     longest = sum(way for _, way in sizes)
     return sum(size for size, _ in sizes) / longest if longest else 1.0
 
 
 def _sizes(node: Text | Element, tags: TagNames) -> tuple[int, int]:
-    """Give how long a piece of a document is, and how long the longest way through it."""
+    """Return the length of a part of a document, and of its critical path."""
     if isinstance(node, Text):
         return len(node.text), len(node.text)
     own = len(tags.open(node.role)) + len(tags.close(node.role))

@@ -1,4 +1,4 @@
-"""What a document has to pass: content, grammar, independence. Each raises the refusal it ends in."""
+"""Checks of a document: content, grammar and independence. Each raises a refusal if it fails."""
 
 import re
 
@@ -7,19 +7,19 @@ from rapidfuzz.distance import Levenshtein
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.documents import Document, DocumentError, Outline, Path, check, parse_document
 
-# Quoting leaves texts all but equal, and a distance of this many edits is found in a tenth of the time.
+# Quoted texts are nearly equal, and this hint finds a small distance in a tenth of the time.
 _EXPECTED_EDITS = 256
-_SHOWN = 160  # characters of each side of the worst place
+_SHOWN = 160  # characters shown of each text at the worst place
 
 
 def distance(original: str, text: str) -> float:
-    """Give the edit distance of two texts over the length of the longer one: 0 for equal ones, 1 at most."""
+    """Return the edit distance of two texts over the length of the longer one, from 0 to 1."""
     longer = max(len(original), len(text))
     return Levenshtein.distance(original, text, score_hint=_EXPECTED_EDITS) / longer if longer else 0.0
 
 
 def check_content(original: str, text: str, max_distance: float) -> float:
-    """Check that the reasoning of a document, made sequential again, is still the original.
+    """Check that a document's sequential reasoning is still the original.
 
     Returns:
         The distance.
@@ -36,7 +36,7 @@ def check_content(original: str, text: str, max_distance: float) -> float:
 
 
 def worst(original: str, text: str) -> str:
-    """Show where a text differs most from the original: in the longest stretch without 20 equal characters."""
+    """Return the place where a text differs most: the longest stretch without 20 equal characters."""
     stretches: list[list[int]] = []  # begin and end in the original, begin and end in the text
     for op in Levenshtein.opcodes(original, text):
         if op.tag == "equal":
@@ -56,10 +56,10 @@ def _shorten(text: str) -> str:
 
 
 def check_grammar(text: str, max_depth: int) -> Document:
-    """Read a document and check it as training does.
+    """Return a parsed document, checked as in training.
 
     Raises:
-        Refusal: at the first thing wrong with it.
+        Refusal: at the first problem.
     """
     try:
         document = parse_document(text)
@@ -70,16 +70,16 @@ def check_grammar(text: str, max_depth: int) -> Document:
 
 
 def paths_of(document: Document) -> list[Path]:
-    """Give all paths in the order in which they open."""
+    """Return all paths in the order in which they open."""
     return [piece.node for piece in document.walk() if isinstance(piece.node, Path) and not piece.closes]
 
 
 def check_paths(plain: Document, document: Document, max_distance: float) -> list[float]:
-    """Check every path against the text that was quoted for it, before sentences were rewritten.
+    """Check every path against its quoted text, before sentences were rewritten.
 
     Args:
-        plain: the document with the quoted text.
-        document: the one with rewritten sentences.
+        plain: the document with quoted text.
+        document: the document with rewritten sentences.
 
     Returns:
         The distance of each path, in the order in which they open.
@@ -100,8 +100,8 @@ def check_paths(plain: Document, document: Document, max_distance: float) -> lis
     return distances
 
 
-# Independence. Words that lean on something said before are wrong in the first sentence of a path, unless it is the
-# first one: there is nothing before it but what a sibling wrote. Further on they may lean on the path itself.
+# Independence. Words that refer back are wrong in the first sentence of a path other than the first: only a sibling's
+# text stands before it. In later sentences they may refer to the path itself.
 _LEANING = re.compile(
     r"\b(?:similarly|likewise|analogously|as (?:above|before)|(?:in|by) the same (?:way|manner|argument|reasoning)"
     r"|same as (?:above|before)|the (?:previous|preceding|other|above) (?:approach|method|attempt|case|path|part)"
@@ -119,14 +119,14 @@ _FIRST_SENTENCE = re.compile(r".*?(?:[.?!](?=\s)|\n|\Z)", re.DOTALL)
 
 
 def check_independence(document: Document, problem: str = "") -> None:
-    """Check by words that no path mentions another of its block.
+    """Check by its words that no path mentions a sibling.
 
     Args:
-        document: whose paths are looked at.
-        problem: a problem about paths or branches may have "the second path" in its solution.
+        document: the document with the paths.
+        problem: the problem. If it is about paths or branches, "the second path" may stand in its solution.
 
     Raises:
-        Refusal: naming the path and the words.
+        Refusal: with the path and the words.
     """
     for block, _ in document.blocks():
         for outline in block.outlines:
@@ -140,12 +140,12 @@ def check_independence(document: Document, problem: str = "") -> None:
 
 
 def _mention(path: Path | Outline, is_first: bool, problem: str) -> str | None:
-    """Give the words with which a path refers to a sibling, with some around them; None if there are none."""
+    """Return the words with which a path refers to a sibling, with some context; None if there are none."""
     own = path.label or ""
     text = path.text.partition(":")[2].strip()
     for match in _SIBLING.finditer(text):
         label, noun = match["label"], match["noun"] or match["kind"] or "sibling"
-        # its own label, that of the path it is in, and those of paths in it are no siblings'
+        # the labels of the path itself, its parents and its inner paths are no siblings'
         is_family = label is not None and (f"{own}.".startswith(f"{label}.") or label.startswith(f"{own}."))
         if not is_family and not re.search(rf"\b{noun.lower()}(?:e?s)?\b", problem):
             return _around(text, match)
@@ -155,7 +155,7 @@ def _mention(path: Path | Outline, is_first: bool, problem: str) -> str | None:
 
 
 def _around(text: str, match: re.Match[str]) -> str:
-    """Give the words of a match with some before and after them, of the same sentence."""
+    """Return the words of a match with some context from the same sentence."""
     before = re.split(r"[.?!]\s|\n", text[max(0, match.start() - 20) : match.start()])[-1]
     after = re.split(r"[.?!]\s|\n", text[match.end() : match.end() + 20])[0]
     return " ".join(f"{before}{match[0]}{after}".split())

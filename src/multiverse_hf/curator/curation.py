@@ -1,4 +1,4 @@
-"""One trace through the five stages: asked again with the reason where a reply is refused, and rejected in the end."""
+"""One trace through the five stages. A refused reply is asked for again with the reason; too many reject the trace."""
 
 import hashlib
 import itertools
@@ -26,8 +26,8 @@ class Attempt:
     """One reply.
 
     Attributes:
-        check, detail: why it was refused; None if it was not.
-        reply: its text.
+        check, detail: why the reply was refused; None if it was accepted.
+        reply: text of the reply.
     """
 
     stage: str
@@ -41,12 +41,12 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a trace.
+    """The result of curating a trace.
 
     Attributes:
-        draft: as the last stage that was passed left it.
+        draft: the draft after the last passed stage.
         attempts: all replies, in order.
-        stage, refusal: where and why it was rejected; None if it was not.
+        stage, refusal: where and why the trace was rejected; None if it was accepted.
     """
 
     draft: Draft
@@ -60,9 +60,10 @@ class Curator:
     """Takes traces through the stages.
 
     Attributes:
-        settings: of the run.
+        settings: settings of the run.
         ask: calls the endpoint.
-        log: of the calls made before.
+        answers: compares answers.
+        log: log of earlier calls.
     """
 
     settings: Settings
@@ -71,7 +72,7 @@ class Curator:
     log: CallLog
 
     async def curate(self, trace: Trace) -> Outcome:
-        """Make a document of a trace.
+        """Curate one trace.
 
         Raises:
             EndpointError, EndpointDown: if no call can be made.
@@ -85,12 +86,12 @@ class Curator:
         return Outcome(draft, attempts)
 
     async def _pass(self, stage: CuratorStage, draft: Draft, attempts: list[Attempt]) -> Draft:
-        """Ask a stage until a reply passes its checks, each time with the reasons why those before did not.
+        """Ask a stage until a reply passes its checks. Each attempt is told why earlier replies were refused.
 
         Raises:
-            Refusal: the last one, if none does.
+            Refusal: the last one, if no reply passes.
         """
-        refused: list[str] = []  # why replies were; a call that was never answered says nothing about one
+        refused: list[str] = []  # reasons of refused replies; a call without an answer adds none
         for number in itertools.count():
             attempt = Attempt(stage.name, self._call_seed(draft.trace, stage, number))
             attempts.append(attempt)
@@ -106,7 +107,7 @@ class Curator:
         raise AssertionError("unreachable: the loop has no end")
 
     async def _check(self, stage: CuratorStage, draft: Draft, result: BaseModel, attempts: list[Attempt]) -> Draft:
-        """Make all checks of a stage; once there is a document, its answer is one of them."""
+        """Run all checks of a stage. Once there is a document, its answer is checked too."""
         found = stage.check(draft, result)
         if (document := found.document or found.plain) is not None and stage is not JUDGE:
             trace = draft.trace
@@ -114,12 +115,12 @@ class Curator:
         if stage is STAGES[-1] and self.settings.judge:
             try:
                 await self._pass(JUDGE, found, attempts)
-            except Refusal as err:  # final to the judge, and not to the stage that is judged
+            except Refusal as err:  # final for the judge, but not for the stage that is judged
                 raise Refusal(err.check, err.detail) from err
         return found
 
     async def _reply(self, stage: CuratorStage, draft: Draft, attempt: Attempt, refused: Sequence[str]) -> Reply:
-        """Give the reply to an attempt: from the log if it was paid for before."""
+        """Return the reply to an attempt, from the log if it is there."""
         body = {
             "model": self.settings.judge_name if stage is JUDGE else self.settings.model,
             "messages": write_messages(stage, draft, refused),
@@ -136,7 +137,7 @@ class Curator:
         return reply
 
     def _call_seed(self, trace: Trace, stage: CuratorStage, number: int) -> int:
-        """Give an attempt's seed: of the run's, the row and the attempt alone, so that it is the same in any task."""
+        """Return an attempt's seed. It depends only on the run's seed, the row, the stage and the attempt's number."""
         digest = hashlib.blake2b(
             f"{self.settings.seed}:{trace.id}:{stage.name}:{number}".encode(), digest_size=4
         ).digest()
@@ -144,7 +145,7 @@ class Curator:
 
 
 def write_messages(stage: CuratorStage, draft: Draft, refused: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Write what a stage is asked. All stages of a trace begin alike, for endpoints that keep prefixes of prompts."""
+    """Return a stage's request. All stages of a trace share a prefix, for endpoints that cache prefixes."""
     parts = [draft.opening, stage.instructions(draft)]
     if refused:
         reasons = "\n".join(f"- {reason}" for reason in dict.fromkeys(refused))

@@ -1,4 +1,4 @@
-"""A document on its way through the stages: what each of them found, and why a reply was refused."""
+"""A document between the stages: the results of each stage, and refusals of replies."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from multiverse_hf.documents import Document
 
 
 class Refusal(Exception):
-    """A reply that a stage cannot go on from.
+    """A reply that a stage cannot use.
 
     Attributes:
-        check: what it failed, as reports count it: "form", "steps", "groups", "content", "grammar", ...
-        detail: what exactly, in words that help the model as well.
-        is_final: whether asking again is of no use.
+        check: name of the failed check, as reports count it: "form", "steps", "groups", "content", "grammar", ...
+        detail: what is wrong, in words that also help the model.
+        is_final: whether another attempt would be useless.
     """
 
     def __init__(self, check: str, detail: str, is_final: bool = False) -> None:
@@ -25,11 +25,11 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a document may be like.
+    """Limits of a document.
 
     Attributes:
-        max_distance: edit distance to the original over its length, of the document and of each path (the paper: 0.2).
-        max_depth: blocks inside each other.
+        max_distance: edit distance to the original over its length, for the document and each path (the paper: 0.2).
+        max_depth: depth of nested blocks.
     """
 
     max_distance: float = 0.2
@@ -38,15 +38,15 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What is known of a document so far. Each stage makes a draft with more in it.
+    """The state of a document. Each stage returns a draft with its result added.
 
     Attributes:
-        sentences: of the reasoning.
-        opening: of what every stage is asked: the problem and the numbered sentences.
-        plain: the document with the original's sentences and without outlines and conclusions, from stage 4 on.
-        document: the whole one, from stage 5 on.
-        distance: of it to the original.
-        path_distances: of each path to the text it was quoted from, in the order in which paths open.
+        sentences: sentences of the reasoning.
+        opening: the start of every stage's request: the problem and the numbered sentences.
+        plain: the document with the original's sentences, without outlines and conclusions; from stage 4 on.
+        document: the whole document, from stage 5 on.
+        distance: its distance to the original.
+        path_distances: distance of each path to its quoted text, in the order in which paths open.
     """
 
     trace: Trace
@@ -64,7 +64,7 @@ class Draft:
 
     @classmethod
     def begin(cls, trace: Trace, limits: Limits) -> "Draft":
-        """Return the draft that stage 1 is asked about."""
+        """Return the draft for stage 1."""
         sentences = split_sentences(trace.reasoning)
         opening = f"# Problem\n\n{trace.prompt}\n\n# Reasoning\n\n{number_sentences(sentences)}"
         return cls(trace, limits, sentences, opening)

@@ -1,4 +1,4 @@
-"""Calls of an OpenAI-compatible endpoint: bounded in number, tried again where that helps, counted."""
+"""Calls of an OpenAI-compatible endpoint: limited in number, retried where that helps, and counted."""
 
 import asyncio
 import email.utils
@@ -24,28 +24,27 @@ from multiverse_hf.curator.replies import Reply, schema_of
 
 logger = logging.getLogger(__name__)
 
-CONNECT_S = 10.0  # after which there is no such endpoint; an answer may take much longer
-_WAIT = wait_random_exponential(multiplier=0.5, max=30)  # between tries of one call, in seconds
+CONNECT_S = 10.0  # for a connection; an answer may take much longer
+_WAIT = wait_random_exponential(multiplier=0.5, max=30)  # between attempts of one call, in seconds
 _NO_SCHEMA = re.compile("response_format|schema|structured|guided|grammar", re.IGNORECASE)
 _NO_SEED = re.compile(r"\bseed\b", re.IGNORECASE)
 _OF_THIS_CALL = re.compile("context|too long|length|too large|filter|policy|moderation|flagged|safety", re.IGNORECASE)
 _NOT_OFFERED = (400, 404, 415, 422, 501)
-_SHOWN = 300  # characters of an endpoint's message
+_SHOWN = 300  # most characters of an endpoint's message
 
 
 class EndpointError(Exception):
-    """The endpoint takes no call of this run: a wrong key, model or address, or no money left."""
+    """The endpoint refuses all calls of this run: a wrong key, model or address, or no money left."""
 
 
 class Endpoint:
-    """An endpoint. To be used in ``async with``.
+    """An endpoint. Use it in ``async with``.
 
     Attributes:
-        counts: calls by what became of them: "answered", "rate limited", "server error", "timeout", "connection",
-            "refused".
+        counts: calls by their result: "answered", "rate limited", "server error", "timeout", "connection", "refused".
         health: holds calls back while the endpoint is down.
-        takes_schema: whether replies are asked for by JSON schema; else as fenced text.
-        takes_seed: whether requests say a seed; some endpoints refuse it.
+        takes_schema: whether requests have a JSON schema; otherwise they ask for fenced JSON.
+        takes_seed: whether requests have a seed; some endpoints refuse it.
     """
 
     def __init__(self, settings: Settings, api_key: str) -> None:
@@ -55,8 +54,8 @@ class Endpoint:
         self.takes_schema, self.takes_seed = settings.json_schema, True
         self._key = api_key
         self._slots = asyncio.Semaphore(settings.concurrency)
-        timeout = Timeout(None, connect=min(settings.timeout_s, CONNECT_S))  # timeout_s is for a whole call
-        # its own retries are not counted, and do not know how other calls fare
+        timeout = Timeout(None, connect=min(settings.timeout_s, CONNECT_S))  # timeout_s covers a whole call
+        # no retries of the client: they are not counted, and ignore the state of other calls
         self._client = AsyncOpenAI(base_url=settings.base_url, api_key=api_key, max_retries=0, timeout=timeout)
 
     async def __aenter__(self) -> "Endpoint":
@@ -67,25 +66,25 @@ class Endpoint:
 
     @property
     def trouble(self) -> str | None:
-        """What a user should know while no call is answered."""
+        """A message for the user while no call is answered, None otherwise."""
         if (reason := self.health.trouble) is None:
             return None
         until = f"trying again until {self.settings.max_outage_s:g} s have passed"
         return f"calls to {self.settings.base_url} fail: {reason}; {until}"
 
     async def ask(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
-        """Make a call, as often as it takes.
+        """Make a call, with retries.
 
         Args:
             body: the request, without a ``response_format``.
-            name: of the result.
-            form: of the result.
+            name: name of the result.
+            form: form of the result.
 
         Raises:
-            Refusal: if this call cannot be answered: refused for what is in it, or failed ``max_retries`` times while
-                others did not.
-            EndpointError: if no call can be.
-            EndpointDown: if none was for long.
+            Refusal: if this call cannot be answered. The endpoint refused its content, or it failed ``max_retries``
+                times while other calls were answered.
+            EndpointError: if no call can be answered.
+            EndpointDown: if no call was answered for too long.
         """
         failures = 0  # while other calls were answered
         retrying = AsyncRetrying(
@@ -111,25 +110,25 @@ class Endpoint:
         raise AssertionError("unreachable: the last attempt raises")
 
     async def _call(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> Reply:
-        """Make one call; and at once another, if the endpoint turns out not to take a schema or a seed."""
+        """Make one call. If the endpoint does not take a schema or a seed, repeat it without."""
         while True:
             request = self._write(body, name, form)
             try:
                 return await self._send(request)
-            except APIStatusError as err:  # an endpoint may say the key, so this error is in no traceback
+            except APIStatusError as err:  # an endpoint may quote the key, so this error stays out of tracebacks
                 status, said = err.status_code, self._hide(_message(err.body or err.response.reason_phrase))
                 retry_after_s = _retry_after(err.response.headers)
             if status in _NOT_OFFERED and "response_format" in request and _NO_SCHEMA.search(said):
                 self.takes_schema = False
             elif status in _NOT_OFFERED and "seed" in request and _NO_SEED.search(said):
                 if self.takes_seed:
-                    logger.warning("the endpoint takes no seed; this run goes on without")
+                    logger.warning("the endpoint takes no seed; this run continues without")
                 self.takes_seed = False
             else:
                 raise self._failure(status, said, retry_after_s)
 
     def _write(self, body: Mapping[str, Any], name: str, form: type[BaseModel]) -> dict[str, Any]:
-        """Ask for a schema; or show it in the last message and ask for fenced text, where the endpoint takes none."""
+        """Return a request with a schema, or with the schema in its last message if the endpoint takes none."""
         request, schema = dict(body), schema_of(form)
         if not self.takes_seed:
             request.pop("seed", None)
@@ -144,12 +143,12 @@ class Endpoint:
         """Make one call.
 
         Raises:
-            CallFailed: if there was no answer, or one that is none.
-            APIStatusError: if it was refused.
+            CallFailed: if there was no answer, or an unreadable one.
+            APIStatusError: if the endpoint refused it.
         """
         try:
             async with asyncio.timeout(self.settings.timeout_s):
-                # the text, as not every endpoint's answer has the form and the type that chat.completions.create reads
+                # as text: not every endpoint's answer has the form and the type that chat.completions.create reads
                 text = await self._client.post("/chat/completions", body=request, cast_to=str)
         except APITimeoutError as err:
             raise CallFailed("timeout", f"no connection in {self._client.timeout.connect:g} s") from err
@@ -159,18 +158,18 @@ class Endpoint:
             raise CallFailed("connection", self._hide(_explain(err))) from err
         try:
             return _read(text)
-        except (ValueError, LookupError, TypeError, AttributeError):  # a fault of the server; it may say the key, too
+        except (ValueError, LookupError, TypeError, AttributeError):  # the server's fault; it may quote the key
             said = self._hide(text)[:_SHOWN]
-        raise CallFailed("server error", f"an answer that is none: {said}")
+        raise CallFailed("server error", f"an unreadable answer: {said}")
 
     def _failure(self, status: int, said: str, retry_after_s: float) -> Exception:
-        """Return what a refusal means: for this call's next try, for this call, or for all of them."""
+        """Return the error for a refusal: of this attempt, of this call, or of all calls."""
         message = f"HTTP {status}: {said[:_SHOWN]}"
         if status == 429 and "insufficient_quota" not in said:
             return CallFailed("rate limited", message, retry_after_s)
         if status >= 500 or status in (408, 409, 425):
             return CallFailed("server error", message, retry_after_s)
-        # without a word of it a 403 may be a key that was revoked, which is no fault of the row
+        # a 403 without such a word may mean a revoked key, which is no fault of the row
         if (status in (400, 413, 422) and self.counts["answered"]) or (
             status in (400, 403, 413, 422) and _OF_THIS_CALL.search(said)
         ):
@@ -179,12 +178,12 @@ class Endpoint:
         return EndpointError(message)
 
     def _hide(self, text: str) -> str:
-        """Take the key out of a message, should an endpoint say it."""
+        """Return a message without the key, which an endpoint may quote."""
         return " ".join(text.split()).replace(self._key, "***")
 
 
 def _explain(error: BaseException) -> str:
-    """Return why there was no connection: the error that all others were raised for."""
+    """Return why there was no connection: the innermost cause of the error."""
     while cause := error.__cause__ or error.__context__:
         error = cause
     if isinstance(error, socket.gaierror):
@@ -195,7 +194,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _read(text: str) -> Reply:
-    """Read an answer, with whatever error comes of one that is none."""
+    """Return the reply in an answer. Errors of an unreadable answer are not caught."""
     data = json.loads(text)
     choice, usage = data["choices"][0], data.get("usage")
     usage = usage if isinstance(usage, dict) else {}
@@ -204,25 +203,25 @@ def _read(text: str) -> Reply:
 
 
 def _text(content: Any) -> str:
-    """Give the text of a message: as it stands, or the text of its parts. Half a character becomes a question mark."""
+    """Return the text of a message, or of its parts. A lone surrogate becomes a question mark."""
     if isinstance(content, list):
         content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
     return str(content or "").encode("utf-8", "replace").decode("utf-8")
 
 
 def _count(value: Any) -> int:
-    """Give a number of tokens, 0 for what is none."""
+    """Return a number of tokens, 0 for an invalid one."""
     return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 53 else 0
 
 
 def _message(error: Any) -> str:
-    """Return an endpoint's own words: what OpenAI's have in ``message``, else all of it."""
+    """Return an endpoint's error text: the ``message`` of an OpenAI error, else all of it."""
     is_usual = isinstance(error, dict) and "message" in error
     return f"{error['message']} {error.get('code') or ''}" if is_usual else str(error)
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:
-    """Give the seconds that an endpoint asks to wait: a number or a date; 0 if it asks for none."""
+    """Return the seconds that an endpoint asks to wait, from a number or a date; 0 if it asks for none."""
     value = headers.get("retry-after", "")
     try:
         if milliseconds := headers.get("retry-after-ms"):

@@ -1,4 +1,4 @@
-"""The forms of replies, one for each stage. Names, docstrings and descriptions are part of what a model is asked."""
+"""The forms of replies, one for each stage. Their names, docstrings and descriptions are part of the request."""
 
 from collections.abc import Iterator
 
@@ -20,14 +20,14 @@ class SummaryReply(BaseModel):
     steps: list[SummaryStep]
 
     def numbered(self) -> Iterator[tuple[str, str]]:
-        """Give the name and the summary of every step and substep, in order."""
+        """Yield the name and the summary of every step and substep, in order."""
         for number, step in enumerate(self.steps, start=1):
             yield str(number), step.summary
             for place, text in enumerate(step.substeps, start=1):
                 yield f"{number}.{place}", text
 
     def substeps(self, step: str) -> list[str]:
-        """Give the names of a step's substeps."""
+        """Return the names of a step's substeps."""
         return [f"{step}.{place}" for place in range(1, len(self.steps[int(step) - 1].substeps) + 1)]
 
     @property
@@ -37,11 +37,11 @@ class SummaryReply(BaseModel):
 
     @property
     def leaves(self) -> list[str]:
-        """Names of what has text of its own: substeps, and steps without any."""
+        """Names of the parts with their own text: substeps, and steps without substeps."""
         return [leaf for step in self.names for leaf in self.substeps(step) or [step]]
 
     def outline(self) -> str:
-        """Write the tree as prompts show it."""
+        """Return the tree as prompts show it."""
         return "\n".join(f"{'  ' * name.count('.')}{name}: {text}" for name, text in self.numbered())
 
 
@@ -61,7 +61,7 @@ class GroupsReply(BaseModel):
     groups: list[Group]
 
     def outline(self) -> str:
-        """Write the groups as prompts show them."""
+        """Return the groups as prompts show them."""
         return "\n".join(f"- {', '.join(group.steps)}: {group.argument}" for group in self.groups)
 
 
@@ -110,7 +110,7 @@ class RefillReply(BaseModel):
     quotes: list[Quote]
 
     def numbers(self, step: str) -> list[int]:
-        """Give the numbers of a step's sentences, from 1."""
+        """Return the numbers of a step's sentences, from 1."""
         return [n for quote in self.quotes if quote.step == step for n in range(quote.first, quote.last + 1)]
 
 

@@ -1,4 +1,4 @@
-"""How an endpoint is doing. All calls of a task share it; while the endpoint is down, one call at a time tries it."""
+"""The state of an endpoint, shared by all calls of a task. While it is down, one call at a time tries it."""
 
 import asyncio
 import random
@@ -7,21 +7,21 @@ from collections.abc import Awaitable, Callable
 
 from multiverse_hf.curator.replies import Reply
 
-THRESHOLD = 10  # failures in a row; with a fifth of all calls failing by chance that is one in ten million
+THRESHOLD = 10  # failures in a row; if a fifth of all calls fail by chance, that is one in ten million
 FIRST_WAIT_S, LONGEST_WAIT_S = 1.0, 15.0
-TOLD_AFTER, TOLD_AFTER_S = 3, 2.0  # failures in a row, and seconds since the first of them
+TOLD_AFTER, TOLD_AFTER_S = 3, 2.0  # failures in a row, and seconds since the first, before users are told
 
 
 class EndpointDown(Exception):
-    """No call was answered for as long as one may wait."""
+    """No call was answered for longer than ``max_outage_s``."""
 
 
 class CallFailed(Exception):
-    """A call that may be made again.
+    """A failed call that may be repeated.
 
     Attributes:
         kind: "rate limited", "server error", "timeout" or "connection".
-        retry_after_s: how long the endpoint asks to wait; 0 if it does not say.
+        retry_after_s: seconds that the endpoint asks to wait; 0 if it does not ask.
     """
 
     def __init__(self, kind: str, message: str, retry_after_s: float = 0.0) -> None:
@@ -33,16 +33,16 @@ class Health:
     """Counts failures in a row and holds calls back.
 
     Attributes:
-        max_outage_s: how long calls may fail with none answered.
-        num_outages: how often the endpoint was down.
+        max_outage_s: longest time without an answered call.
+        num_outages: number of times the endpoint was down.
     """
 
     def __init__(self, max_outage_s: float) -> None:
         self.max_outage_s = max_outage_s
         self.num_outages = 0
         self._reason = ""
-        self._in_a_row = 0  # failures
-        self._faults = 0  # those of them that are no limit on the rate: such a limit does not mean an endpoint is down
+        self._in_a_row = 0  # failures, including rate limits
+        self._faults = 0  # failures without rate limits, which do not mean that an endpoint is down
         self._failing_since = self._not_before = 0.0  # by time.monotonic()
         self._wait_s = FIRST_WAIT_S
         self._on_their_way = 0
@@ -54,16 +54,16 @@ class Health:
 
     @property
     def trouble(self) -> str | None:
-        """Why calls fail, if several did and none was answered since."""
+        """Why calls fail, if several failed in a row; None otherwise."""
         failing_s = time.monotonic() - self._failing_since
         return self._reason if self._in_a_row >= TOLD_AFTER and failing_s >= TOLD_AFTER_S else None
 
     async def attempt(self, send: Callable[[], Awaitable[Reply]]) -> Reply:
-        """Make a call as soon as it may be made.
+        """Make a call as soon as the endpoint's state allows.
 
         Raises:
-            CallFailed: if it failed.
-            EndpointDown: if none was answered for ``max_outage_s``, or the endpoint asks to wait for longer.
+            CallFailed: if the call failed.
+            EndpointDown: if no call was answered for ``max_outage_s``, or the endpoint asks to wait longer.
         """
         if self.is_down:
             async with self._probe:
@@ -96,10 +96,10 @@ class Health:
             wait, most = f"{err.retry_after_s:g} s", f"{self.max_outage_s:g} s"
             raise EndpointDown(f"it asks to wait {wait}, longer than {most}; raise --max-outage, or wait")
         failing_s = now - self._failing_since
-        # a call that is still on its way may be answered yet
+        # a pending call may still be answered
         if failing_s >= self.max_outage_s and not self._on_their_way:
             said = f"no call was answered for {failing_s:.0f} s; the last one failed: {self._reason}"
-            raise EndpointDown(f"{said}; start it, or mend its address")
+            raise EndpointDown(f"{said}; start it, or correct its address")
         self._not_before = max(self._not_before, now + err.retry_after_s)
         if err.kind == "rate limited":
             return
@@ -110,6 +110,6 @@ class Health:
             self._wait_s = min(2 * self._wait_s, LONGEST_WAIT_S)
 
     def shorten(self, wait_s: float) -> float:
-        """Return a wait, or what is left until ``max_outage_s`` have passed, if that is less."""
+        """Return a wait, at most the time until ``max_outage_s`` have passed."""
         left_s = self._failing_since + self.max_outage_s - time.monotonic()
         return min(wait_s, left_s) if self._in_a_row and left_s > 0 else wait_s

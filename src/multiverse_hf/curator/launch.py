@@ -1,6 +1,6 @@
-"""``multiverse curate``: check everything, have the tasks run, sum up.
+"""``multiverse curate``: check the input, run the tasks, and summarize.
 
-What needs the ``curate`` extra is imported inside functions, so that ``--help`` answers at once.
+Modules of the ``curate`` extra are imported inside functions, so that ``--help`` answers at once.
 """
 
 import dataclasses
@@ -33,9 +33,9 @@ NEEDED = {
     "rapidfuzz": "curate",
     "math_verify": "curate",
 }
-FAILED = ("rate limited", "server error", "timeout", "connection")  # calls that are made again
+FAILED = ("rate limited", "server error", "timeout", "connection")  # calls that are repeated
 _PRELOAD = ("multiverse_hf.curator.task",)
-# How a run is run, and not what it is: may differ when it is gone on with.
+# Settings that do not change the rows; they may differ when a run is continued.
 _MAY_DIFFER = (
     *("input", "rows", "versions", "base_url", "api_key_env", "prices"),
     *("concurrency", "timeout_s", "max_retries", "max_outage_s"),
@@ -43,12 +43,12 @@ _MAY_DIFFER = (
 
 
 def run_curation(curation: Curation) -> JobOutcome:
-    """Curate the rows of a source, or those that an earlier run left; with Slurm, have them curated.
+    """Curate the rows of a source that are not finished. With Slurm, submit the job.
 
     Raises:
-        CommandError: if the input, an option or the folder is not as it should be, or a task failed. What is finished
-            is kept, and so is every reply that was paid for.
-        KeyboardInterrupt: on Ctrl-C or a SIGTERM, likewise.
+        CommandError: if the input, an option or the folder is invalid, or a task failed. Finished rows and all paid
+            replies are kept.
+        KeyboardInterrupt: on Ctrl-C or a SIGTERM; likewise.
     """
     check_executor(curation.executor, "multiverse curate", NEEDED)
     quiet()
@@ -64,7 +64,7 @@ def run_curation(curation: Curation) -> JobOutcome:
         executor = slurm_executor(CurateRows(work), curation)
         return JobOutcome(folder.result, script=slurm_script(executor, len(folder.open_tasks())))
     if not folder.result.exists():
-        curation.settings.api_key()  # now, and not in each task
+        curation.settings.api_key()  # fail now, not in each task
     check_output(folder.path, is_folder=True)
     busy = f"another run is at work in {curation.output}; wait for it, or name another folder"
     with folder.lock("run", busy), stopping_at_sigterm():
@@ -83,13 +83,13 @@ def run_curation(curation: Curation) -> JobOutcome:
 
 
 def _open_source(curation: Curation) -> tuple[str, int, str]:
-    """Check that there are rows, and that the first of them is a trace.
+    """Check that there are rows and that the first one is a trace.
 
     Returns:
-        The source with an absolute path, how many rows it has, and what tells it from others.
+        The source with an absolute path, its number of rows, and its digest.
 
     Raises:
-        CommandError: if not.
+        CommandError: if the check fails.
     """
     from multiverse_hf.curator.traces import count_rows, read_traces
 
@@ -111,7 +111,7 @@ def _open_source(curation: Curation) -> tuple[str, int, str]:
 
 
 def _settle(curation: Curation, work: "CurationWork", digest: str) -> None:
-    """Write down what the run is begun with, or check that it is the one that was begun here."""
+    """Store the settings of a new run, or check that they are those of the run in this folder."""
     from multiverse_hf.curator.stages import prompt_versions
 
     asked = {"input": work.source, "input_digest": digest, "rows": work.rows, "tasks": curation.tasks}
@@ -131,12 +131,12 @@ def _settle(curation: Curation, work: "CurationWork", digest: str) -> None:
 
 
 def _read_summary(folder: "CurationFolder") -> dict[str, Any]:
-    """Read what a finished run came to.
+    """Return the summary of a finished run.
 
     Raises:
-        CommandError: if its files are not as the run left them.
+        CommandError: if its files have changed since.
     """
-    way_out = f"delete {folder.result}, and the same command writes it anew from the parts"
+    way_out = f"delete {folder.result}, then the same command writes it again from the parts"
     try:
         summary = json.loads(folder.summary.read_bytes())
         accepted, rejected = summary["accepted"], sum(summary["rejected"].values())
@@ -149,15 +149,15 @@ def _read_summary(folder: "CurationFolder") -> dict[str, Any]:
 
 
 class Progress:
-    """Says how a run is doing, from what its tasks write down."""
+    """Describes a run's progress, from the status files of its tasks."""
 
     def __init__(self, folder: "CurationFolder", settings: Settings) -> None:
         self.folder, self.settings = folder, settings
-        self._trouble = ""  # as it was told last
+        self._trouble = ""  # the last reported one
         self._begin = time.time()
 
     def describe(self) -> str:
-        """Give rejected rows, tokens, cost, and whether something is amiss."""
+        """Return rejected rows, tokens, cost and repeated calls, and whether answers are missing."""
         total, troubles = self.read()
         if not total:
             return ""
@@ -171,7 +171,7 @@ class Progress:
         return " · ".join(parts)
 
     def news(self) -> str:
-        """Return what a user should know at once, if it is new: why no call is answered, or that calls are again."""
+        """Return a new message for the user: why no call is answered, or that calls are answered again."""
         _, troubles = self.read()
         before, self._trouble = self._trouble, "; ".join(sorted(troubles))
         if self._trouble == before:
@@ -179,7 +179,7 @@ class Progress:
         return self._trouble or ANSWERS_AGAIN
 
     def read(self) -> tuple[dict[str, int], set[str]]:
-        """Add up what the tasks wrote last, and collect their troubles with the endpoint."""
+        """Return the sums of the tasks' last counts, and their troubles with the endpoint."""
         total: Counter[str] = Counter()
         troubles: set[str] = set()
         for task in range(self.folder.tasks):
@@ -189,7 +189,7 @@ class Progress:
             except (OSError, ValueError):
                 continue
             trouble = status.pop("trouble", None)
-            if trouble and is_new:  # an earlier run may have been killed in it
+            if trouble and is_new:  # an earlier run may have left it
                 troubles.add(trouble)
             total.update(status)
         return total, troubles

@@ -1,4 +1,4 @@
-"""What a user asks of the curator: settings from a YAML file, and options over them."""
+"""Settings of the curator, from a YAML file and from options, which override it."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from multiverse_hf.curator.traces import TRACE_COLUMNS
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.options import Job
 
-OURS = {  # fields of a request that are said elsewhere, or whose answer nothing here could read
+OURS = {  # fields of a request that have their own setting, or whose answer could not be read
     "model": "it is a setting of its own",
     "messages": "they are the stages' prompts",
     "response_format": "json_schema: false turns schemas off",
@@ -22,31 +22,31 @@ OURS = {  # fields of a request that are said elsewhere, or whose answer nothing
     "stream": "replies are read whole",
 }
 ROUTER = "https://router.huggingface.co/v1"
-ANSWERS_AGAIN = "the endpoint answers again"  # said and logged after calls failed
+ANSWERS_AGAIN = "the endpoint answers again"  # reported after failed calls
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the config file may say; an option of the same name goes before it.
+    """Settings of a run. An option overrides the setting of the same name in the config file.
 
     Attributes:
-        model: as the endpoint calls it.
-        base_url: of any OpenAI-compatible endpoint.
-        api_key_env: the environment variable that has the key; by default HF_TOKEN (or the login of the Hub's client)
-            for Hugging Face, and OPENAI_API_KEY for others, if it is set.
-        columns: names of the columns for the id, prompt, reasoning and answer, where they are not the usual ones.
-        subset, split: of a dataset.
-        seed: of the run; the seed of each call follows from it.
-        max_attempts: how often a stage is asked before its row is rejected.
-        max_distance: edit distance to the original over its length, of a document and of each path (the paper: 0.2).
-        request: further fields of each request; None leaves one out.
-        json_schema: ask for replies by JSON schema where the endpoint takes one; else for JSON between fences.
-        judge, judge_model: whether a model judges independence as well, and which; by default the same.
-        concurrency: calls of a task at once.
-        timeout_s: of a call.
-        max_retries: how often a call is made again that failed, while others do not.
-        max_outage_s: how long calls may fail, with none answered, before the run stops.
-        prices: by model, of its prompts and completions, in US dollars for a million tokens.
+        model: the endpoint's name of the model.
+        base_url: address of any OpenAI-compatible endpoint.
+        api_key_env: environment variable with the key. The default is HF_TOKEN (or the login of the Hub's client) for
+            Hugging Face, and OPENAI_API_KEY, if set, for others.
+        columns: names of the columns for id, prompt, reasoning and answer, if they are not the usual ones.
+        subset, split: subset and split of a dataset.
+        seed: seed of the run; each call's seed follows from it.
+        max_attempts: number of attempts at a stage before its row is rejected.
+        max_distance: edit distance to the original over its length, for a document and each path (the paper: 0.2).
+        request: further fields of each request; None omits a field.
+        json_schema: send a JSON schema if the endpoint takes one; otherwise ask for fenced JSON.
+        judge, judge_model: whether a model also judges independence, and which model; by default ``model``.
+        concurrency: concurrent calls of a task.
+        timeout_s: time limit of a call.
+        max_retries: number of retries of a failed call, while other calls are answered.
+        max_outage_s: longest time without an answered call before the run stops.
+        prices: by model, dollars per million tokens of prompts and completions.
     """
 
     model: str
@@ -72,7 +72,7 @@ class Settings:
         """Check every value.
 
         Raises:
-            CommandError: naming the first that is wrong.
+            CommandError: with the first invalid value.
         """
         for each in dataclasses.fields(self):
             _check_type(each, getattr(self, each.name))
@@ -93,7 +93,7 @@ class Settings:
                     "null leaves it out"
                 )
             if any(word in str(name).lower() for word in ("api", "authorization", "secret", "password")):
-                raise CommandError(f"request holds {name}, and is written down; put keys into an environment variable")
+                raise CommandError(f"request holds {name}, and is stored; put keys into an environment variable")
         if not 0 <= self.max_distance < 1:
             raise CommandError(f"max_distance must be from 0 to below 1, got {self.max_distance}")
         for name in self.columns:
@@ -111,24 +111,22 @@ class Settings:
         try:
             address.port  # noqa: B018 - reading it checks it
         except ValueError as err:
-            raise CommandError(f"base_url has no port that there can be: {self.base_url!r}") from err
-        if (
-            address.username or address.password or address.query or address.fragment
-        ):  # it is written down; keys are not
+            raise CommandError(f"base_url has a port out of range (1-65535): {self.base_url!r}") from err
+        if address.username or address.password or address.query or address.fragment:  # it is stored; keys are not
             raise CommandError(
                 "base_url holds a key or a query; put the key into an environment variable, api_key_env"
             )
 
     @property
     def judge_name(self) -> str | None:
-        """The model that judges; None if there is no judge."""
+        """Name of the model that judges; None if there is no judge."""
         return (self.judge_model or self.model) if self.judge else None
 
     def api_key(self) -> str:
-        """Give the key, which is never written anywhere.
+        """Return the key, which is never stored.
 
         Raises:
-            CommandError: if the endpoint needs one and there is none.
+            CommandError: if the endpoint needs a key and there is none.
         """
         if self.api_key_env is not None:
             if not (key := os.environ.get(self.api_key_env, "").strip()):
@@ -144,7 +142,7 @@ class Settings:
         return os.environ.get("OPENAI_API_KEY", "").strip() or "none"
 
     def cost(self, model: str, prompt_tokens: int, completion_tokens: int) -> float | None:
-        """Give what tokens of a model cost in US dollars; None if there is no price for it."""
+        """Return the cost of a model's tokens in US dollars; None if it has no price."""
         if model not in self.prices:
             return None
         price = self.prices[model]
@@ -170,7 +168,7 @@ def _check_name(name: str, known: Any, where: str) -> None:
 
 
 def load_settings(path: Path | None, **options: Any) -> Settings:
-    """Read a config file, if there is one, and put the options that were given over it.
+    """Return the settings of a config file, if there is one, with given options over them.
 
     Raises:
         CommandError: if the file cannot be read, or a setting is unknown, wrong or missing.
@@ -196,7 +194,7 @@ def load_settings(path: Path | None, **options: Any) -> Settings:
 
 @dataclass(frozen=True, slots=True)
 class Curation(Job):
-    """What a user asks for.
+    """A run of the curator.
 
     Attributes:
         source: file or dataset.

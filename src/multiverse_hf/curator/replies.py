@@ -1,4 +1,4 @@
-"""Replies of a model: what is kept of one, and how a typed result is read from it."""
+"""Replies of a model, and the typed results in them."""
 
 import functools
 import json
@@ -12,25 +12,25 @@ from pydantic import BaseModel, ValidationError
 from multiverse_hf.curator.drafts import Refusal
 from multiverse_hf.data.records import is_encodable
 
-_END_OF_THOUGHT = "</think>"  # whose beginning some servers leave out
+_END_OF_THOUGHT = "</think>"  # some servers omit the opening tag
 # JSON reads "\times" as a tab and "imes". No reply needs a tab or another control character. A newline may be meant,
-# unless what follows is the rest of a command that begins with \n, or stands in a formula.
+# unless the rest of a command that begins with \n follows, or it is inside a formula.
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]")
 _AFTER_N = re.compile(
     r"\n(?:abla|earrow|earr|eg|eq|equiv|ewline|exists|geq|leq|leftarrow|mid|ormalsize|otag|otin|parallel|prec|"
     r"rightarrow|sim|subset|subseteq|succ|supset|warrow)(?![a-z])|\n(?:e|i|ot|u)(?![a-z])"
 )
-_MOST_BRACES = 1000  # of a text that are tried as the beginning of an object
+_MOST_BRACES = 1000  # most braces of a text that are tried as the start of an object
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back of one paid call.
+    """The reply to one paid call.
 
     Attributes:
-        text: of the message.
-        finish_reason: as the endpoint says it, e.g. "stop" or "length".
-        prompt_tokens, completion_tokens: as the endpoint counts them, 0 where it does not.
+        text: text of the message.
+        finish_reason: the endpoint's reason, e.g. "stop" or "length".
+        prompt_tokens, completion_tokens: the endpoint's counts, 0 if it does not count.
     """
 
     text: str
@@ -40,10 +40,10 @@ class Reply:
 
 
 def read_result(reply: Reply, form: type[BaseModel]) -> BaseModel:
-    """Read a result: the last JSON object of the form in the text, whatever stands around it, fences for one.
+    """Return the last JSON object of the form in a reply. Other text around it, such as fences, is ignored.
 
     Raises:
-        Refusal: if the reply was cut off, holds no JSON object, or none of the form.
+        Refusal: if the reply was cut off, or contains no JSON object of the form.
     """
     if reply.finish_reason == "length":
         raise Refusal("form", f"the reply was cut off after {reply.completion_tokens} tokens; be brief")
@@ -76,7 +76,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _broken_command(text: str) -> str | None:
-    """Return the place of a text where JSON took the beginning of a LaTeX command for a control character."""
+    """Return a place where JSON read the start of a LaTeX command as a control character; None if there is none."""
     if match := _CONTROL.search(text.replace("\r\n", "\n")):
         return text.replace("\r\n", "\n")[max(match.start() - 10, 0) : match.end() + 10]
     for match in _AFTER_N.finditer(text):
@@ -87,7 +87,7 @@ def _broken_command(text: str) -> str | None:
 
 
 def _objects(text: str) -> list[dict]:
-    """Give the JSON objects in a text, without those in others."""
+    """Return the JSON objects in a text, without nested ones."""
     decoder, found, begin = json.JSONDecoder(strict=False), [], 0
     for _ in range(_MOST_BRACES):
         begin = text.find("{", begin)
@@ -103,7 +103,7 @@ def _objects(text: str) -> list[dict]:
 
 @functools.cache
 def schema_of(form: type[BaseModel]) -> dict:
-    """Give the JSON schema of a result in the strict form that endpoints take: no further fields, all required."""
+    """Return the JSON schema of a result in the strict form of endpoints: no further fields, all required."""
     schema = form.model_json_schema()
     for part in (schema, *schema.get("$defs", {}).values()):
         part["additionalProperties"] = False

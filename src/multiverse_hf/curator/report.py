@@ -1,4 +1,4 @@
-"""A curation on one page: what passed, what did not and why, and what the documents are like. HTML, in one file."""
+"""The report of a curation: accepted and rejected rows, reasons, and measures of documents, in one HTML file."""
 
 import base64
 import html
@@ -42,13 +42,13 @@ dd {{ margin: 0; font-size: 1.3rem; }} code {{ background: #f3f3f3; padding: 0 .
 
 
 def write_curation_report(output: Path) -> Path:
-    """Write ``report.html`` from what the folder holds, whether or not the run is complete; give its path.
+    """Write ``report.html`` from the folder's rows, even if the run is not complete. Return its path.
 
     Raises:
-        CommandError: if there is no run, or no row yet.
+        CommandError: if there is no run, or no finished row.
     """
     try:
-        import matplotlib  # noqa: F401 - of another extra as well
+        import matplotlib  # noqa: F401 - other extras bring it too
     except ModuleNotFoundError as err:
         raise CommandError(f"--report needs {err.name}: {install_line('curate')}", FAILURE) from err
     path = output.expanduser().absolute()
@@ -104,7 +104,7 @@ def _figures(tally: Tally, settings: Settings) -> list[tuple[str, str]]:
 
 
 def _failures(folder: CurationFolder, settings: Settings) -> str:
-    """Say how many calls failed and were made again, by kind; runs that were killed may have lost a second of them."""
+    """Return the number of repeated calls by kind. A killed run may lack the calls of its last second."""
     counts, _ = Progress(folder, settings).read()
     kinds = {kind: counts.get(f"calls {kind}", 0) for kind in FAILED}
     said = ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count)
@@ -125,7 +125,7 @@ def _table(counts: Counter[str], total: int, of_what: str) -> str:
 
 
 def draw_tally(tally: Tally) -> bytes:
-    """Draw a tally: rows by stage, reasons, distances and # parallel. Gives a PNG."""
+    """Return a PNG with a tally's rows by stage, reasons, distances and # parallel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 7.5), layout="constrained")
@@ -134,7 +134,7 @@ def draw_tally(tally: Tally) -> bytes:
     _draw_reasons(reasons, tally)
     _draw_histogram(distances, tally.path_distances, DISTANCE_STEP, "paths", GRAY)
     _draw_histogram(distances, tally.distances, DISTANCE_STEP, "documents", BLUE)
-    # all but a few are 0 or close to it; the few are what one looks for
+    # most distances are close to 0; the log scale shows the others
     distances.set(title="Edit distance to the original", xlabel="distance over length", yscale="log", ylabel="count")
     distances.set_xlim(0, max(0.2, DISTANCE_STEP * max([*tally.distances, *tally.path_distances, 0])))
     distances.set_ylim(bottom=0.7)
@@ -151,7 +151,7 @@ def draw_tally(tally: Tally) -> bytes:
 
 
 def _draw_stages(axes: Any, tally: Tally) -> None:
-    """Draw which share of the rows that came to a stage passed it, and which share of its replies was accepted."""
+    """Draw for each stage the share of rows that passed it, and the share of its accepted replies."""
     names = list(tally.reached)
     refused = Counter(key.split(": ", 1)[0] for key in tally.checks.elements())
     rows = [100 * tally.passed[name] / tally.reached[name] for name in names]

@@ -1,4 +1,4 @@
-"""Files of the curator: outcomes in parts, and what is made of them: accepted rows, rejected rows, a summary."""
+"""Files of the curator: outcomes in parts, and the accepted rows, rejected rows and summary made from them."""
 
 import json
 import re
@@ -22,19 +22,19 @@ _NUMBER = re.compile(rb'\{"number": (\d+),')
 
 
 class CurationFolder(JobFolder):
-    """Where things are in the folder of a curation."""
+    """Paths in the folder of a curation."""
 
     __slots__ = ()
     result_name = "curated.jsonl"
 
     @property
     def rejected(self) -> Path:
-        """Rows that were rejected, each with all that was tried."""
+        """Rejected rows, each with all attempts."""
         return self.path / "rejected" / "rejected.jsonl"
 
     @property
     def summary(self) -> Path:
-        """What the run came to."""
+        """The run's summary."""
         return self.path / "summary.json"
 
     def calls(self, task: int) -> Path:
@@ -42,12 +42,12 @@ class CurationFolder(JobFolder):
         return self.path / "calls" / f"{task:05d}.sqlite3"
 
     def status(self, task: int) -> Path:
-        """What a task is at."""
+        """A task's status."""
         return self.path / "status" / f"{task:05d}.json"
 
 
 def describe_outcome(outcome: Outcome, settings: Settings) -> dict[str, Any]:
-    """Give the line of a trace in its task's part: a finished row, or why there is none."""
+    """Return the line of a trace in its task's part: an accepted row, or the reason of its rejection."""
     draft, trace, attempts = outcome.draft, outcome.draft.trace, [asdict(each) for each in outcome.attempts]
     row: dict[str, Any] = {"id": trace.id, "prompt": trace.prompt}
     if outcome.refusal is None:
@@ -75,14 +75,14 @@ def describe_outcome(outcome: Outcome, settings: Settings) -> dict[str, Any]:
 
 
 def describe_bad_row(number: int, detail: str) -> dict[str, Any]:
-    """Give the line of a row that is no trace."""
+    """Return the line of a row that is no trace."""
     row = {"id": str(number), "prompt": None, "answer": None, "reasoning": None}
     row |= {"stage": "input", "check": "input", "detail": detail, "attempts": []}
     return {"number": number, "accepted": False, "row": row}
 
 
 def number_of(line: bytes, part: Path) -> int:
-    """Read the number of a line's row without reading the row.
+    """Return the number of a line's row without parsing the row.
 
     Raises:
         CommandError: if the line is damaged.
@@ -94,7 +94,7 @@ def number_of(line: bytes, part: Path) -> int:
 
 
 def read_outcomes(folder: CurationFolder) -> Iterator[dict[str, Any]]:
-    """Give the lines of all parts, as far as they are written."""
+    """Yield the lines of all parts that are written so far."""
     for task in range(folder.tasks):
         for path in (folder.part(task), folder.unfinished(task)):
             if path.exists():
@@ -105,9 +105,9 @@ def merge_outcomes(folder: CurationFolder, rows: int, settings: Settings) -> Non
     """Write accepted and rejected rows to one file each, in the input's order: whole or not at all.
 
     Args:
-        folder: whose parts are all complete.
-        rows: of the input.
-        settings: for the cost.
+        folder: folder in which all parts are complete.
+        rows: number of rows of the input.
+        settings: settings with the prices.
 
     Raises:
         CommandError: if a part is damaged or rows are missing.
@@ -124,7 +124,7 @@ def merge_outcomes(folder: CurationFolder, rows: int, settings: Settings) -> Non
             )
         folder.rejected.parent.mkdir(exist_ok=True)
         tally = Tally()
-        # the accepted rows get their name last: it says that all is there
+        # the file of accepted rows gets its name last, and so marks the run as complete
         with writing(folder.result) as accepted, writing(folder.rejected) as rejected:
             for line in _in_order(parts, places):
                 outcome = json.loads(line)
@@ -135,7 +135,7 @@ def merge_outcomes(folder: CurationFolder, rows: int, settings: Settings) -> Non
 
 
 def _index(part: Path, tasks: int) -> array:
-    """Give the place of each row of a part by its number in the part; -1 where there is none."""
+    """Return the offset of each row of a part by its number in the part; -1 for a missing row."""
     places = array("q")
     for begin, line in whole_lines(part):
         place = (number_of(line, part) - 1) // tasks
@@ -150,6 +150,6 @@ def _in_order(parts: list[Path], places: list[array]) -> Iterator[bytes]:
     for number in range(max(map(len, places), default=0) * len(parts)):
         place, task = divmod(number, len(parts))
         if place < len(places[task]) and places[task][place] >= 0:
-            with parts[task].open("rb") as file:  # each time: there may be more parts than files one may open
+            with parts[task].open("rb") as file:  # opened each time: there may be more parts than open files allowed
                 file.seek(places[task][place])
                 yield file.readline()

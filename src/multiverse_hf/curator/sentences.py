@@ -1,11 +1,11 @@
-"""Sentences of a trace, numbered so that a model can quote them instead of copying them."""
+"""Sentences of a trace, numbered so that a model can quote them by number."""
 
 import re
 
-# Starts at the first of a run of marks only: a page of dots is then read once and not once for each dot.
+# Matches only at the first of a run of marks, so that a page of dots is not read once per dot.
 _LINE_END = r"(?:\r\n|[\n\r\x0b\x0c\x85\u2028\u2029])"
 _BLANK = r"[^\S\n\r\x0b\x0c\x85\u2028\u2029]"  # white space within a line
-_END = rf"{_LINE_END}(?:{_BLANK}*{_LINE_END})*"  # of a line, with the blank lines after it
+_END = rf"{_LINE_END}(?:{_BLANK}*{_LINE_END})*"  # end of a line, with the blank lines after it
 _BOUNDARY = re.compile(
     rf"{_END}|(?<![.?!…])[.?!…]++[\"'”’)\]}}*_]*+{_BLANK}++(?=\S)|[。！？]++[”’」』）]*+{_BLANK}*+(?:{_END})?"
 )
@@ -16,10 +16,10 @@ _LIST_NUMBER = re.compile(r"\s*[(*]*(?:\d{1,3}|[A-Za-z])[.)]+\s*")
 
 
 def split_sentences(text: str) -> list[str]:
-    """Split a text after sentences and at line ends. Joined, the sentences are the text, byte for byte.
+    """Return a text split after sentences and at line ends. Joined, the sentences are the text, byte for byte.
 
-    Whitespace after a sentence belongs to it, indentation to the line it indents. Abbreviations, and the numbers of a
-    list, do not end one.
+    Whitespace after a sentence belongs to it; indentation belongs to its line. Abbreviations and list numbers do not
+    end a sentence.
     """
     sentences, begin = [], 0
     for match in _BOUNDARY.finditer(text):
@@ -35,7 +35,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _without_blanks(sentences: list[str]) -> list[str]:
-    """Join what is white space alone to the sentence before it, or after it where it comes first."""
+    """Return sentences with blank ones joined to the sentence before, or to the first one."""
     said: list[str] = []
     for sentence in sentences:
         if said and (not sentence.strip() or not said[-1].strip()):
@@ -46,5 +46,5 @@ def _without_blanks(sentences: list[str]) -> list[str]:
 
 
 def number_sentences(sentences: list[str]) -> str:
-    """Write sentences with their numbers from 1, one a line, as prompts show them."""
+    """Return sentences with their numbers from 1, one per line, as prompts show them."""
     return "\n".join(f"[{number}] {sentence.strip()}" for number, sentence in enumerate(sentences, start=1))

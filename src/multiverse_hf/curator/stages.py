@@ -1,4 +1,4 @@
-"""The five stages in order: what each asks of a model, and what it makes of the reply."""
+"""The five stages in order: the request of each, and the checks of its reply."""
 
 import functools
 import re
@@ -30,11 +30,10 @@ class CuratorStage:
     """One call of a model.
 
     Attributes:
-        name, version: of its prompt, the file ``prompts/NAME.VERSION.txt``.
-        form: what a reply has to be.
-        variables: returns what the prompt says of a draft.
-        check: returns the draft with what a result adds to it, or raises the :class:`Refusal` of one that nothing can
-            be made of.
+        name, version: name and version of its prompt, the file ``prompts/NAME.VERSION.txt``.
+        form: form of a reply.
+        variables: returns the prompt's variables for a draft.
+        check: returns the draft with a result added, or raises a :class:`Refusal`.
     """
 
     name: str
@@ -44,13 +43,13 @@ class CuratorStage:
     check: Callable[[Draft, Any], Draft]
 
     def instructions(self, draft: Draft) -> str:
-        """Return what is asked of the model."""
+        """Return the stage's part of the request."""
         return string.Template(read_template(self.name, self.version)).substitute(self.variables(draft))
 
 
 @functools.cache
 def read_template(name: str, version: str) -> str:
-    """Read a prompt's text."""
+    """Return the text of a prompt file."""
     return files("multiverse_hf.curator").joinpath("prompts", f"{name}.{version}.txt").read_text(encoding="utf-8")
 
 
@@ -58,10 +57,10 @@ def read_template(name: str, version: str) -> str:
 
 
 def check_summary(draft: Draft, result: SummaryReply) -> Draft:
-    """Check the tree by itself.
+    """Check the tree on its own.
 
     Raises:
-        Refusal: if it is empty, has a step nothing is said of, or more steps than the text has sentences.
+        Refusal: if it is empty, has a step without a summary, or more steps than the text has sentences.
     """
     if not result.steps:
         raise Refusal("steps", "the tree has no step")
@@ -83,8 +82,8 @@ def check_groups(draft: Draft, result: GroupsReply) -> Draft:
     """Check the groups against the tree.
 
     Raises:
-        Refusal: if a group names what is no step, mixes levels, shares a step with another, or has no argument; and
-            for good if there is no group.
+        Refusal: if a group names an unknown step, mixes levels, shares a step with another group, or has no argument.
+            It is final if there is no group.
     """
     if not result.groups:
         raise Refusal("no parallel group", "no two steps are independent of each other", is_final=True)
@@ -110,10 +109,10 @@ def check_groups(draft: Draft, result: GroupsReply) -> Draft:
 
 
 def check_structure(draft: Draft, result: StructureReply) -> Draft:
-    """Check that every step has its place once, in order, and that paths are of one group.
+    """Check that every step occurs once, in order, and that the paths of a block are of one group.
 
     Raises:
-        Refusal: if not, or if there is no block.
+        Refusal: if the check fails, or there is no block.
     """
     placed = [step for part in result.parts for step in part.steps]
     _check_order([step.step for step in placed], draft.summary.names, "the document")
@@ -151,19 +150,20 @@ def _check_independent(names: Sequence[str], groups: GroupsReply) -> None:
 
 
 def ask_refill(draft: Draft) -> dict[str, str]:
-    """Return what the prompt says of the draft."""
+    """Return the prompt's variables for a draft."""
     summaries = dict(draft.summary.numbered())
     leaves = "\n".join(f"{name}: {summaries[name]}" for name in draft.summary.leaves)
     return {"leaves": leaves, "count": str(len(draft.sentences))}
 
 
 def check_refill(draft: Draft, result: RefillReply) -> Draft:
-    """Check the quotes, and that the document they make is the original but for at most ``max_distance``.
+    """Check the quotes, and that their document differs from the original by at most ``max_distance``.
 
     The document has block names for outlines and conclusions.
 
     Raises:
-        Refusal: if a step is unknown or without text, a sentence is not there or quoted twice, or too much is lost.
+        Refusal: if a step is unknown or has no text, a sentence is missing or quoted twice, or the distance is too
+            large.
     """
     leaves, count = draft.summary.leaves, len(draft.sentences)
     owner: dict[int, str] = {}
@@ -192,18 +192,18 @@ def check_refill(draft: Draft, result: RefillReply) -> Draft:
 
 # Stage 5
 
-# Tags, however they are spelled, tokens of chat templates, and characters that no text has.
+# Tags in any spelling, tokens of chat templates, and control characters.
 _NO_TEXT = re.compile(
     r"</?\s*(?:"
     + "|".join({tag.strip("</>") for tag in MULTIVERSE.tokens})
     + r")\s*>|<\|[^|>\n]*\|>|[\x00-\x08\x0b-\x1f]",
     re.IGNORECASE,
 )
-MOST_CHARACTERS = 2000  # of an outline or a conclusion, a sentence or two; the longest of the published has 781
+MOST_CHARACTERS = 2000  # of an outline or a conclusion; the longest published one has 781
 
 
 def ask_mapreduce(draft: Draft) -> dict[str, str]:
-    """Return what the prompt says of the draft."""
+    """Return the prompt's variables for a draft."""
     numbered = {
         step: "".join(f"[{n}] {draft.sentences[n - 1].strip()}\n" for n in draft.refill.numbers(step))
         for step in draft.summary.leaves
@@ -212,10 +212,10 @@ def ask_mapreduce(draft: Draft) -> dict[str, str]:
 
 
 def check_mapreduce(draft: Draft, result: MapReduceReply) -> Draft:
-    """Check the whole document: its grammar, its content and that of each path, and that paths stand alone.
+    """Check the whole document: its grammar, its content, the content of each path, and the paths' independence.
 
     Raises:
-        Refusal: if a block's text is missing, a rewrite is out of place, or a check fails.
+        Refusal: if a block's text is missing, a rewrite is outside all paths, or a check fails.
     """
     names = block_names(draft.structure)
     texts = {each.block: each for each in result.blocks}
@@ -252,7 +252,7 @@ def check_mapreduce(draft: Draft, result: MapReduceReply) -> Draft:
 
 
 def rewritten_as(rewritten: dict[int, str], number: int, sentence: str) -> str:
-    """Give a sentence in its new wording, if it has one, with the whitespace that stood around the old one."""
+    """Return a sentence in its new wording, if it has one, with the old whitespace around it."""
     if number not in rewritten:
         return sentence
     text, body = rewritten[number].strip(), sentence.strip()
@@ -261,10 +261,10 @@ def rewritten_as(rewritten: dict[int, str], number: int, sentence: str) -> str:
 
 
 def check_judgement(draft: Draft, result: JudgeReply) -> Draft:
-    """Refuse a document for good if the judge found a path that leans on another.
+    """Check that the judge found no path that depends on another.
 
     Raises:
-        Refusal: then, with the first place.
+        Refusal: a final one, with the first dependent path.
     """
     for each in result.dependent:
         raise Refusal("judge", f"path {each.path} needs another path at {each.quote!r}: {each.reason}", is_final=True)
@@ -284,11 +284,11 @@ STAGES = (
     CuratorStage("refill", "v1", RefillReply, ask_refill, check_refill),
     CuratorStage("mapreduce", "v1", MapReduceReply, ask_mapreduce, check_mapreduce),
 )
-# Asked about what the last stage made
+# Judges the result of the last stage
 JUDGE = CuratorStage(
     "judge", "v1", JudgeReply, lambda draft: {"document": draft.text}, check_judgement
 )  # of the last one
-SYSTEM = ("system", "v1")  # what every call begins with
+SYSTEM = ("system", "v1")  # system prompt of every call
 
 
 def prompt_versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a curation came to, counted row by row in memory that does not grow with them."""
+"""Counts of a curation, added row by row in constant memory."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ class Tally:
     """Counts of a run.
 
     Attributes:
-        rejected: rows, by the stage and check that they ended at.
-        reached, passed: rows that came to a stage, and that passed it.
-        asked, checks: replies by stage, and those refused by stage and check.
-        tokens, judge_tokens: of prompts and completions.
-        distances, path_distances, parallelism: histograms, by the number of the bin.
+        rejected: rejected rows by stage and check.
+        reached, passed: rows that reached a stage, and rows that passed it.
+        asked, checks: replies by stage, and refused replies by stage and check.
+        tokens, judge_tokens: tokens of prompts and completions.
+        distances, path_distances, parallelism: histograms by number of the bin.
     """
 
     accepted: int = 0
@@ -40,7 +40,7 @@ class Tally:
         return self.accepted + self.rejected.total()
 
     def add(self, outcome: dict[str, Any]) -> None:
-        """Count a line of a part."""
+        """Add a line of a part."""
         row = outcome["row"]
         attempts = row["provenance"]["attempts"] if outcome["accepted"] else row["attempts"]
         for each in attempts:
@@ -68,7 +68,7 @@ class Tally:
         self.parallelism[int(provenance["parallelism"] / PARALLELISM_STEP)] += 1
 
     def cost(self, settings: Settings) -> float | None:
-        """Give what all replies cost in US dollars; None if a price is missing."""
+        """Return the cost of all replies in US dollars; None if a price is missing."""
         costs = [settings.cost(settings.model, self.tokens["prompt"], self.tokens["completion"])]
         if (judge := settings.judge_name) is not None:
             costs.append(settings.cost(judge, self.judge_tokens["prompt"], self.judge_tokens["completion"]))
@@ -76,7 +76,7 @@ class Tally:
 
     @classmethod
     def from_dict(cls, counts: dict[str, Any]) -> "Tally":
-        """Read a tally back from a summary."""
+        """Return the tally of a summary."""
         tally = cls(counts["accepted"])
         for name, counter in vars(tally).items():
             if isinstance(counter, Counter):
@@ -85,6 +85,6 @@ class Tally:
         return tally
 
     def to_dict(self, settings: Settings) -> dict[str, Any]:
-        """Give all counts, as the summary has them."""
+        """Return all counts, as in the summary."""
         counts = {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
         return {"rows": self.rows, **counts, "cost": self.cost(settings)}

@@ -1,4 +1,4 @@
-"""One task of a curation, as datatrove runs it: a share of the rows, many of them at once. Imported by workers too."""
+"""One task of a curation, run by datatrove: a share of the rows, many of them concurrently. Workers import it too."""
 
 import asyncio
 import gc
@@ -30,18 +30,18 @@ from multiverse_hf.jobs.folders import appending, whole_lines, write_row
 from multiverse_hf.jobs.steps import PartStep
 from multiverse_hf.outputs import write_output
 
-STATUS_S = 1.0  # between two writings of what a task is at
+STATUS_S = 1.0  # between two updates of a task's status
 
 
 @dataclass(frozen=True, slots=True)
 class CurationWork:
-    """What every task of a curation is given. No key is in it: it is written to files.
+    """The work of a curation, given to every task. It is stored in files, so it holds no key.
 
     Attributes:
-        folder: of the output; absolute, as all paths here: workers may run elsewhere.
+        folder: output folder. All paths here are absolute, as workers may run elsewhere.
         source: the input.
-        rows: of it.
-        settings: of the run.
+        rows: number of rows of the input.
+        settings: settings of the run.
     """
 
     folder: CurationFolder
@@ -63,7 +63,7 @@ class CurateRows(PartStep):
         """Curate the rows of a task that are not finished.
 
         Raises:
-            CommandError: if the endpoint takes no calls.
+            CommandError: if the endpoint refuses all calls.
         """
         part = self.folder.unfinished(rank)
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -81,21 +81,21 @@ class CurateRows(PartStep):
 
 
 def _explain(group: BaseExceptionGroup, url: str) -> BaseException:
-    """Give what went wrong first, where it is the endpoint's fault with the way out."""
+    """Return the first error of a group; for a fault of the endpoint, a CommandError with the next step."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, EndpointError):
         return CommandError(
-            f"the endpoint takes no calls: {error}; mend that, and give the same command again", FAILURE
+            f"the endpoint refuses all calls: {error}; correct that, then run the same command again", FAILURE
         )
     if isinstance(error, EndpointDown):
-        return CommandError(f"the endpoint {url} is down: {error}; then the same command goes on", FAILURE)
+        return CommandError(f"the endpoint {url} is down: {error}; then run the same command again", FAILURE)
     return error
 
 
 def _finished(part: Any, world_size: int) -> tuple[bytearray, int]:
-    """Read which rows a part has: a byte for each row of the task, and the bytes of all whole lines."""
+    """Return which rows a part has, one byte for each row of the task, and the length of its whole lines in bytes."""
     finished, end = bytearray(), 0
     for begin, line in whole_lines(part):
         place = (number_of(line, part) - 1) // world_size
@@ -106,7 +106,7 @@ def _finished(part: Any, world_size: int) -> tuple[bytearray, int]:
 
 
 class _TaskRun:
-    """The rows of a task on their way. Only as many are in memory as are worked at."""
+    """A running task. Only the rows in progress are in memory."""
 
     def __init__(self, work: CurationWork, rank: int, world_size: int, finished: bytearray, file: IO[bytes]) -> None:
         self.work, self.rank, self.world_size = work, rank, world_size
@@ -121,13 +121,13 @@ class _TaskRun:
             ExceptionGroup: of EndpointError or EndpointDown.
         """
         settings = self.work.settings
-        gc.freeze()  # what is imported stays: else every full collection looks it over, and all calls wait meanwhile
+        gc.freeze()  # imported modules stay in memory: otherwise each full collection scans them, and all calls wait
         log, answers = CallLog(self.work.folder.calls(self.rank)), AnswerChecker()
         try:
             async with Endpoint(settings, settings.api_key()) as self.endpoint:
                 curator = Curator(settings, self.endpoint.ask, answers, log)
                 rows = self._open_rows()
-                # more rows than calls: while some are checked, others have a request ready for each slot that is free
+                # more workers than calls: while some check a reply, others have a request ready for each free slot
                 num_workers = settings.concurrency + settings.concurrency // 2 + 1
                 async with asyncio.TaskGroup() as group:
                     status = group.create_task(self._keep_status())
@@ -140,7 +140,7 @@ class _TaskRun:
             self._write_status()
 
     def _open_rows(self) -> Iterator[tuple[int, Trace | RowError]]:
-        """Give the rows of the task that are not finished, each when it is asked for."""
+        """Yield the task's rows that are not finished."""
         settings = self.work.settings
         rows = read_traces(
             self.work.source, settings.columns, settings.subset, settings.split, self.rank, self.world_size
@@ -151,7 +151,7 @@ class _TaskRun:
                 yield number, row
 
     async def _curate_rows(self, curator: Curator, rows: Iterator[tuple[int, Trace | RowError]]) -> None:
-        """Take one row after the other, beside others that do the same."""
+        """Curate rows one after another; several workers share ``rows``."""
         for number, trace in rows:
             if isinstance(trace, RowError):
                 self._write(describe_bad_row(number, trace.detail))
@@ -179,7 +179,7 @@ class _TaskRun:
             await asyncio.sleep(STATUS_S)
 
     def _write_status(self) -> None:
-        """Say on the disk what the task is at. The calls of earlier runs of the task are counted on."""
+        """Write the task's status, with the calls of its earlier runs added."""
         status: dict[str, Any] = dict(self.counts)
         if self.endpoint is not None:
             calls = Counter({f"calls {name}": count for name, count in self.endpoint.counts.items()})

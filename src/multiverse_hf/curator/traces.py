@@ -1,4 +1,4 @@
-"""Traces: what the curator reads, from rows of whatever columns."""
+"""Traces: the input of the curator, read from rows with any columns."""
 
 import hashlib
 import re
@@ -10,14 +10,14 @@ from typing import Any
 from multiverse_hf.data.records import Reason, RowError, is_encodable, number_rows, open_table
 from multiverse_hf.modeling.tags import MULTIVERSE, read_messages
 
-# The usual names of the columns, in the order in which they are looked for; those of s1K-1.1 are among them.
+# Usual names of columns in search order, including those of s1K-1.1.
 TRACE_COLUMNS = {
     "id": ("id", "unique_id", "uuid"),
     "prompt": ("prompt", "question", "problem"),
     "reasoning": ("reasoning", "reasoning_content", "thinking", "trace", "deepseek_thinking_trajectory"),
     "answer": ("answer", "deepseek_attempt", "completion", "response"),
 }
-# What a chat template or a tokenizer writes between turns; in a trace it is left over from a raw transcript.
+# Markers that chat templates and tokenizers write between turns: left over from a raw transcript.
 _MARKER = re.compile(
     r"<[|｜][^|｜<>\n]{1,60}[|｜]>|\[/?INST\]|<</?SYS>>|</?(?:start|end)_of_turn>|<(?:start|end)_of_turn>|"
     r"<\|?(?:bos|eos|pad)\|?>|</?s>|</?think(?:ing)?>",
@@ -30,14 +30,14 @@ _THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL | re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A sequential answer with its reasoning, as somebody's model wrote it.
+    """A sequential answer with its reasoning, as a model wrote it.
 
     Attributes:
-        number: of the row in its source, from 1: a line of a JSONL file.
-        id: as given, else the number.
+        number: number of the row in its source, from 1: a line of a JSONL file.
+        id: the row's id, else its number.
         prompt: the problem.
-        reasoning: the text to curate, without tags of its own around it.
-        answer: what follows the reasoning, None if the row has none.
+        reasoning: the text to curate, without tags around it.
+        answer: the text after the reasoning, None if there is none.
     """
 
     number: int
@@ -55,12 +55,12 @@ def read_traces(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[tuple[int, Trace | RowError]]:
-    """Give every ``world_size``-th row of a source from ``rank`` on, with its number; one at a time.
+    """Yield every ``world_size``-th row of a source with its number, from ``rank`` on.
 
     Args:
         source, subset, split: as :func:`~multiverse_hf.data.records.number_rows` takes them.
-        columns: the names of those of :data:`COLUMNS` that are called otherwise.
-        rank, world_size: which rows; the others are not parsed.
+        columns: names of columns that are not in :data:`TRACE_COLUMNS`.
+        rank, world_size: select the rows; others are not parsed.
 
     Raises:
         ValueError: if the source cannot be read.
@@ -76,7 +76,7 @@ def count_rows(source: str, subset: str | None = None, split: str = "train") -> 
     """Count the rows of a source.
 
     Returns:
-        How many there are, and what tells them from others: a file's SHA-256, or a dataset's fingerprint.
+        The number of rows, and a file's SHA-256 or a dataset's fingerprint.
 
     Raises:
         ValueError: if the source cannot be read.
@@ -99,13 +99,13 @@ def count_rows(source: str, subset: str | None = None, split: str = "train") -> 
 
 
 def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
-    """Read a row.
+    """Return the trace of a row.
 
-    The reasoning may stand in a column of its own, or between ``<think>`` tags before the answer; that in a column, or
-    in the last of ``messages``.
+    The reasoning has its own column, or stands between ``<think>`` tags before the answer. The answer is in a column,
+    or in the last of ``messages``.
 
     Raises:
-        RowError: if something is missing or not text, or the reasoning spells a control tag.
+        RowError: if a text is missing or no text, or the reasoning contains a control tag.
     """
     if isinstance(row, RowError):
         raise row
@@ -123,10 +123,10 @@ def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
     reasoning, answer = _cut_thought(reasoning, answer)
     for name, value in (("reasoning", reasoning), ("answer", answer or "")):
         if tag := next((tag for tag in MULTIVERSE.tokens if tag in value), None):
-            raise RowError(Reason.MALFORMED, f"the {name} spells the control tag {tag}")
+            raise RowError(Reason.MALFORMED, f"the {name} contains the control tag {tag}")
         if marker := _MARKER.search(value):
             raise RowError(
-                Reason.MALFORMED, f"the {name} holds {marker[0]}, which parts turns or thinking; clean the trace"
+                Reason.MALFORMED, f"the {name} holds {marker[0]}, which separates turns or thinking; clean the trace"
             )
     row_id = row.get(
         columns.get("id") or next((name for name in TRACE_COLUMNS["id"] if row.get(name) is not None), "id")
@@ -138,7 +138,7 @@ def read_trace(number: int, row: Any, columns: Mapping[str, str]) -> Trace:
 
 
 def _cut_thought(reasoning: str, answer: str | None) -> tuple[str, str | None]:
-    """Return the thought without its tags, and the answer: what follows the thought where a row has no other."""
+    """Return the reasoning without tags, and the answer: by default the text after ``</think>``."""
     if opened := _OPENS_THOUGHT.match(reasoning):
         reasoning = reasoning[opened.end() :]
     if ended := _ENDS_THOUGHT.search(reasoning):
@@ -148,7 +148,7 @@ def _cut_thought(reasoning: str, answer: str | None) -> tuple[str, str | None]:
 
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str | None:
-    """Give the text of a column, by the name it was given or the first of its usual ones."""
+    """Return the text of a column, by its given name or the first usual one that the row has."""
     names = (columns[name],) if name in columns else TRACE_COLUMNS[name]
     value = next((row[each] for each in names if row.get(each) is not None), None)
     if name == "answer" and isinstance(value, int | float) and not isinstance(value, bool):
@@ -159,7 +159,7 @@ def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str 
 
 
 def _last_exchange(messages: Any) -> tuple[str, str]:
-    """Give the last message of the user and the assistant's answer to it."""
+    """Return the user's last message and the assistant's answer to it."""
     try:
         chat = read_messages(messages, "messages")
     except (TypeError, ValueError) as err:

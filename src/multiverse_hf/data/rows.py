@@ -39,8 +39,7 @@ def document_labels(ids: list[int], tags: TagSet) -> list[int]:
     """Return the labels of a document: only tokens that the model must choose have one.
 
     Tokens that the engine writes, ``\\n<Path>\\n1:`` at a fork and ``\\n<Conclusion>\\n`` at a reduce, are ignored.
-    The
-    first token of every path and the first token after a block are ignored too: in document order they have no
+    The first token of every path and the first token after a block are ignored too: in document order they have no
     meaningful predecessor.
 
     Args:
