@@ -227,7 +227,7 @@ def test_a_greater_limit_extends_a_run_and_repeats_nothing(
     assert results["samples_before"] == 4
     assert results["tasks"] == expected["tasks"]
     assert (folder / "run.json").read_text() == (whole / "run.json").read_text()
-    assert "begun with --limit 6, now it is --limit 5; it goes on with as many" in error_of(
+    assert "begun with --limit 6, now it is --limit 5; it continues with as many" in error_of(
         capfd, "eval", "--limit", "5", *options
     )
     begun = json.loads((folder / "run.json").read_text())

@@ -1,38 +1,40 @@
-"""What an answer says in the end, and whether that is right. Every verdict names the rule that gave it.
+"""The final answer of a document, and whether it is right. Every verdict names the rule that decided.
 
-Where the answer is read: after the thinking (``</Think>``, and the tags of other models: ``<think>``, ``<thinking>``,
-``<thought>``, ``<reasoning>``, ``[THINK]``, in any case); all of it where there is no thinking; nowhere where the
-thinking is not closed, so that an answer that was cut off is wrong in every mode. There: the last ``\\boxed{...}``,
-else what follows the last ``Answer:`` that begins a line.
+The answer is read after the thinking (``</Think>``, and the tags of other models: ``<think>``, ``<thinking>``,
+``<thought>``, ``<reasoning>``, ``[THINK]``, in any case). Without thinking, the whole text is read. If the thinking is
+not closed, there is no answer, so a cut-off answer is wrong in every mode. The answer is the last ``\\boxed{...}``,
+else the text after the last ``Answer:`` at the start of a line.
 
-Mathematical answers are right if one of these rules accepts them, and the first that does is recorded:
+A mathematical answer is right if one of these rules accepts it. The first such rule is recorded:
 
 =============== ====================================================================================================
-``text``        the same text as the right answer, apart from spaces, fonts, ``\\left``, a name (``x =``), and a unit
-                that is spelled differently or left out
-``integer``     both are integers and equal, whatever their leading zeros and thousands separators
-``number``      both are rational numbers, times or ratios, and exactly equal; ``0.333333`` is one third: a decimal of
-                six digits or more may be the rounded value of a number that has no last digit
-``parts``       both are lists, tuples, intervals, sets or matrices whose parts are right, each by a rule above
-``math-verify`` math-verify holds them, or parts of them, to be the same, in a process with a clock
+``text``        the text of the right answer, apart from spaces, fonts, ``\\left``, a name (``x =``), and a unit that
+is
+                spelled differently or omitted
+``integer``     both are equal integers, apart from leading zeros and thousands separators
+``number``      both are exactly equal rational numbers, times or ratios; ``0.333333`` is one third: a decimal of six
+                digits or more may be the rounded value of a non-terminating number
+``parts``       both are lists, tuples, intervals, sets or matrices, and each part is right by a rule above
+``math-verify`` math-verify finds them, or parts of them, equal, in a process with a time limit
 =============== ====================================================================================================
 
-and wrong by one of these:
+It is wrong by one of these rules:
 
 =================== ================================================================================================
-``no answer``       there is no box and no ``Answer:`` where the answer is read
-``several answers`` it hedges, "3 or 4", "3 (or 5)", where the right answer is one
+``no answer``       there is no box and no ``Answer:`` in the text that is read
+``several answers`` it hedges, "3 or 4", "3 (or 5)", and there is one right answer
 ``timeout``         math-verify took too long
 ``unreadable``      math-verify cannot read it
-``different``       it says something else
+``different``       it differs
 =================== ================================================================================================
 
-Lists may come in any order, tuples and vectors may not. A unit that differs is wrong (10 cm, 10 m, 10 cm^2), one that
-one side leaves out is not. A percentage is the number before the sign, or a hundredth of it.
-Several boxes: the last one counts; boxes joined by nothing but "or" are alternatives, a hedge; boxes joined by
-nothing but "and" or a comma are one list. Letters are right as the one letter that is boxed or follows ``Answer:``,
-alone or before the option's text (rule ``letter``), chains if the last line is ``Answer:`` and exactly the number
-(rule ``last line``). Exact answers are right as the same text, spaces apart (rule ``text``).
+Lists may have any order; tuples and vectors may not. A different unit is wrong (10 cm, 10 m, 10 cm^2), a missing one
+is not. A percentage is the number before the sign, or a hundredth of it. Of several boxes the last one counts. Boxes
+joined only by "or" are a hedge; boxes joined only by "and" or a comma are one list.
+
+A letter is right if it is the only letter that is boxed or follows ``Answer:``, alone or before the option's text
+(rule ``letter``). Chains are right if the last line is ``Answer:`` and exactly the number (rule ``last line``). Exact
+answers are right as the same text, apart from spaces (rule ``text``).
 """
 
 import re
@@ -45,12 +47,12 @@ from multiverse_hf.judging.equality import Rule, compare_answers
 from multiverse_hf.judging.letters import read_letters
 from multiverse_hf.judging.verifier import Verifier
 
-# Raised with each change of a verdict: recorded with every run. 1 was math-verify 0.5.2 on whole answers.
+# Raised when verdicts change, and recorded with every run. Version 1 was math-verify 0.5.2 on whole answers.
 RULES_VERSION = 2
 
 
 class AnswerKind(StrEnum):
-    """What kind of answer a task asks for."""
+    """The kind of answer that a task asks for."""
 
     MATH = "math"
     LETTER = "letter"
@@ -63,9 +65,9 @@ class Verdict:
     """Whether an answer is right.
 
     Attributes:
-        correct: it is.
-        rule: that said so.
-        answer: what it said, as it was read; None if nothing.
+        correct: whether the answer is right.
+        rule: the rule that decided.
+        answer: the answer as it was read; None if there is none.
     """
 
     correct: bool
@@ -77,10 +79,10 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
     """Judge an answer.
 
     Args:
-        kind: of the task.
+        kind: kind of the task's answers.
         gold: the right answer.
-        document: the answer as it was generated, tags included.
-        verifier: for mathematical answers.
+        document: the answer as generated, with tags.
+        verifier: compares mathematical answers.
     """
     if kind is AnswerKind.CHAINS:
         said = None if after_thinking(document) is None else read_chains_answer(document)
@@ -98,12 +100,12 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
     return Verdict(*compare_answers(gold, answer, verifier), answer)
 
 
-# What an answer says
+# Reading the answer
 
 _ANSWER_LINE = re.compile(
     r"^[ \t]*#*[ \t]*\**(?:the )?(?:final |correct )?answer(?: is)?\**[ \t]*[:：][ \t]*\**[ \t]*", re.I | re.MULTILINE
 )
-# The tags of thinking, as Multiverse and other models write them
+# Tags of thinking of Multiverse and other models
 _THINKING = re.compile(
     r"<\s*(?P<close>/?)\s*(?:think|thinking|thoughts?|reasoning)(?:\s+\w+=[^<>\n]{0,40})?\s*>"
     r"|\[(?P<end>/?)(?-i:THINK)\]|◁(?P<last>/?)think▷|<\|(?:begin|(?P<ended>end))_of_thought\|>",
@@ -112,7 +114,7 @@ _THINKING = re.compile(
 
 
 def final_answer(document: str) -> str | None:
-    """Return what an answer says in the end, None if nothing; see this module's description."""
+    """Return a document's final answer, None if it has none; see this module's docstring."""
     text = after_thinking(document)
     if text is None:
         return None
@@ -125,7 +127,7 @@ def final_answer(document: str) -> str | None:
 
 
 def after_thinking(document: str) -> str | None:
-    """Return what follows the thinking, all of it where there is none; None if the thinking is not closed."""
+    """Return the text after the thinking, or the whole text without any; None if the thinking is not closed."""
     marks = list(_THINKING.finditer(document))
     if not marks:
         return document
@@ -133,7 +135,7 @@ def after_thinking(document: str) -> str | None:
 
 
 def opened_thinking(prompt: str) -> str:
-    """Return the tag of thinking that a prompt ends with, as chat templates of some models write it; "" if none."""
+    """Return the tag of thinking at a prompt's end, as some chat templates write it; "" if there is none."""
     marks = list(_THINKING.finditer(prompt))
     if not marks or any(marks[-1].groups()) or prompt[marks[-1].end() :].strip():
         return ""
@@ -141,7 +143,7 @@ def opened_thinking(prompt: str) -> str:
 
 
 def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:
-    """Accept the one letter that is named, alone or before the option's text."""
+    """Return whether an answer names only the right letter, and the rule that decided."""
     letters = read_letters(answer)
     if len(letters) > 1:
         return False, Rule.SEVERAL

@@ -1,4 +1,4 @@
-"""``mv:chains``: a fixed set of problems of the embedded family, and which of them a model was trained on."""
+"""``mv:chains``: a fixed set of problems of the embedded family, and the problems that a model was trained on."""
 
 import functools
 import json
@@ -11,12 +11,12 @@ from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, 
 from multiverse_hf.data.mixtures import ChainsMixture
 from multiverse_hf.errors import CommandError
 
-SEED = 1000  # no training run draws its rows with it
+SEED = 1000  # no training run uses it
 NUM_PROBLEMS = 300  # a third of each kind
 
 
 def chains_rows(count: int = NUM_PROBLEMS, seed: int = SEED) -> Iterator[dict[str, str]]:
-    """Draw chains problems, the three kinds in turn, each problem once."""
+    """Yield chains problems, the three kinds in turn, each problem once."""
     streams = [unseen_chains(kind, seed=seed) for kind in Kind]
     for number in range(count):
         problem = next(streams[number % len(streams)])
@@ -30,7 +30,7 @@ def unseen_chains(
     max_chains: int = MAX_CHAINS,
     max_ops: int = MAX_OPS,
 ) -> Iterator[ChainsProblem]:
-    """Draw problems that are not among those seen, each once, for as long as there are any."""
+    """Yield problems that are not in ``seen``, each once, without end."""
     rng, drawn = random.Random(f"{seed}-{kind.value}"), set(seen)
     while True:
         problem = sample_problem(rng, kind, max_ops=max_ops)
@@ -40,10 +40,10 @@ def unseen_chains(
 
 
 def training_problems(model: str) -> set[str]:
-    """Return the chains problems a run was trained on, from the ``run.json`` beside it; none if there is no such file.
+    """Return the chains problems that a model was trained on, from its ``run.json``; none without this file.
 
     Raises:
-        CommandError: if the file is not what sft.py writes.
+        CommandError: if sft.py did not write the file.
     """
     record = Path(model, "run.json")
     if not record.is_file():
@@ -53,9 +53,11 @@ def training_problems(model: str) -> set[str]:
         names = {field.name for field in fields(ChainsMixture)} & data.keys()
         return _problems_of(ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names}))
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CommandError(f"{record} names no training rows ({err!r}); move it away if it is not of sft.py") from err
+        raise CommandError(
+            f"{record} names no training rows ({err!r}); move it away if sft.py did not write it"
+        ) from err
 
 
-@functools.lru_cache(maxsize=4)  # a table or a curve asks for the same ones again and again
+@functools.lru_cache(maxsize=4)  # a table or a curve asks for the same problems repeatedly
 def _problems_of(mixture: ChainsMixture) -> set[str]:
     return {str(row.problem) for row in mixture}

@@ -1,4 +1,4 @@
-"""What ``multiverse eval`` and ``multiverse compare`` do once their options are read."""
+"""``multiverse eval`` and ``multiverse compare``, after their options are read."""
 
 import shlex
 import sys
@@ -26,15 +26,15 @@ from multiverse_hf.outputs import check_output, json_text, write_output
 
 
 def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:
-    """Run an evaluation, or what is left of one, and write ``results.json`` and the report.
+    """Run the unfinished part of an evaluation. Write and return its results, and write the report.
 
     Raises:
         CommandError: as :func:`~multiverse_hf.evaluation.run.run_evaluation`.
-        KeyboardInterrupt: on Ctrl-C; what is finished is kept.
+        KeyboardInterrupt: on Ctrl-C; finished answers are kept.
     """
     check_packages()
     if any(task.kind is AnswerKind.MATH for task in evaluation.read_tasks()):
-        get_checker()  # now, not at the first answer
+        get_checker()  # fail now, not at the first answer
     quiet()
     title = f"{evaluation.model or 'multiverse-tiny'}, {evaluation.mode}"
     with progress_bar(title) as (advance, state):
@@ -48,15 +48,15 @@ def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:
                     file=sys.stderr,
                 )
             raise
-        except OSError as err:  # a full disk, above all
+        except OSError as err:  # usually a full disk
             raise CommandError(
-                f"cannot write to {output}: {err.strerror or one_line(err)}; make room, then the same command goes on",
+                f"cannot write to {output}: {err.strerror or one_line(err)}; free disk space, then run it again",
                 FAILURE,
             ) from err
     warn_of_refusals(finished.samples)
     results = make_results(finished, command_line())
     if finished.num_before == len(finished.samples) and (old := read_results(output)) is not None:
-        # nothing was written now: where and how long it ran is what the command says that ran it
+        # no answer is new: the earlier command's hardware and time stay
         results |= {name: old[name] for name in ("hardware", "seconds", "samples_before", "versions", "commit")}
     write_output(output / "results.json", json_text(results, indent=2))
     write_report(output, results, finished.samples)
@@ -64,7 +64,7 @@ def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:
 
 
 def warn_of_refusals(samples: Sequence[Sample]) -> None:
-    """Warn of prompts that could not be asked: they count as wrong, and nothing is known of their answers."""
+    """Warn of refused prompts: they count as wrong, and have no answers."""
     if refused := [sample for sample in samples if sample.error is not None]:
         print(
             f"warning: {len(refused)} of {len(samples)} prompts were refused and count as wrong answers of no length; "
@@ -74,7 +74,7 @@ def warn_of_refusals(samples: Sequence[Sample]) -> None:
 
 
 def check_packages() -> None:
-    """Check now that the packages are there that the end of a run needs."""
+    """Check that the packages for results and reports are installed, before a run begins."""
     import importlib.util
 
     for module in ("pyarrow", "matplotlib"):
@@ -83,14 +83,14 @@ def check_packages() -> None:
 
 
 def command_line() -> str:
-    """Return the command as it may be published: of absolute paths only the last part, which is true elsewhere too."""
+    """Return the command for publication: absolute paths keep only their last part."""
     arguments = [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
     return shlex.join(["multiverse", *arguments])
 
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None], list[run.RunProgress]]]:
-    """Show in a terminal how far a run is; give what to call, and where the last call is kept."""
+    """Show a run's progress in a terminal. Yield the function to call, and a list with the last progress."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"),
         TimeRemainingColumn(),
@@ -109,7 +109,7 @@ def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None]
 
 
 def print_results(results: dict[str, Any], output: Path) -> None:
-    """Print what a run came to, for people."""
+    """Print a run's results for people."""
     print(f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
     names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
     rows = [
@@ -122,7 +122,7 @@ def print_results(results: dict[str, Any], output: Path) -> None:
 
 
 def compare_and_report(first: Path, second: Path, output: Path) -> dict[str, Any]:
-    """Compare two runs, and write the report.
+    """Compare two runs. Write the report, and return the comparison.
 
     Raises:
         CommandError: as :func:`~multiverse_hf.evaluation.compare.compare_runs`.
@@ -141,7 +141,7 @@ def compare_and_report(first: Path, second: Path, output: Path) -> dict[str, Any
 
 
 def print_comparison(comparison: dict[str, Any], output: Path) -> None:
-    """Print what a comparison came to, for people."""
+    """Print a comparison for people."""
     for side in ("a", "b"):
         run_of = comparison[side]
         print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
@@ -155,7 +155,7 @@ def print_comparison(comparison: dict[str, Any], output: Path) -> None:
 
 
 def _print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table as wide as it is, and folded to a terminal's width."""
+    """Print a table, folded to the width of a terminal."""
     table = Table(*(Column(name, overflow="fold") for name in columns), box=SIMPLE_HEAD)
     for cells in rows:
         table.add_row(*cells)

@@ -1,4 +1,4 @@
-"""Two runs, problem by problem: the paired difference with its interval, who gained and who lost."""
+"""Comparison of two runs by problem: paired differences with intervals, and problems helped and hurt."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import json_text, output_folder
 
 COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
-MAX_FLIPS = 20  # flips of a task in the report; comparison.json has all
+MAX_FLIPS = 20  # flips shown per task; comparison.json has all
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +25,10 @@ class Flip:
     """A problem that one run answers better than the other.
 
     Attributes:
-        id, group: of the problem.
-        before, after: share of right answers, in A and in B.
-        parallelism_before, parallelism_after: mean # parallel of its answers.
-        forked: B forks in an answer to it where A does not, or the other way round.
+        id, group: id and group of the problem.
+        before, after: share of right answers in A and in B.
+        parallelism_before, parallelism_after: mean # parallel of its answers in A and in B.
+        forked: whether exactly one of A and B forks in an answer to it.
     """
 
     id: str
@@ -44,14 +44,13 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
     """Compare two runs on the problems that both have answered.
 
     Returns:
-        ``{"schema": 1, "a": results of A, "b": ..., "judged_again": [...], "tasks": {name: {...}}}``;
-        ``judged_again`` holds ``a`` or ``b`` where another version of the rules had judged. Of each task
-        ``problems`` (those in both), ``only_a``, ``only_b``, ``differences`` (B - A by metric: value, low, high),
-        ``helped`` and ``hurt`` (lists of :class:`Flip`), and ``by_forking``: pass@1 of both on the problems B forks
-        at and on the others.
+        ``{"schema": 1, "a": results of A, "b": ..., "judged_again": [...], "tasks": {name: {...}}}``.
+        ``judged_again`` lists the runs that another version of the rules had judged. A task has ``problems`` (in both
+        runs), ``only_a``, ``only_b``, ``differences`` (B - A by metric: value, low, high), ``helped`` and ``hurt``
+        (lists of :class:`Flip`), and ``by_forking``: pass@1 of both runs on problems where B forks, and on the others.
 
     Raises:
-        CommandError: if a folder holds no finished run, or they have no problem in common.
+        CommandError: if a folder holds no finished run, or the runs have no problem in common.
     """
     runs = []
     for folder in (first, second):
@@ -77,7 +76,7 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
 
 def judge_again(samples: Sequence[Sample], results: Mapping[str, Any]) -> list[Sample]:
-    """Return a run's samples with the verdicts of this version's rules; samples of unknown tasks as they are."""
+    """Return a run's samples with verdicts by this version's rules. Samples of unknown tasks are unchanged."""
     rules = {name: task.kind for name, task in TASKS.items()}
     rules |= {name: AnswerKind(task["rule"]) for name, task in results["tasks"].items() if "rule" in task}
     judged = []
@@ -91,7 +90,7 @@ def judge_again(samples: Sequence[Sample], results: Mapping[str, Any]) -> list[S
 
 
 def _head(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep of a run's results what says which run it is."""
+    """Return the part of a run's results that identifies it."""
     return {name: value for name, value in results.items() if name != "tasks"} | {
         "gated": any(task["gated"] for task in results["tasks"].values())
     }
@@ -107,7 +106,7 @@ def _compare_task(name: str, samples_a: Sequence[Sample], samples_b: Sequence[Sa
     }
     if not shared:
         return task
-    metrics = metrics_of(1)  # of a mean: the number of samples does not matter
+    metrics = metrics_of(1)  # means do not depend on the number of samples
     task["differences"] = {
         metric: asdict(bootstrap([metrics[metric](of_b[id]) - metrics[metric](of_a[id]) for id in shared], seed))
         for metric in COMPARED
@@ -137,23 +136,23 @@ def _flip(of_a: Sequence[Sample], of_b: Sequence[Sample]) -> Flip:
     return Flip(of_a[0].id, of_a[0].group, *shares, *widths, forks[0] != forks[1])
 
 
-# What is shown of it
+# Output
 
 
 def show_difference(metric: str, of: Mapping[str, float]) -> str:
-    """Write a difference with its sign and interval; shares in percentage points."""
+    """Return a difference with its sign and interval; shares are in percentage points."""
     scale, digits = (100, 1) if metric in ("pass@1", "well_formed") else (1, 2 if metric == "parallelism" else 0)
     return f"{scale * of['value']:+.{digits}f} [{scale * of['low']:+.{digits}f}, {scale * of['high']:+.{digits}f}]"
 
 
 def compared_cells(task: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    """Return a task's line of a table: problems, differences, how many were helped and hurt."""
+    """Return a task's cells of a table: problems, differences, problems helped and hurt."""
     differences = [show_difference(metric, task["differences"][metric]) for metric in metrics]
     return [str(task["problems"]), *differences, str(len(task["helped"])), str(len(task["hurt"]))]
 
 
 def comparison_page(comparison: Mapping[str, Any]) -> str:
-    """Return the comparison in Markdown. Problems are named by their ids alone."""
+    """Return the comparison in Markdown. It names problems only by their ids."""
     lines = ["# Comparison", ""]
     for side in ("a", "b"):
         run = comparison[side]
@@ -205,7 +204,7 @@ def _flips(flips: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw_comparison(path: Path, comparison: Mapping[str, Any]) -> None:
-    """Draw the differences with their intervals, by task and by whether B forks."""
+    """Draw the differences with their intervals by task, and by whether B forks."""
     rows: dict[str, Mapping[str, float]] = {}
     for name, task in comparison["tasks"].items():
         if task["problems"]:

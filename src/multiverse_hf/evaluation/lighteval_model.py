@@ -1,3 +1,3 @@
-"""The former path of ``lighteval/model.py``."""
+"""Former path of ``lighteval/model.py``."""
 
 from multiverse_hf.evaluation.lighteval.model import MultiverseLightevalModel as MultiverseLightevalModel

@@ -1,4 +1,4 @@
-"""The former name of :mod:`multiverse_hf.evaluation.lighteval.repair`, which environments may have installed."""
+"""Former path of :mod:`multiverse_hf.evaluation.lighteval.repair`, which an environment's hook may import."""
 
 from multiverse_hf.evaluation.lighteval.repair import main, repair
 

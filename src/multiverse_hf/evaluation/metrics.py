@@ -1,7 +1,7 @@
-"""What an evaluation measures, as plain functions: numbers in, numbers out.
+"""The metrics of an evaluation, as plain functions of numbers.
 
-Tokens and length are those of the answer alone, prompt excluded, as the engine counts them
-(:class:`~multiverse_hf.modeling.state.GenerationStats`); :func:`measure_ids` counts them again from token ids.
+Tokens and length are those of the answer without its prompt, as the engine counts them
+(:class:`~multiverse_hf.modeling.state.GenerationStats`). :func:`measure_ids` counts them from token ids.
 """
 
 import math
@@ -14,7 +14,7 @@ from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, TagSet
 
 CONFIDENCE = 0.95
-RESAMPLES = 2000  # a 95 % interval's ends then vary by about a twentieth of its width from seed to seed
+RESAMPLES = 2000  # the ends of a 95 % interval then vary by about a twentieth of its width between seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class AnswerMeasures:
-    """Measures of one answer from its token ids, prompt excluded."""
+    """Measures of one answer from its token ids, without the prompt."""
 
     num_tokens: int
     length: int
@@ -43,9 +43,9 @@ class AnswerMeasures:
 
 
 def parallelism(num_tokens: int, length: int) -> float:
-    """# parallel: tokens of an answer over its length, the critical path (paper, experiments, "# parallel").
+    """Return # parallel: an answer's tokens over its length, the critical path (paper, experiments, "# parallel").
 
-    1 for an answer that never forks, and for an empty one.
+    It is 1 for an answer that never forks, and for an empty one.
 
     Raises:
         ValueError: if there are fewer tokens than positions.
@@ -56,10 +56,10 @@ def parallelism(num_tokens: int, length: int) -> float:
 
 
 def measure_ids(ids: Sequence[int], tags: TagSet) -> AnswerMeasures:
-    """Count tokens and length of an answer: by the layout, how far its positions run (paper, Multiverse Attention).
+    """Return tokens and length of an answer. The length is the number of its positions (paper, Multiverse Attention).
 
     Args:
-        ids: token ids of the answer, paths one after the other, without padding; the engine's end token included.
+        ids: token ids of the answer in document order, with the engine's end token and without padding.
         tags: the control tags.
     """
     from multiverse_hf.modeling.layout import build_layout
@@ -68,8 +68,9 @@ def measure_ids(ids: Sequence[int], tags: TagSet) -> AnswerMeasures:
 
 
 def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
-    """Check that an answer parses: every tag stands where the grammar allows it and is closed (paper, MapReduce
-    structure). Text without tags is well formed.
+    """Return whether an answer parses: its tags fit the grammar and are closed (paper, MapReduce structure).
+
+    Text without tags is well formed.
     """
     try:
         parse_document(document, names)
@@ -79,7 +80,7 @@ def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
 
 
 def speedup(autoregressive_seconds: float, parallel_seconds: float) -> float:
-    """How many times as fast parallel writing is (paper, section on efficiency).
+    """Return how many times as fast parallel writing is (paper, section on efficiency).
 
     Raises:
         ValueError: if a time is not positive.
@@ -93,9 +94,10 @@ def speedup(autoregressive_seconds: float, parallel_seconds: float) -> float:
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
-    """The unbiased estimate of pass@k: the chance that k of n samples hold a right one (Chen et al., 2021,
-    arXiv 2107.03374, equation 1): ``1 - C(n - c, k) / C(n, k)``. With k = 1 the share of right samples; the paper
-    reports pass@1.
+    """Return the unbiased estimate of pass@k: the chance that k of n samples contain a right one.
+
+    It is ``1 - C(n - c, k) / C(n, k)`` (Chen et al., 2021, arXiv 2107.03374, equation 1). With k = 1 it is the share
+    of right samples; the paper reports pass@1.
 
     Raises:
         ValueError: unless ``0 <= num_correct <= num_samples`` and ``1 <= k <= num_samples``.
@@ -106,7 +108,7 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def avg_at_n(verdicts: Sequence[bool]) -> float:
-    """avg@n: the share of right answers among a problem's n samples.
+    """Return avg@n: the share of right answers among a problem's n samples.
 
     Raises:
         ValueError: if there are none.
@@ -117,7 +119,7 @@ def avg_at_n(verdicts: Sequence[bool]) -> float:
 
 
 def parallel_rate(num_forks: Sequence[int]) -> float:
-    """The share of answers that fork at least once (paper, where the "zero" model is said to fork seldom).
+    """Return the share of answers that fork (paper: the "zero" model seldom forks).
 
     Raises:
         ValueError: if there are none.
@@ -133,8 +135,8 @@ def parallel_rate(num_forks: Sequence[int]) -> float:
 def bootstrap(values: Sequence[float], seed: int = 0) -> Estimate:
     """Return the mean of one value per problem, and its percentile bootstrap interval (95 %) over problems.
 
-    Problems are drawn again, not samples: two samples of one problem are no independent evidence. The same values and
-    seed give the same interval.
+    Problems are resampled, not samples, as two samples of one problem are not independent. The same values and seed
+    give the same interval.
 
     Raises:
         ValueError: if there are no values.

@@ -1,4 +1,4 @@
-"""The report of a run, Markdown and HTML: what was asked and how first, then what it came to."""
+"""The report of a run in Markdown and HTML: first the settings, then the results."""
 
 import html
 import re
@@ -23,8 +23,8 @@ GATED = (
     "The task is gated: `samples/` holds its questions and must not be published. This page holds none of them, and "
     "may be."
 )
-MAX_WRONG = 100  # wrong answers of a task
-TAIL = 2000  # characters of the end of what was written, where an answer stands
+MAX_WRONG = 100  # wrong answers shown per task
+TAIL = 2000  # characters shown of a document's end, where its answer stands
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -44,7 +44,7 @@ img {{ max-width: 100% }}
 
 
 def write_report(folder: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Write ``report.md``, ``report.html`` and the figure they show, ``report.png`` and ``report.svg``."""
+    """Write ``report.md``, ``report.html`` and their figure, ``report.png`` and ``report.svg``."""
     text = report_page(results, samples)
     with output_folder(folder) as part:
         draw_report(part / "report", results, samples)
@@ -53,7 +53,7 @@ def write_report(folder: Path, results: Mapping[str, Any], samples: Sequence[Sam
 
 
 def to_html(text: str, title: str) -> str:
-    """Make a page of Markdown. What stands in it is text: no HTML of a model's name or answer gets through."""
+    """Return Markdown as an HTML page. HTML in it is escaped, as names and answers of models may contain it."""
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
@@ -61,7 +61,7 @@ def to_html(text: str, title: str) -> str:
 
 
 def report_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
-    """Return the report in Markdown. It shows no problem of a gated task: nothing of those may be published."""
+    """Return the report in Markdown. It shows no problem of a gated task, which must not be published."""
     lines = [f"# Evaluation of {results['model']['name']}, {results['mode']}", "", *_how(results), ""]
     lines += ["![pass@1, # parallel and length of the answers](report.svg)", ""]
     lines += [*_table(results["tasks"], results["n"]), ""]
@@ -89,7 +89,7 @@ def report_page(results: Mapping[str, Any], samples: Sequence[Sample]) -> str:
 
 
 def _wrong(sample: Sample, suffix: str) -> list[str]:
-    """Return problem, answer and verdict of a wrong answer."""
+    """Return the lines about a wrong answer: problem, answer and verdict."""
     said = "none" if sample.answer is None else _code(sample.answer)
     verdict = f"refused: {sample.error}" if sample.error else f"{sample.rule}, ended by {sample.finish_reason}"
     group = f" ({sample.group})" if sample.group else ""
@@ -103,20 +103,20 @@ def _wrong(sample: Sample, suffix: str) -> list[str]:
 
 
 def _block(text: str) -> list[str]:
-    """Return a text as a block of code, whatever backticks it holds."""
+    """Return a text as a block of code. It may contain backticks."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [f"{fence}text", text.strip("\n").rstrip(), fence]
 
 
 def _code(text: str) -> str:
-    """Return a text as code in a line, whatever backticks it holds."""
+    """Return a text as inline code. It may contain backticks."""
     tick = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     space = " " if "`" in text else ""
     return f"{tick}{space}{' '.join(text.split())}{space}{tick}"
 
 
 def describe_sampling(results: Mapping[str, Any]) -> str:
-    """Return in a line how answers were drawn."""
+    """Return one line about the sampling."""
     sampling = results["sampling"]
     drawn = (
         f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}" if sampling["do_sample"] else "greedy"
@@ -128,7 +128,7 @@ def describe_sampling(results: Mapping[str, Any]) -> str:
 
 
 def _how(results: Mapping[str, Any]) -> list[str]:
-    """Return the first lines: prompt, sampling, model, versions, hardware, commit, data."""
+    """Return the first lines: prompt, sampling, model, versions, hardware, commit and data."""
     model, machine, prompts = results["model"], results["hardware"], results["prompts"]
     system = f", system prompt `{prompts['system_prompt']}`" if prompts["system_prompt"] else ", no system prompt"
     where = "not measured: all answers were there before"
@@ -146,7 +146,7 @@ def _how(results: Mapping[str, Any]) -> list[str]:
         f"- Commit: {results['commit'] or 'not a checkout'}",
     ]
     for name, task in results["tasks"].items():
-        seen = f", {task['seen_in_training']} left out that the model was trained on"
+        seen = f", without {task['seen_in_training']} that the model was trained on"
         lines.append(
             f"- {name}: {task['problems']} problems of {task['source']}, fingerprint `{task['fingerprint']}`"
             + (seen if task["seen_in_training"] else "")
@@ -155,7 +155,7 @@ def _how(results: Mapping[str, Any]) -> list[str]:
 
 
 def show(name: str, of: Mapping[str, float]) -> str:
-    """Write a metric with its interval."""
+    """Return a metric with its interval."""
     if name.startswith(("pass@", "avg@")) or name in SHARES:
         return f"{100 * of['value']:.1f} % [{100 * of['low']:.1f}, {100 * of['high']:.1f}]"
     digits = 2 if name == "parallelism" else 0
@@ -179,7 +179,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]], num_samples: int) -> list[str]
 
 
 def draw_report(path: Path, results: Mapping[str, Any], samples: Sequence[Sample]) -> None:
-    """Draw pass@1 with its interval, how often each # parallel, and length against tokens."""
+    """Draw pass@1 with its interval, a histogram of # parallel, and length against tokens."""
     rows = {name: task["metrics"]["pass@1"] for name, task in results["tasks"].items()}
     for name, task in results["tasks"].items():
         rows |= {f"{name} {group}": of["metrics"]["pass@1"] for group, of in task["groups"].items()}
@@ -196,7 +196,7 @@ def draw_report(path: Path, results: Mapping[str, Any], samples: Sequence[Sample
     count_axis(widths)
     longest = max(max(sample.num_tokens for sample in samples), 1)
     lengths.plot([0, longest], [0, longest], ":", color="gray", label="no parallelism")
-    # rings around crosses: neither hides the other, and both stand on the line
+    # rings around crosses: neither hides the other
     marks = {True: ("o", "#2a7f3f", "right"), False: ("x", "#c0392b", "wrong")}
     for right, (marker, color, label) in marks.items():
         of = [(s.num_tokens, s.length) for s in samples if s.correct is right]

@@ -1,52 +1,52 @@
-"""``results.json``: what a run came to. Plain JSON, made to be read by other programs (model cards, comparisons).
+"""``results.json``: the results of a run, as JSON for other programs (model cards, comparisons).
 
-Names are stable within a ``schema``; one that goes or changes its meaning raises it, one that comes does not::
+Names are stable within a ``schema``. A removed name or a changed meaning raises it; a new name does not::
 
     {
       "schema": 1,
       "model": {
-        "name": "owner/name or folder",           as it was given to the run
-        "revision": "main", "commit": str | null,   of a repository; the commit that was read
-        "fingerprint": str,                         of the weights and files (a folder), or the commit again
+        "name": "owner/name or folder",           as given to the run
+        "revision": "main", "commit": str | null,   of a repository, and the commit that was read
+        "fingerprint": str,                         of the files of a folder; of a repository the commit
         "architecture": "Qwen3ForCausalLM", "dtype": "bfloat16"
       },
       "mode": "parallel" | "zero" | "autoregressive",
       "prompts": {
         "system_prompt": str | null,
-        "suffix": str,                              the sentence that ends each prompt
+        "suffix": str,                              the sentence at the end of each prompt
         "template": "{problem} ..."                 the user's message
       },
       "sampling": {"do_sample": bool, "temperature": float, "top_p": float, "top_k": 0, "repetition_penalty": 1.0,
-                   "max_new_tokens": int, "structure": "guided" | "off"},       no temperature and top_p where greedy
+                   "max_new_tokens": int, "structure": "guided" | "off"},       no temperature and top_p if greedy
       "n": int,                                     answers to each problem
       "seed": int,
       "tasks": {
         "mv:math_500": {
           "version": int, "dataset": "HuggingFaceH4/MATH-500" | null, "source": str, "fingerprint": str,
           "gated": bool,
-          "rule": "math" | "letter" | "chains" | "exact",   how its answers are judged
+          "rule": "math" | "letter" | "chains" | "exact",   the rule for its answers
           "problems": int, "samples": int,
-          "seen_in_training": int,                  problems left out for that reason
-          "limit": int | null,                      problems asked of the task's, from the first on; null: all
+          "seen_in_training": int,                  problems that were left out
+          "limit": int | null,                      number of first problems; null: all
           "metrics": {name: {"value": float, "low": float, "high": float}, ...},
           "groups": {"level 5": {"problems": int, "metrics": {...}}, ...},
-          "rules": {"math-verify": int, ...},       samples by the rule that judged them
+          "rules": {"math-verify": int, ...},       samples by deciding rule
           "finish_reasons": {"stop": int, ...}
         }, ...
       },
-      "rules_version": int,                         of the rules that judged; 1 where it is not said
-      "confidence": 0.95,                           of low and high: bootstrap over problems
+      "rules_version": int,                         of the rules; 1 if it is missing
+      "confidence": 0.95,                           of low and high, bootstrap over problems
       "versions": {"multiverse_hf": str, "python": str, "torch": str, ...},
       "hardware": {"device": str, "cores": int, "threads": int, "load_average": float | null} | null,
-      "commit": str | null,                         of this package, "-dirty" where files were changed
+      "commit": str | null,                         of this package, "-dirty" if files were changed
       "command": str | null,
-      "seconds": float, "samples_before": int       of the last command; what it found finished
+      "seconds": float, "samples_before": int       of the last command, and its finished samples at start
     }
 
-Metrics: ``pass@1``, ``pass@2``, ``pass@4``, ... up to n, ``avg@n`` (the name has the number: ``avg@4``),
-``parallelism`` (# parallel), ``length`` (positions), ``tokens``, ``steps``, ``well_formed``, ``parallel_rate``, and
-``finished`` (share of answers that ended by themselves). Each is the mean over problems of the mean over a problem's
-samples, but pass@k, which is a problem's unbiased estimate. :mod:`~multiverse_hf.evaluation.metrics` defines them.
+Metrics are ``pass@1``, ``pass@2``, ``pass@4``, ... up to n, ``avg@n`` (with the number: ``avg@4``), ``parallelism``
+(# parallel), ``length`` (positions), ``tokens``, ``steps``, ``well_formed``, ``parallel_rate``, and ``finished``
+(share of answers that no limit ended). Each is the mean over problems of the mean over a problem's samples; pass@k is
+the mean of the problems' unbiased estimates. :mod:`~multiverse_hf.evaluation.metrics` defines them.
 """
 
 import json
@@ -77,7 +77,7 @@ def _mean(of: Callable[[Sample], float]) -> Callable[[Samples], float]:
 
 
 def metrics_of(num_samples: int) -> dict[str, Callable[[Samples], float]]:
-    """Return the metrics of a run by name: each makes a number of one problem's samples."""
+    """Return the metrics of a run by name. Each computes a number from one problem's samples."""
 
     def pass_at(k: int) -> Callable[[Samples], float]:
         return lambda samples: pass_at_k(len(samples), sum(sample.correct for sample in samples), k)
@@ -97,7 +97,7 @@ def metrics_of(num_samples: int) -> dict[str, Callable[[Samples], float]]:
 
 
 def by_problem(samples: Samples) -> dict[str, list[Sample]]:
-    """Put the samples of each problem together."""
+    """Return the samples of each problem, by the problem's id."""
     found: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         found[sample.id].append(sample)
@@ -105,7 +105,7 @@ def by_problem(samples: Samples) -> dict[str, list[Sample]]:
 
 
 def estimate(samples: Samples, num_samples: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Return every metric of some samples of one task, with its interval."""
+    """Return every metric of samples of one task, with its interval."""
     problems = by_problem(samples).values()
     return {
         name: {key: round(value, 6) for key, value in asdict(bootstrap([of(each) for each in problems], seed)).items()}
@@ -114,7 +114,7 @@ def estimate(samples: Samples, num_samples: int, seed: int = 0) -> dict[str, dic
 
 
 def make_results(finished: Finished, command: str | None = None) -> dict[str, Any]:
-    """Sum a run up; see this module's description."""
+    """Return the results of a run; see this module's docstring."""
     evaluation = finished.evaluation
     return {
         "schema": SCHEMA,
@@ -137,7 +137,7 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
 
 
 def describe_prompts(evaluation: Evaluation) -> dict[str, str | None]:
-    """Return the prompts of record."""
+    """Return the prompts of record of an evaluation."""
     template = evaluation.mode.suffix.end("{problem}")
     return {
         "system_prompt": evaluation.system_prompt,
@@ -178,10 +178,10 @@ def _describe_task(finished: Finished, problem_set: ProblemSet) -> dict[str, Any
 
 
 def read_results(output: Path) -> dict[str, Any] | None:
-    """Read the ``results.json`` of a run; None if it has none.
+    """Return the ``results.json`` of a run, None if there is none.
 
     Raises:
-        CommandError: if it is no such file.
+        CommandError: if the file is invalid.
     """
     path = output / "results.json"
     if not path.is_file():
@@ -192,7 +192,7 @@ def read_results(output: Path) -> dict[str, Any] | None:
             raise CommandError(
                 f"{path} has schema {results['schema']}, and this version reads {SCHEMA}; evaluate again"
             )
-        results["tasks"], results["mode"], results["sampling"]  # what every such file has
+        results["tasks"], results["mode"], results["sampling"]  # every results.json has them
     except (OSError, ValueError, KeyError, TypeError) as err:
         raise CommandError(f"{path} is not what multiverse eval writes ({err!r}); evaluate again") from err
     return results

@@ -1,7 +1,7 @@
-"""A run: every problem of some tasks answered and judged, resumable at any moment.
+"""A run: it answers and judges every problem of some tasks, and can be resumed at any time.
 
-One folder holds one run: ``run.json`` (what it was begun with), ``samples/`` (answers), and at the end
-``results.json`` and the report.
+One folder holds one run: ``run.json`` (its settings), ``samples/`` (answers), and at the end ``results.json`` and the
+report.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ _POLL_S = 0.005
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One answer to be written."""
+    """One answer to generate."""
 
     task: Task
     problem: Instance
@@ -42,7 +42,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """How far a run is."""
+    """Progress of a run."""
 
     done: int
     total: int
@@ -50,7 +50,7 @@ class RunProgress:
 
 
 def sample_seed(seed: int, sample: int) -> int:
-    """Return the seed of a problem's k-th answer; runs of different seeds share none."""
+    """Return the seed of a problem's k-th answer. Runs with different seeds share none."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{sample}".encode(), digest_size=7).digest(), "little")
 
 
@@ -62,13 +62,13 @@ class Finished:
     """A run that is complete.
 
     Attributes:
-        problem_sets: as they were asked.
-        num_seen: by task, problems left out because the model's ``run.json`` says it was trained on them.
-        samples: all of them, in the order of tasks and problems.
-        model: what is known of the model.
+        problem_sets: the problems of the run.
+        num_seen: by task, the problems left out because the model's ``run.json`` says that it was trained on them.
+        samples: all samples, in the order of tasks and problems.
+        model: description of the model.
         num_before: samples that an earlier command had finished.
-        seconds: this command took to answer and judge.
-        device: the model was on, a ``torch.device``; None if nothing was left to answer.
+        seconds: time of this command to answer and judge.
+        device: the model's ``torch.device``; None if nothing was left to answer.
     """
 
     evaluation: Evaluation
@@ -84,10 +84,10 @@ class Finished:
 def run_evaluation(
     evaluation: Evaluation, output: Path, on_progress: Callable[[RunProgress], None] = lambda progress: None
 ) -> Finished:
-    """Answer and judge what is not finished in a folder.
+    """Answer and judge the unfinished problems of a run.
 
     Raises:
-        CommandError: if the model, a task's rows or the folder are not as they should be. What is finished is kept.
+        CommandError: if the model, a task's rows or the folder are invalid. Finished samples are kept.
     """
     check_output(output, is_folder=True)
     found = [load_problems(task, evaluation.data_dir, evaluation.limit) for task in evaluation.read_tasks()]
@@ -113,7 +113,7 @@ def run_evaluation(
     begin = time.perf_counter()
     model = None
     with SampleStore(output / "samples") as store, Verifier() as verifier:
-        if begun is not None:  # only now that no other process is at work here
+        if begun is not None:  # only now: the store keeps other processes out
             write_output(output / "run.json", begun)
         left = [trial for trial in trials if trial.key not in store.samples]
         if left:
@@ -142,15 +142,15 @@ def run_evaluation(
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """What came of a trial.
+    """An answered trial.
 
     Attributes:
-        document: the answer, tags included, also the one of thinking that a chat template opens in the prompt: without
-            it, thinking that is cut off would be judged as an answer.
-        ids: token ids of it, end token included.
-        stats: ``GenerationStats`` of it.
-        seconds: from its submission to its end.
-        error: why it could not be answered; None if it could.
+        document: the answer with its tags. It begins with the tag of thinking that a chat template opened in the
+            prompt: without it, cut-off thinking would be judged as an answer.
+        ids: token ids of the answer, with the end token.
+        stats: ``GenerationStats`` of the answer.
+        seconds: time from submission to end.
+        error: why the trial could not be answered; None if it was.
     """
 
     trial: Trial
@@ -164,10 +164,10 @@ class Answered:
 def answer_trials(
     evaluation: Evaluation, checkpoint: Checkpoint, model: Any, trials: Sequence[Trial]
 ) -> Iterator[Answered]:
-    """Have trials answered by one engine, and give the answers as they come. Each depends on its own trial alone.
+    """Yield the answers of one engine to trials, as they come. Each answer depends only on its own trial.
 
     Raises:
-        CommandError: if the engine cannot be made.
+        CommandError: if the engine cannot be created.
     """
     from multiverse_hf.modeling.continuous_batching import MultiverseEngine
     from multiverse_hf.modeling.state import GenerationStats
@@ -180,12 +180,12 @@ def answer_trials(
     waiting, running = list(reversed(trials)), []
     with engine:
         while waiting or running:
-            while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a place
+            while waiting and len(running) < 2 * evaluation.max_num_seqs:  # half of them wait for a free place
                 trial = waiting.pop()
                 try:
                     ids = checkpoint.encode(evaluation.messages(trial.problem))
                     handle = engine.submit(ids, seed=trial.seed, **evaluation.sampling)
-                except (CommandError, ValueError) as err:  # of this one, as a rule: too long for the context
+                except (CommandError, ValueError) as err:  # usually one prompt that is too long for the context
                     yield Answered(trial, "", [], GenerationStats(num_steps=0), 0.0, one_line(err))
                     continue
                 running.append((trial, handle, time.perf_counter(), opened_thinking(checkpoint.decode(ids[-16:]))))
@@ -202,7 +202,7 @@ def answer_trials(
 
 
 def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
-    """Judge an answer."""
+    """Return the judged sample of an answer."""
     trial, stats = answered.trial, answered.stats
     verdict = judge(trial.task.kind, trial.problem.gold, answered.document, verifier)
     counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
@@ -227,14 +227,14 @@ def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) 
     )
 
 
-# What a run is
+# Model and problems
 
 
 def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list[ProblemSet], dict[str, int]]:
-    """Leave out chains problems that the model was trained on, and count them by task.
+    """Return problem sets without chains problems that the model was trained on, and their number by task.
 
     Raises:
-        CommandError: if none is left.
+        CommandError: if no problem is left.
     """
     kept, counts = [], {}
     for each in problem_sets:
@@ -249,7 +249,7 @@ def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list
 
 
 def describe_model(checkpoint: Checkpoint, weights: str) -> dict[str, Any]:
-    """Return which model it is, for the results."""
+    """Return the description of a model for the results."""
     return {
         "name": checkpoint.name,
         "revision": checkpoint.revision,

@@ -1,9 +1,9 @@
-"""Answers on disk, one row each: finished shards in parquet, and a journal of what came since.
+"""Answers on disk, one row each: finished shards in parquet, and a journal of later answers.
 
-A parquet file cannot be appended to, and one that was being written when the process died cannot be read at all. So
-each finished answer first becomes a line of ``unfinished.jsonl``, and when there are enough of them they become a
-shard, ``00000.parquet``, which gets its name only when it is whole. A kill at any moment loses no finished answer: a
-line that was cut off is dropped, and lines that are in a shard already are passed over.
+A parquet file cannot be appended to, and a partly written one cannot be read. So each finished answer first becomes a
+line of ``unfinished.jsonl``. When there are enough lines, they become a shard, ``00000.parquet``, which gets its name
+once it is complete. A kill at any time loses no finished answer: a cut-off line is dropped, and lines that a shard
+already has are skipped.
 """
 
 import json
@@ -25,19 +25,19 @@ class Sample:
     """One answer, judged.
 
     Attributes:
-        task, id, group: of the problem.
-        sample: number of the answer among the problem's, from 0.
-        seed: of its noise.
-        prompt: what was asked, without chat template.
-        document: the answer as generated, tags included, after the tag of thinking that the prompt's template opened.
+        task, id, group: task, id and group of the problem.
+        sample: number of the answer among the problem's answers, from 0.
+        seed: seed of its noise.
+        prompt: the prompt without chat template.
+        document: the answer as generated, with its tags, after the tag of thinking that the prompt's template opened.
         gold: the right answer.
-        answer: what the document says in the end; None if nothing.
+        answer: the document's final answer; None if there is none.
         correct, rule: the verdict (:mod:`~multiverse_hf.evaluation.answers`).
-        well_formed: the document parses.
+        well_formed: whether the document parses.
         num_tokens, length, parallelism, num_steps, num_forks, max_width, depth, num_closed, malformed, finish_reason:
-            as the engine counted them (:class:`~multiverse_hf.modeling.state.GenerationStats`).
-        seconds: from its submission to its end, what it shared the machine with included.
-        error: why it could not be answered; None if it could.
+            the engine's counts (:class:`~multiverse_hf.modeling.state.GenerationStats`).
+        seconds: time from submission to end, while other answers share the machine.
+        error: why the prompt was refused; None if it was answered.
     """
 
     task: str
@@ -67,19 +67,19 @@ class Sample:
 
     @property
     def key(self) -> tuple[str, str, int]:
-        """Tell it from all others of a run."""
+        """The key of the sample, unique in a run."""
         return self.task, self.id, self.sample
 
 
 class SampleStore:
-    """The samples of one run. One process at a time may have it open.
+    """The samples of one run. Only one process at a time can open it.
 
     Args:
-        folder: where the files are; made if it is not there.
-        shard_rows: rows of a shard.
+        folder: folder of the files; it is created if it is missing.
+        shard_rows: rows per shard.
 
     Raises:
-        CommandError: if another process has it open, or a file in it is damaged.
+        CommandError: if another process has it open, or a file is damaged.
     """
 
     def __init__(self, folder: Path, shard_rows: int = SHARD_ROWS) -> None:
@@ -94,7 +94,7 @@ class SampleStore:
         self._journal = self._open_journal()
 
     def add(self, sample: Sample) -> None:
-        """Keep a sample; once this returns, a kill of the process cannot lose it."""
+        """Store a sample. Once this returns, a kill of the process cannot lose it."""
         self._journal.write(json_text(asdict(sample)).encode())
         self._journal.flush()
         self.samples[sample.key] = sample
@@ -103,7 +103,7 @@ class SampleStore:
             self._write_shard()
 
     def close(self) -> None:
-        """Make a shard of what is in the journal, and let others open the folder."""
+        """Write the journal as a shard, and unlock the folder."""
         if self._pending:
             self._write_shard()
         self._journal.close()
@@ -116,7 +116,7 @@ class SampleStore:
         self.close()
 
     def _open_journal(self) -> IO[bytes]:
-        """Open the journal at the end of its last whole line."""
+        """Return the journal, opened at the end of its last whole line."""
         path = self.folder / "unfinished.jsonl"
         path.touch()
         in_shards = {sample.key for shard in _shards(self.folder) for sample in _read_shard(shard)}
@@ -141,14 +141,14 @@ class SampleStore:
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-        # only now: until the shard has its name the lines are all there is
+        # only now: until the shard has its name, only the journal has these lines
         self._journal.seek(0)
         self._journal.truncate()
         self._pending.clear()
 
 
 def read_samples(folder: Path) -> list[Sample]:
-    """Read all samples of a run, finished or not, each once.
+    """Return all samples of a run, finished or not, each once.
 
     Raises:
         CommandError: if a file is damaged.
@@ -187,7 +187,7 @@ def _read_shard(path: Path) -> Iterator[Sample]:
 
 
 def _read_journal(path: Path) -> Iterator[tuple[int, Sample]]:
-    """Return the samples of the journal's whole lines, each with the place where its line ends."""
+    """Yield the samples of the journal's whole lines, each with the offset of its line's end."""
     end = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

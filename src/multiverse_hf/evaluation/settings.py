@@ -1,4 +1,4 @@
-"""What a user asks of an evaluation, and whether it is what a folder was begun with."""
+"""Settings of an evaluation, and the check that a folder's run has the same ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,25 +24,25 @@ from multiverse_hf.outputs import json_text
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What a user asks for.
+    """Settings of an evaluation.
 
     Attributes:
         model: folder or repository; None for the embedded model.
-        revision: of a repository.
-        tasks: names, and paths of a user's own ``.jsonl`` files.
+        revision: revision of a repository.
+        tasks: names of tasks, and paths of a user's own ``.jsonl`` files.
         mode: how the model is asked.
         data_dir: folder with local rows; None for the Hub.
-        limit: problems of each task, from the first on; None for all. A run goes on with a greater one.
-        num_samples: answers to each problem.
-        seed: of all noise. Answer k of a problem has noise of this seed and k, so two runs that differ in nothing but
-            their batches give the same answers.
+        limit: number of first problems of each task; None for all. A greater limit extends a run.
+        num_samples: answers per problem.
+        seed: seed of all noise. The noise of a problem's answer k depends only on this seed and k, so runs that differ
+            only in their batches have the same answers.
         temperature: 0 takes the likeliest token.
-        top_p: draw among the likeliest tokens that have this much probability together.
-        max_new_tokens: bounds the length: positions past the prompt, not the tokens of all paths.
-        system_prompt: before each problem; the record has none.
+        top_p: draw among the likeliest tokens with this much probability together.
+        max_new_tokens: limit of the length: positions past the prompt, not tokens of all paths.
+        system_prompt: system message before each problem; the record has none.
         dtype, attention, device, threads: as for :func:`~multiverse_hf.checkpoints.load_model`.
-        max_num_seqs, max_cache_tokens: of the engine.
-        rule: that judges the answers of a user's own files; ``math`` by default.
+        max_num_seqs, max_cache_tokens: limits of the engine.
+        rule: rule for the answers of a user's own files; ``math`` by default.
     """
 
     model: str | None
@@ -66,7 +66,7 @@ class Evaluation:
     rule: AnswerKind | None = None
 
     def __post_init__(self) -> None:
-        """Check what fits together.
+        """Check that the settings fit together.
 
         Raises:
             CommandError: if a task is unknown, or greedy answers are asked for more than once.
@@ -94,7 +94,7 @@ class Evaluation:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """Options of the engine, all of them said: a checkpoint's generation config may hold others."""
+        """Options of the engine. All are set, as a checkpoint's generation config may have others."""
         drawn = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
         return {
             "do_sample": self.temperature > 0,
@@ -106,33 +106,33 @@ class Evaluation:
         }
 
     def messages(self, problem: Instance) -> str | list[dict[str, str]]:
-        """Return what the model is asked."""
+        """Return the prompt or the messages for a problem."""
         prompt = problem.prompt(self.mode)
         if self.system_prompt is None:
             return prompt
         return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": prompt}]
 
 
-Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and gives its results
-OPTION_NAMES = {"num_samples": "n", "tasks": "task"}  # settings whose option has another name
-# May differ when a run is gone on with: they do not change an answer.
+Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and returns its results
+OPTION_NAMES = {"num_samples": "n", "tasks": "task"}  # settings with another name of their option
+# Settings that do not change an answer; they may differ when a run is continued.
 _MAY_DIFFER = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
 
 
 def check_run(
     path: Path, evaluation: Evaluation, model: str, weights: str, fingerprints: Callable[[int | None], dict[str, str]]
 ) -> str | None:
-    """Check that a run is the one that was begun in a folder, if one was.
+    """Check that an evaluation has the settings of the folder's run, if there is one.
 
     Args:
         path: the folder's ``run.json``.
-        evaluation: what is asked.
-        model: its name.
-        weights: their fingerprint.
-        fingerprints: of each task's first problems, by how many are asked for.
+        evaluation: the settings now.
+        model: name of the model.
+        weights: fingerprint of the weights.
+        fingerprints: returns the fingerprint of each task's first problems, for a limit.
 
     Returns:
-        The file's text, where it is to be written: a run begins, or goes on with more problems.
+        The text of ``run.json`` if it must be written, because a run begins or is extended; None otherwise.
 
     Raises:
         CommandError: if the folder is another run's.
@@ -150,7 +150,7 @@ def check_run(
         return begun
     limit = stored.get("limit")
     asks_more = isinstance(limit, int) and (evaluation.limit is None or evaluation.limit > limit)
-    goes_on = asks_more and stored.get("problems") == fingerprints(limit)
+    extends = asks_more and stored.get("problems") == fingerprints(limit)
 
     def explain(name: str, stored: Mapping[str, Any], value: Any) -> str:
         if name == "rules_version":
@@ -160,7 +160,7 @@ def check_run(
         if name == "problems" or (name == "limit" and asks_more):
             return "with other problems"
         words = explain_option(name, stored, value, lambda name, to: name_option(OPTION_NAMES.get(name, name), to))
-        return words + ("; it goes on with as many problems or more" if name == "limit" else "")
+        return words + ("; it continues with as many problems or more" if name == "limit" else "")
 
-    check_begun(path.parent, stored, asked, ("limit", "problems") if goes_on else (), explain)
-    return begun if goes_on else None
+    check_begun(path.parent, stored, asked, ("limit", "problems") if extends else (), explain)
+    return begun if extends else None

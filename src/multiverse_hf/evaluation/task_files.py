@@ -1,7 +1,7 @@
 """A user's own rows as a task: ``multiverse eval --task my.jsonl``.
 
-A row has ``problem`` or ``prompt``, and ``answer``. With a ``group``, results are given by group too. Where a prompt
-ends with a sentence of record, the sentence of the mode takes its place.
+A row has ``problem`` or ``prompt``, and ``answer``. With a ``group``, there are results by group too. A sentence of
+record at the end of a prompt is replaced by the sentence of the mode.
 """
 
 import difflib
@@ -21,14 +21,14 @@ from multiverse_hf.evaluation.tasks import LETTERS, TASKS, Instance, Task, row_i
 
 
 def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
-    """Return the task of a name, or of a ``.jsonl`` file.
+    """Return the task with a name, or of a ``.jsonl`` file.
 
     Args:
         name: one of :data:`TASKS`, or a path.
-        rule: that judges a file's answers.
+        rule: rule for a file's answers.
 
     Raises:
-        CommandError: if there is neither.
+        CommandError: if there is no such task or file.
     """
     if name in TASKS:
         return TASKS[name]
@@ -43,10 +43,10 @@ def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
 
 
 def _read(rule: AnswerKind, row: Any) -> Instance:
-    """Read a row.
+    """Return the problem of a row.
 
     Raises:
-        ValueError: if it is none, with the value that is wrong.
+        ValueError: if the row is invalid, with the wrong value.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"a row is an object with problem and answer, got {json.dumps(row):.60}")
@@ -64,10 +64,10 @@ def _read(rule: AnswerKind, row: Any) -> Instance:
 
 
 def _text(row: Mapping[str, Any], *names: str) -> str:
-    """Return the first of some fields that a row has, as text.
+    """Return the first of several fields that a row has, as text.
 
     Raises:
-        ValueError: if it has none of them, or no text or number there.
+        ValueError: if it has none of them, or its value is no text or number.
     """
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
@@ -75,7 +75,7 @@ def _text(row: Mapping[str, Any], *names: str) -> str:
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in (math.inf, -math.inf):
         raise ValueError(f"{name} is text or a number, got {json.dumps(value):.60}")
-    if value != value:  # NaN, which Python reads though JSON has no such number
+    if value != value:  # Python reads NaN, which JSON does not have
         raise ValueError(f"{name} is text or a number, got NaN")
     text = str(int(value) if isinstance(value, float) and value.is_integer() else value).strip()
     if not text:

@@ -1,7 +1,7 @@
-"""The tasks: where their rows come from, what is asked, and what is the right answer.
+"""The tasks: the source of their rows, their prompts and their right answers.
 
-``multiverse eval`` and the LightEval tasks are both made of this table, so they ask and judge alike. The prompt of
-record is the problem and, after a space, one of the two sentences Multiverse is trained on (``data/suffixes.py``).
+``multiverse eval`` and the LightEval tasks use the same table, so they ask and judge alike. The prompt of record is
+the problem, a space, and one of the two sentences that Multiverse is trained on (``data/suffixes.py``).
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.chains import chains_rows
 from multiverse_hf.judging.boxes import last_boxed
 
-# Sampling of record (the published example), and the paper's context, which the model's own bounds
+# Sampling of record (the published example), and the paper's context; the model's own context may be shorter
 TEMPERATURE, TOP_P, MAX_NEW_TOKENS = 0.6, 0.95, 32_768
 LETTERS = "ABCD"
 
@@ -31,17 +31,17 @@ class Mode(StrEnum):
     """How a model is asked (paper, table 2)."""
 
     PARALLEL = "parallel"  # asked to think in parallel, free to branch
-    ZERO = "zero"  # asked to think step by step, free to branch all the same
+    ZERO = "zero"  # asked to think step by step, still free to branch
     AUTOREGRESSIVE = "autoregressive"  # asked to think step by step, and decoded without branches
 
     @property
     def suffix(self) -> Suffix:
-        """Sentence that ends the prompt."""
+        """Sentence at the end of the prompt."""
         return Suffix.PARALLEL if self is Mode.PARALLEL else Suffix.SEQUENTIAL
 
     @property
     def structure(self) -> str:
-        """What the engine makes of control tags."""
+        """The engine's treatment of control tags."""
         return "off" if self is Mode.AUTOREGRESSIVE else "guided"
 
 
@@ -50,14 +50,14 @@ SIDES = (Mode.PARALLEL, Mode.AUTOREGRESSIVE)  # what experiments and the demo co
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One problem of a task; harnesses call it an instance.
+    """One problem of a task, called an instance in harnesses.
 
     Attributes:
-        id: of the row; the same wherever the row is read from.
-        question: what is asked, without the sentence that ends the prompt.
+        id: id of the row, the same for every source.
+        question: the question, without the sentence at the end of the prompt.
         gold: the right answer.
-        group: what results are also given by: the kind of a chains problem, the level of a MATH one; None where there
-            is nothing of the sort.
+        group: group of the problem in results: the kind of a chains problem, or the level of a MATH problem; None
+            without groups.
     """
 
     id: str
@@ -75,12 +75,12 @@ class Task:
     """A set of problems.
 
     Attributes:
-        name: as users type it.
-        dataset, config, split: on the Hub; ``dataset`` is None for problems that are made here.
-        kind: of answer, which says how it is judged.
-        read: makes a problem of a row.
+        name: name that users type.
+        dataset, config, split: source on the Hub; ``dataset`` is None for generated problems.
+        kind: kind of the answers, which decides how they are judged.
+        read: returns the problem of a row.
         version: raised when prompts, problems or judging change.
-        is_gated: the rows must not be published, and are to be had only by those who accepted their terms.
+        is_gated: whether users must accept terms for the rows, which must not be published.
         file: a user's own rows.
     """
 
@@ -96,7 +96,7 @@ class Task:
 
     @property
     def stem(self) -> str:
-        """What a local file of rows is called: ``mv:math_500`` is read from ``math_500*`` or ``math500*``."""
+        """Start of a local file's name: ``mv:math_500`` is read from ``math_500*`` or ``math500*``."""
         return _plain(self.name.removeprefix("mv:"))
 
 
@@ -105,7 +105,7 @@ def _plain(name: str) -> str:
 
 
 def row_id(text: str) -> str:
-    """Return an id of a problem's text: rows are called alike whatever file they stand in, and in which order."""
+    """Return an id from a problem's text, which does not depend on the file or the order of rows."""
     return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=6).hexdigest()
 
 
@@ -113,7 +113,7 @@ def row_id(text: str) -> str:
 
 
 def _field(row: Mapping[str, Any], *names: str) -> str:
-    """Return the first of some columns that a row has, as text.
+    """Return the first of several columns that a row has, as text.
 
     Raises:
         ValueError: if it has none of them.
@@ -125,7 +125,7 @@ def _field(row: Mapping[str, Any], *names: str) -> str:
 
 
 def _read_math(row: Mapping[str, Any]) -> Instance:
-    """Read ``problem`` and ``answer``, or the last box of ``solution``."""
+    """Return the problem of a row with ``problem``, and ``answer`` or a box in ``solution``."""
     question = _field(row, "problem", "question")
     gold = row.get("answer")
     if gold in (None, ""):
@@ -142,7 +142,7 @@ def _read_chains(row: Mapping[str, Any]) -> Instance:
 
 
 def _read_gpqa(row: Mapping[str, Any]) -> Instance:
-    """Letter the choices, in an order that follows from the question alone."""
+    """Return the problem with lettered choices, in an order that depends only on the question."""
     question, right = _field(row, "Question"), _field(row, "Correct Answer")
     choices = [right, *(_field(row, f"Incorrect Answer {number}") for number in (1, 2, 3))]
     order = list(range(len(choices)))
@@ -169,16 +169,15 @@ HOW_TO_GET_GPQA = (
 )
 
 
-# Where rows come from
+# Sources of rows
 
 
 @dataclass(frozen=True, slots=True)
 class ProblemSet:
-    """The problems of a task as a run asks them.
+    """The problems of a task in a run.
 
     Attributes:
-        source: a dataset of the Hub, the name of a local file, or the module that makes them.
-        fingerprint: of questions and right answers, in order.
+        source: a dataset on the Hub, the name of a local file, or the module that generates them.
     """
 
     task: Task
@@ -187,17 +186,17 @@ class ProblemSet:
 
     @property
     def fingerprint(self) -> str:
-        """Tell this set from others."""
+        """Hash of questions and right answers, in order."""
         text = json.dumps([[p.question, p.gold] for p in self.problems], ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def first(self, limit: int | None) -> "ProblemSet":
-        """Return the set of the first problems alone, of all without a limit."""
+        """Return the set of the first problems, or of all without a limit."""
         return replace(self, problems=self.problems[:limit])
 
 
 def find_file(task: Task, folder: Path) -> Path:
-    """Find a task's rows in a folder: the file whose name begins with the task's, e.g. ``aime25.jsonl``.
+    """Return the file of a task's rows in a folder. Its name begins with the task's, e.g. ``aime25.jsonl``.
 
     Raises:
         CommandError: if there is none, or more than one.
@@ -215,14 +214,14 @@ def find_file(task: Task, folder: Path) -> Path:
 
 
 def read_task_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, Any]], str]:
-    """Read a task's rows with their numbers, and return where from.
+    """Return a task's rows with their numbers, and the source of the rows.
 
     Args:
-        task: whose.
+        task: the task.
         data_dir: folder with local files; None for the Hub. Chains and a user's own rows need neither.
 
     Raises:
-        CommandError: if they cannot be had.
+        CommandError: if the rows cannot be read.
     """
     if task.file is None and task.dataset is None:
         return list(enumerate(chains_rows(), start=1)), "multiverse_hf.evaluation.chains"
@@ -237,15 +236,15 @@ def read_task_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, A
 
 
 def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = None) -> ProblemSet:
-    """Read a task's problems.
+    """Return a task's problems.
 
     Args:
-        task: whose.
+        task: the task.
         data_dir: folder with local files; None for the Hub.
-        limit: how many, from the first on.
+        limit: number of first problems; None for all.
 
     Raises:
-        CommandError: if they cannot be had, a row is not as it should be, or two are the same.
+        CommandError: if the rows cannot be read, or a row is invalid or repeated.
     """
     rows, source = read_task_rows(task, data_dir)
     place = source if task.file is not None else f"{task.name}: {source}"

@@ -1,4 +1,4 @@
-"""The verifier, also under the name that programs which call :func:`~multiverse_hf.evaluation.answers.judge` use."""
+"""Former path of ``judging/verifier.py``, for programs that call :func:`~multiverse_hf.evaluation.answers.judge`."""
 
 from multiverse_hf.judging.verifier import TIMEOUT_S, Verifier, VerifierError, VerifierTimeout
 

@@ -1,1 +1,1 @@
-"""Whether two answers say the same: what the evaluation and the curator judge by. It imports no model."""
+"""Equality of answers, for the evaluation and the curator. It imports no model."""

@@ -1,4 +1,4 @@
-"""What stands in the boxes of an answer, ``\\boxed{...}``: read in one pass, as a model may write many."""
+"""The boxes of an answer, ``\\boxed{...}``, read in one pass, as a model may write many."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ _BETWEEN_BOXES = re.compile(r"[\s$;.]*(?:,[\s$]*)?(or|and|(?<=,)[\s$]*)[\s$,;.]*
 
 
 def find_boxes(text: str) -> Iterator[tuple[int, int, str]]:
-    """Return each box that closes: where it begins and ends, and what it holds."""
+    """Yield begin, end and content of each closed box."""
     closes: dict[int, int] = {}
     open_braces: list[int] = []
     for match in _BRACE.finditer(text):
@@ -23,12 +23,12 @@ def find_boxes(text: str) -> Iterator[tuple[int, int, str]]:
 
 
 def boxed(text: str) -> list[str]:
-    """Return what every box holds."""
+    """Return the content of every box."""
     return [inside for _, _, inside in find_boxes(text)]
 
 
 def last_boxed(text: str) -> str | None:
-    """Return what the last box holds, with the boxes that are joined to it; None if there is no box that closes."""
+    """Return the content of the last box and of boxes joined to it; None if no box is closed."""
     boxes = list(find_boxes(text))
     if not boxes:
         return None

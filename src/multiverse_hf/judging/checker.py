@@ -1,11 +1,11 @@
-"""Where math-verify is, of the one version that judges: in this environment, or in a folder of its own.
+"""The math-verify version that judges: in this environment, or in a separate folder.
 
-    python -m multiverse_hf.judging.checker       install it where it is missing, and say where it is
+    python -m multiverse_hf.judging.checker       install it if it is missing, and print where it is
 
-Verdicts depend on the version. ``multiverse_hf[eval]`` brings it. But LightEval 0.13 pins an older
-latex2sympy2_extended, so beside LightEval there is either none or another: there pip installs it, with what it
-imports, into a folder of its own, from where only the process that compares answers reads it. The folder is in the
-environment, or in the Hugging Face cache where the environment cannot be written to.
+Verdicts depend on the version. ``multiverse_hf[eval]`` installs it. But LightEval 0.13 pins an older
+latex2sympy2_extended, so an environment with LightEval lacks it. There pip installs it with its dependencies into a
+separate folder, which only the process that compares answers imports. The folder is in the environment, or in the
+Hugging Face cache if the environment is read-only.
 """
 
 import os
@@ -24,7 +24,7 @@ INSTALL_S = 600
 
 
 def is_here() -> bool:
-    """Check that this environment has math-verify of the version that judges."""
+    """Return whether this environment has the math-verify version that judges."""
     try:
         return all(version(name) == wanted for name, wanted in JUDGES.items())
     except PackageNotFoundError:
@@ -32,12 +32,12 @@ def is_here() -> bool:
 
 
 def find_folder() -> Path | None:
-    """Return the folder that math-verify was installed into, None if there is none yet."""
+    """Return the folder with math-verify, None if there is none yet."""
     return next((folder for folder in _places() if folder.is_dir()), None)
 
 
 def _places() -> list[Path]:
-    """Return where the folder may be, the best place last."""
+    """Return the possible folders, the best one last."""
     from huggingface_hub.constants import HF_HOME
 
     name = "-".join(("checker", *JUDGES.values(), *IMPORTS.values()))
@@ -48,7 +48,7 @@ def _places() -> list[Path]:
 
 
 def get_checker() -> Path | None:
-    """Return the folder to read math-verify from, None if this environment has it. Install it if it is nowhere.
+    """Return the folder with math-verify, None if this environment has it. Install it if it is missing.
 
     Raises:
         CommandError: if pip cannot install it.
@@ -62,10 +62,10 @@ def get_checker() -> Path | None:
 
 
 def install(folder: Path) -> None:
-    """Install math-verify and what it imports into a folder, which is there once all of it is.
+    """Install math-verify and its dependencies into a folder. The folder appears once it is complete.
 
     Raises:
-        CommandError: if pip cannot.
+        CommandError: if pip fails.
     """
     print(f"installing math-verify {JUDGES['math-verify']}, which judges answers, into {folder}", file=sys.stderr)
     packages = [f"{name}=={wanted}" for name, wanted in (JUDGES | IMPORTS).items()]
@@ -86,12 +86,12 @@ def install(folder: Path) -> None:
     except subprocess.TimeoutExpired as err:
         raise CommandError(f"pip took more than {INSTALL_S} s; run {COMMAND} again", FAILURE) from err
     except CommandError:
-        if not folder.is_dir():  # another process was quicker, and its folder is as good
+        if not folder.is_dir():  # else another process was faster, and its folder is used
             raise
 
 
 def main() -> None:
-    """Install math-verify where it is missing, and print where it is."""
+    """Install math-verify if it is missing, and print where it is."""
     try:
         folder = get_checker()
     except CommandError as err:

@@ -1,8 +1,8 @@
-"""Whether two mathematical answers say the same: taken apart here, and only single expressions go to math-verify.
+"""Equality of two mathematical answers. Answers are split here, and only single expressions go to math-verify.
 
-math-verify takes an answer as a whole, and where it cannot read it, it takes a part of it: so ``n=2, 3, 4`` was
-``n=1, 2, 3`` to it. Here lists, tuples, intervals, sets, matrices and times are split, and compared part by part;
-rational numbers are compared exactly; units by their meaning. :mod:`~multiverse_hf.evaluation.answers` has the rules.
+math-verify reads an answer as a whole, and if it cannot, it reads a part: it took ``n=2, 3, 4`` for ``n=1, 2, 3``.
+Here lists, tuples, intervals, sets, matrices and times are compared part by part, rational numbers exactly, and units
+by their meaning. :mod:`~multiverse_hf.evaluation.answers` has the rules.
 """
 
 import re
@@ -17,14 +17,14 @@ from multiverse_hf.judging.letters import read_letters
 from multiverse_hf.judging.units import CHANGES, Quantity, same_unit, split_compound, split_unit
 from multiverse_hf.judging.verifier import Verifier, VerifierError, VerifierTimeout
 
-MAX_CHARACTERS = 2000  # of an answer that is compared: longer ones are no answers, and slow to search
-MAX_PARTS = 60  # of a list whose parts may come in any order: each is compared with each
-MAX_DEPTH = 30  # of brackets in brackets, for the same reason
+MAX_CHARACTERS = 2000  # of an answer; longer texts are no answers, and slow to search
+MAX_PARTS = 60  # of a list in any order: each part is compared with each
+MAX_DEPTH = 30  # of nested brackets, for the same reason
 MAX_CALLS = 300  # of math-verify for one answer
 
 
 class Rule(StrEnum):
-    """What a verdict was given by."""
+    """The rule that gave a verdict."""
 
     TEXT = "text"
     INTEGER = "integer"
@@ -64,19 +64,19 @@ _SET = r"\{"
 
 
 def compare_answers(gold: str, answer: str, verifier: Verifier) -> _Outcome:
-    """Compare an answer with the right one, and say by which rule."""
+    """Return whether an answer equals the right one, and the rule that decided."""
     if len(answer) > MAX_CHARACTERS:
         return False, Rule.UNREADABLE
     ours, theirs = clean(gold), clean(answer)
     if not _RELATION.search(ours) and (rounded := _ROUNDED.fullmatch(theirs)):
-        theirs = rounded[1]  # "1/3, which is about 0.333" says one third
+        theirs = rounded[1]  # "1/3, which is about 0.333" means one third
     if compact(ours) == compact(theirs):
         return True, Rule.TEXT
     if max_depth(theirs) > MAX_DEPTH:
         return False, Rule.UNREADABLE
     items = _items(ours)
     if len(items) == 1 and _HEDGE.search(theirs) and not _HEDGE.search(ours):
-        return False, Rule.SEVERAL  # where there are two right ones, "3 or 4" lists them
+        return False, Rule.SEVERAL  # if there are two right answers, "3 or 4" lists them
     try:
         return _Comparison(verifier).lists(items, _items(theirs))
     except VerifierTimeout:
@@ -86,7 +86,7 @@ def compare_answers(gold: str, answer: str, verifier: Verifier) -> _Outcome:
 
 
 def _items(text: str) -> list[str]:
-    """Return what a list names, one item where it is none; an item with a sign of two meanings is two."""
+    """Return the items of a list, or the text if it is none. An item with plus or minus is two items."""
     found = []
     for item in split_top(_OR.sub(",", text), ",;"):
         found += [each for part in split_compound(item) for each in _signs(part)] if item.strip() else []
@@ -96,7 +96,7 @@ def _items(text: str) -> list[str]:
 
 
 def _signs(item: str) -> list[str]:
-    """Return an item with plus for plus or minus, and with minus; a set has such items, it is not two sets."""
+    """Return an item once with plus and once with minus for "plus or minus". A set stays one item."""
     if (parts := _parts(item)) is not None and parts.kind == _SET:
         return [item]
     if not re.search(r"\\(?:pm|mp)(?![a-zA-Z])", item):
@@ -110,9 +110,9 @@ class Parts:
     """A tuple, an interval, a set or a matrix.
 
     Attributes:
-        kind: its brackets, ``()``, ``[)``, ...; ``\\{`` of a set, ``matrix`` or ``determinant``.
-        items: as text, those of a matrix row by row.
-        columns: of a matrix.
+        kind: its brackets, ``()``, ``[)``, ...; ``\\{`` for a set; ``matrix`` or ``determinant``.
+        items: texts of the items, of a matrix row by row.
+        columns: columns of a matrix.
     """
 
     kind: str
@@ -121,7 +121,7 @@ class Parts:
 
     @property
     def is_vector(self) -> bool:
-        """It may be a vector: a matrix of one row or column, a tuple, no interval."""
+        """Whether it may be a vector: a matrix of one row or column, or a tuple, but no interval."""
         if self.kind == "matrix":
             return self.columns in (1, len(self.items))
         return self.kind == "()" or (self.kind == "[]" and len(self.items) > 2)
@@ -133,7 +133,7 @@ _BRACKETS = {r"\lbrace": r"\{", r"\langle": "(", r"\rangle": ")"}
 
 
 def _parts(text: str) -> Parts | None:
-    """Return what a text that is one bracket holds, None if it is something else."""
+    """Return the parts of a text that is one bracket, None if it is none."""
     text = text.strip()
     if (matrix := find_matrix(text)) is not None:
         name, rows = matrix
@@ -157,7 +157,7 @@ class _Comparison:
     """The rules, from lists down to single expressions.
 
     Args:
-        verifier: for the expressions that no rule here decides.
+        verifier: compares expressions that no rule here decides.
     """
 
     def __init__(self, verifier: Verifier) -> None:
@@ -165,7 +165,7 @@ class _Comparison:
         self.calls = 0
 
     def lists(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
-        """Compare lists: in any order, unless one side is a tuple or the other has the names of its items."""
+        """Compare lists in any order, unless one side is a tuple or only one side names its items."""
         if len(ours) == len(theirs) == 1:
             return self.value(ours[0], theirs[0])
         for one, others in ((ours, theirs), (theirs, ours)):
@@ -182,19 +182,19 @@ class _Comparison:
         return self.in_any_order(ours, theirs)
 
     def in_order(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
-        """Compare the first with the first, and so on."""
+        """Compare items by their position."""
         if len(ours) != len(theirs):
             return DIFFERENT
         return _together(self.lists(_signs(a), _signs(b)) for a, b in zip(ours, theirs, strict=True))
 
     def in_any_order(self, ours: Sequence[str], theirs: Sequence[str]) -> _Outcome:
-        """Find for each part one of the other side that is the same; each is found once."""
+        """Match each item with an equal one of the other side, each once."""
         ours, theirs = ([sign for item in items for sign in _signs(item)] for items in (ours, theirs))
         if len(ours) != len(theirs) or len(ours) > MAX_PARTS:
             return DIFFERENT
         left = list(theirs)
         rest, rule = [], Rule.PARTS
-        for item in ours:  # those that are the same text cost nothing
+        for item in ours:  # equal texts cost nothing
             same = next((each for each in left if compact(each) == compact(item)), None)
             if same is None:
                 rest.append(item)
@@ -212,7 +212,7 @@ class _Comparison:
         return True, rule
 
     def value(self, ours: str, theirs: str) -> _Outcome:
-        """Compare two things that are no lists: names, units, then what is left."""
+        """Compare two single items: names, units, then values."""
         if compact(ours) == compact(theirs):
             return True, Rule.TEXT
         (our_name, our_value), (their_name, their_value) = _without_name(ours), _without_name(theirs)
@@ -243,7 +243,7 @@ class _Comparison:
         return self.expression(ours.value, theirs.value)
 
     def percent(self, ours: Quantity, theirs: Quantity) -> _Outcome:
-        """Compare a percentage with a number: 50 % is 50 where percents are asked for, and a half."""
+        """Compare a percentage with a number: 50 % equals 50 if percents are asked for, and also one half."""
         a, b = exact_value(ours.value), exact_value(theirs.value)
         if a is None or b is None or (a == b and abs(a) >= 1):
             return self.expression(ours.value, theirs.value)
@@ -254,7 +254,7 @@ class _Comparison:
         return (True, Rule.NUMBER) if same else DIFFERENT
 
     def expression(self, ours: str, theirs: str) -> _Outcome:
-        """Compare values without units."""
+        """Compare two values without units."""
         flat_ours, flat_theirs = compact(ours), compact(theirs)
         if flat_ours == flat_theirs:
             return True, Rule.TEXT
@@ -287,13 +287,13 @@ class _Comparison:
             return DIFFERENT
         if _SET in (ours.kind, theirs.kind) or (ours.kind == theirs.kind and ours.columns != theirs.columns):
             return DIFFERENT
-        # a vector has any brackets, but two items in square ones are the ends of an interval
+        # a vector may have any brackets, but two items in square brackets are an interval
         if ours.kind != theirs.kind and not (ours.is_vector and theirs.is_vector):
             return DIFFERENT
         return self.in_order(ours.items, theirs.items)
 
     def single(self, ours: str, theirs: str, number: Fraction | None) -> _Outcome:
-        """Compare two expressions that no rule here reads."""
+        """Compare two expressions with math-verify."""
         if _says_otherwise(ours, theirs, number):
             return DIFFERENT
         if number is not None and "=" in theirs and len(sides := theirs.split("=")) > 1:
@@ -306,12 +306,12 @@ class _Comparison:
         ours, theirs = unwrap_text(ours), unwrap_text(theirs)
         same = self.verifier.is_same(ours, theirs)
         if not same and (half := _SLASH.sub(r"\\frac{\1}{\2} ", theirs)) != theirs:
-            same = self.verifier.is_same(ours, half)  # "1/2 x" is read in two ways, and either may be meant
+            same = self.verifier.is_same(ours, half)  # "1/2 x" has two readings, and either may be meant
         return (True, Rule.MATH_VERIFY) if same else DIFFERENT
 
 
 def _together(outcomes: Iterator[_Outcome]) -> _Outcome:
-    """Return the outcome of parts that must all be the same, up to the first that is not."""
+    """Return the outcome of parts that must all be equal, up to the first that differs."""
     rule = Rule.PARTS
     for same, by in outcomes:
         if not same:
@@ -321,7 +321,7 @@ def _together(outcomes: Iterator[_Outcome]) -> _Outcome:
 
 
 def _without_name(text: str) -> tuple[str | None, str]:
-    """Return the name that a value has (``x =``, ``f(x) =``, ``D =``), None if it has none, and the value."""
+    """Return a value's name (``x =``, ``f(x) =``, ``D =``), None if it has none, and the value."""
     match = _NAMED.match(text)
     if match is None or not match["name"].strip() or not text[match.end() :].strip():
         return None, text
@@ -329,13 +329,13 @@ def _without_name(text: str) -> tuple[str | None, str]:
 
 
 def _differ(ours: str, theirs: str) -> bool:
-    """Check that two names are of two things; a function may be called y."""
+    """Return whether two names differ; ``y`` and ``f(x)`` are one name."""
     plain = [re.sub(r"^(?:y|[a-zA-Z]\(\w\))$", "f(x)", name).lower() for name in (ours, theirs)]
     return plain[0] != plain[1]
 
 
 def _pair(read: Callable[[str], object], ours: str, theirs: str) -> _Outcome | None:
-    """Compare what a reader makes of both; None if it reads neither."""
+    """Compare two texts by a reader's values; return None if it reads neither."""
     a, b = read(ours), read(theirs)
     if a is None and b is None:
         return None
@@ -343,7 +343,7 @@ def _pair(read: Callable[[str], object], ours: str, theirs: str) -> _Outcome | N
 
 
 class _Time(tuple):
-    """Hours, minutes, seconds, and whether it is before noon; what is not said agrees with both."""
+    """Hours, minutes, seconds, and am or pm; a missing am or pm agrees with both."""
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -362,7 +362,7 @@ def _time(text: str) -> _Time | None:
 
 
 def _ratio(text: str) -> Fraction | tuple[Fraction, ...] | None:
-    """Return the number that a ratio of two numbers is, of more the numbers over the last; None if it is none."""
+    """Return a ratio of two numbers as a number, of more as numbers over the last; None if it is none."""
     flat = compact(text)
     if not _RATIO.fullmatch(flat):
         return None
@@ -373,17 +373,17 @@ def _ratio(text: str) -> Fraction | tuple[Fraction, ...] | None:
 
 
 def _base(text: str) -> tuple[str, str] | None:
-    """Return digits and base."""
+    """Return digits and base of a number in another base, None if it is none."""
     match = _BASE.fullmatch(compact(unwrap_text(text)))
     return (match[1] or match[3], match[2] or match[4]) if match else None
 
 
 def _says_otherwise(gold: str, answer: str, number: Fraction | None) -> bool:
-    """Check what math-verify passes over: a relation, one side of an equation."""
+    """Return whether answers differ in ways that math-verify ignores: a relation, or one side of an equation."""
     has_relation = bool(_RELATION.search(answer)), bool(_RELATION.search(gold))
     if has_relation[0] != has_relation[1] and not re.search(r"[(\[]|\\infty", gold + answer):
         return True
-    if "@" in gold + answer:  # digits that something parts
+    if "@" in gold + answer:  # separated digits
         return True
     if all(len(compact(text)) == 1 for text in (gold, answer)):  # A and a
         return True

@@ -1,15 +1,15 @@
-"""Rational numbers as answers write them, read exactly: no floats, so ``0.1`` is not ``0.10000001``.
+"""Rational numbers in answers, read exactly: no floats, so ``0.1`` is not ``0.10000001``.
 
-Read are integers, decimals (repeating ones too), fractions, mixed numbers, scientific notation, and sums, products,
-quotients, integer powers and factorials of them. Anything else is left to math-verify.
+It reads integers, decimals (repeating ones too), fractions, mixed numbers, scientific notation, and their sums,
+products, quotients, integer powers and factorials. Everything else is left to math-verify.
 """
 
 import math
 import re
 from fractions import Fraction
 
-MAX_BITS = 200_000  # of a number: a tower of powers is not worked out here
-MIN_DIGITS = 6  # that a decimal must have to stand for a number that has no last digit
+MAX_BITS = 200_000  # of a number; towers of powers are not computed here
+MIN_DIGITS = 6  # of a decimal that may be the rounded value of a non-terminating number
 
 _TOKEN = re.compile(
     r"\s*(?:(?P<number>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d*)?|\.\d+)(?:\\overline\s*\{(?P<repeat>\d+)\})?"
@@ -26,7 +26,7 @@ class _NotRational(Exception):
 
 
 def exact_value(text: str) -> Fraction | None:
-    """Return the rational number that a text writes, None if it writes another thing, or one that is too large."""
+    """Return the rational number in a text, None if it is no such number or too large."""
     if len(text) > 4000:
         return None
     text = _MIXED.sub(lambda match: rf"{match[1]}\frac{{{match[2]}}}{{{match[3]}}}", text, count=1)
@@ -37,13 +37,13 @@ def exact_value(text: str) -> Fraction | None:
 
 
 def is_decimal(text: str) -> bool:
-    """Check that a text is one decimal with enough digits to stand for a number that has no last digit."""
+    """Return whether a text is a decimal with enough digits to be a rounded value."""
     match = re.fullmatch(r"[-+]?(\d*)\.(\d+)", text.strip())
     return match is not None and len((match[1] + match[2]).lstrip("0")) >= MIN_DIGITS
 
 
 def same_number(ours: str, theirs: str, a: Fraction, b: Fraction) -> bool:
-    """Check that two numbers are equal, or that a decimal is the other, which has no last digit, rounded."""
+    """Return whether two numbers are equal, or one is the rounded decimal of the other, non-terminating one."""
     if a == b:
         return True
     for text, decimal, other in ((ours, a, b), (theirs, b, a)):
@@ -54,7 +54,7 @@ def same_number(ours: str, theirs: str, a: Fraction, b: Fraction) -> bool:
 
 
 def _ends(value: Fraction) -> bool:
-    """Check that a number can be written as a decimal."""
+    """Return whether a number is a terminating decimal."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -178,7 +178,7 @@ class _Reader:
         return value
 
     def numeral(self) -> int | None:
-        """Take ``{12}``, which is what a mixed number has above and below its line."""
+        """Return the integer of ``{12}``, as in a mixed number's fraction, None for other tokens."""
         words = self.tokens[self.place : self.place + 3]
         if len(words) == 3 and words[0][1] == "{" and words[1][1].isdecimal() and words[2][1] == "}":
             self.place += 3
@@ -199,7 +199,7 @@ class _Reader:
 
 
 def bounded(value: Fraction) -> Fraction:
-    """Return a number, raise if it is too large to go on with."""
+    """Return a number; raise if it is too large."""
     if max(value.numerator.bit_length(), value.denominator.bit_length()) > MAX_BITS:
         raise _NotRational
     return value

@@ -1,4 +1,4 @@
-"""The spelling of an answer: what LaTeX and Unicode write in several ways is written in one, and taken apart."""
+"""Normalization of LaTeX and Unicode spellings in answers, and splitting at brackets."""
 
 import re
 
@@ -45,7 +45,7 @@ _SUBSTITUTIONS = [
         (r"\\(?:lbrack)(?![a-zA-Z])", "["),
         (r"\\(?:rbrack)(?![a-zA-Z])", "]"),
         (r"(?<=\d)(?<![_^]\d)(?:\\[, ]|\{,\}|~| )(?=\d{3}(?!\d))", ""),  # thousands
-        # digits that something parts are no number; a mixed number has a fraction there
+        # separated digits are no number; a mixed number has a fraction there
         (r"(?<=\d)(?<![_^]\d)(?:\s|\\(?:quad|qquad)(?![a-zA-Z])|\\[,;: ]|~)+(?=\d)(?!\d+\s*/)", " @ "),
         (r"\\(?:quad|qquad)(?![a-zA-Z])|(?<!\\)\\[,;: ]|~", " "),
         (r"(\d)\s*\^\s*\{?\s*\\text\s*\{(?:st|nd|rd|th)\}\s*\}?", r"\1"),
@@ -69,7 +69,7 @@ _DIGIT_PARTS = (
 
 
 def clean(answer: str) -> str:
-    """Return an answer without what does not change its meaning: fonts, spacing, delimiters, a full stop."""
+    """Return an answer without fonts, spacing, delimiters and a full stop, in one spelling."""
     text = answer.strip()
     for begin, end in ((r"\(", r"\)"), (r"\[", r"\]"), ("$$", "$$"), ("$", "$")):
         if text.startswith(begin) and text.rstrip(" .").endswith(end) and len(text) > len(begin + end):
@@ -93,7 +93,7 @@ def clean(answer: str) -> str:
 
 
 def _unfont(match: re.Match[str]) -> str:
-    """Write one letter in a font as the letter: \\mathrm{e} is e. A word stays text."""
+    """Return one letter without its font: \\mathrm{e} becomes e. A word stays text."""
     inside = match[1]
     return inside + " " if len(inside) == 1 or inside[0] == "\\" or inside.isdecimal() else rf"\text{{{inside}}}"
 
@@ -103,12 +103,12 @@ def _base_word(match: re.Match[str]) -> str:
 
 
 def unwrap_text(text: str) -> str:
-    """Return a text with what is in ``\\text{}`` as it is."""
+    """Return a text with the content of each ``\\text{}`` in its place."""
     return re.sub(r"\\text\s*\{([^{}]*)\}", r"\1", text)
 
 
 def compact(text: str) -> str:
-    """Return a text without spaces, to compare it with others: braces of single digits and ``\\text`` are left out."""
+    """Return a text for comparison, without spaces, ``\\text`` and braces of single characters."""
     text = re.sub(r"\s+", "", unwrap_text(text)).strip(".")
     text = re.sub(r"([_^])\{(\w)\}", r"\1\2", text)
     return re.sub(r"_\{(\w+)\}$", r"_\1", text)
@@ -119,7 +119,7 @@ _BARE_WORDS = re.compile(r"[A-Za-z][a-z]{4,}|[A-Za-z]{2,}(?: [A-Za-z']{2,})+")
 
 
 def words_of(text: str) -> str | None:
-    """Return the words of an answer that is words, or a letter in ``\\text{}``; None if it is mathematics."""
+    """Return the words of a verbal answer, or a letter in ``\\text{}``; None for mathematics."""
     inside = unwrap_text(text).strip()
     if not (("\\text" in text and _WORDS.fullmatch(text)) or _BARE_WORDS.fullmatch(inside)):
         return None
@@ -140,12 +140,12 @@ _NESTING = re.compile(
 
 
 def split_top(text: str, at: str | tuple[str, ...] | None, *, thousands: bool = True) -> list[str]:
-    """Split a text at signs that are in no bracket.
+    """Return the parts of a text between signs that are outside all brackets.
 
     Args:
-        text: what is split.
-        at: the signs; None splits after each bracket that ends, so that one bracket gives one piece.
-        thousands: ``1,000`` is one number.
+        text: the text.
+        at: the signs; None splits after each closing bracket, so that one bracket is one part.
+        thousands: whether ``1,000`` is one number.
     """
     pieces, begin, depth = [], 0, 0
     for match in _NESTING.finditer(text):
@@ -170,7 +170,7 @@ def split_top(text: str, at: str | tuple[str, ...] | None, *, thousands: bool = 
 
 
 def max_depth(text: str) -> int:
-    """Return how many brackets stand in each other at most."""
+    """Return the greatest depth of nested brackets."""
     depth = most = 0
     for match in _NESTING.finditer(text):
         depth += bool(match["open"]) - bool(match["close"])
@@ -185,7 +185,7 @@ _MATRIX = re.compile(
 
 
 def find_matrix(text: str) -> tuple[str, list[list[str]]] | None:
-    """Return the kind and the rows of a text that is one matrix, None if it is something else."""
+    """Return kind and rows of a text that is one matrix, None if it is none."""
     inner = re.sub(r"^[(\[]\s*(?=\\begin)|(?<=\})\s*[)\]]$", "", text.strip())
     match = _MATRIX.fullmatch(inner)
     if match is None or "\\begin" in match["body"]:

@@ -1,4 +1,4 @@
-"""Which options an answer names: a letter is told from a word of one letter, and one option from several."""
+"""The options that an answer names. A word of one letter is no option."""
 
 import re
 
@@ -17,10 +17,10 @@ _LATER = re.compile(rf"\b(?:or|and)\s+(?:option\s+|choice\s+)?[(\[]\s*(?P<letter
 
 
 def read_letters(answer: str) -> set[str]:
-    """Return the options that an answer names at its beginning; what follows a letter may be the option's text.
+    """Return the options that an answer names at its beginning. The option's text may follow a letter.
 
-    A word may be one letter: in "(B), A reagent" and in "B, a reagent" the second letter is an article. It is an
-    option only if nothing that reads on follows it, or if it stands in brackets.
+    A letter may be a word: in "(B), A reagent" and in "B, a reagent" the second letter is an article. It is an option
+    only if it is in brackets, or if no further text follows it.
     """
     text = _FONT.sub(r"\1", _FONT.sub(r"\1", answer))
     text = re.sub(r"\*\*|[$`\\]", "", re.sub(r"~|\\[,;: ]|\\q?quad\b", " ", text)).strip(" .*!?#\"'“”‘’")

@@ -1,7 +1,7 @@
-"""A quantity as a value and its unit, whatever the spelling: ``864 \\mbox{ inches}^2`` and ``864 sq. in.`` are one.
+"""Quantities as a value and a unit, in any spelling: ``864 \\mbox{ inches}^2`` and ``864 sq. in.`` are equal.
 
 A unit is a set of base names with powers: ``meters per second`` and ``\\frac{m}{s}`` are both ``m`` to the power 1
-and ``s`` to the power -1. Units are not converted: 100 cm is not read as 1 m, since a problem names the unit it wants.
+and ``s`` to the power -1. Units are not converted: 100 cm is not 1 m, as a problem names the unit that it asks for.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# canonical name: how it is written; plurals in s and es, and full stops after them, are understood
+# canonical name: its spellings; plurals in s and es, and full stops, are recognized too
 _SPELLINGS = {
     "in": "in inch inches",
     "ft": "ft foot feet",
@@ -82,16 +82,16 @@ _COMPOSITE = {
     "rpm": "rev / min", "mpg": "mi / gal", "cc": "cm ^3", "sqft": "ft ^2", "sqin": "in ^2", "sqm": "m ^2",
     "psi": "lb / in ^2", "gm": "g", "kwh": "kW h",
 }  # fmt: skip
-# Words that stand in answers without \text{}: counted things, not units of measure
+# Words that occur without \text{}: counted things, not units of measure
 _COUNTED = "people person ways way points point sides side times students apples marbles coins cards books games"
-# Words after a number that change what it says: no unit, and no noun either
+# Words after a number that change its meaning: neither units nor nouns
 CHANGES = re.compile(
     r"(?<!\\)\b(?:hundred|thousand|million|billion|trillion|dozens?|pi|half|halves|quarters?|thirds?|or|and|more|less|least|"
     r"most|not|no|remainder|mod|modulo|base|from|to|if|is|when|where|for|squared|cubed|choose|factorial|above|below|"
     r"about|each|east|west|north|south|am|pm|[ap]\.m|undefined|infinit[ey])\b",
     re.I,
 )
-NOUN = "noun"  # what is counted: any word
+NOUN = "noun"  # any counted thing
 _POWER_BEFORE = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 _POWER_AFTER = {"squared": 2, "cubed": 3}
 
@@ -116,11 +116,11 @@ Unit = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """A value with what it is a number of.
+    """A value and its unit.
 
     Attributes:
-        value: as text.
-        unit: base names with their powers, sorted; None if it has none.
+        value: text of the value.
+        unit: base names with their powers, sorted; None if there is none.
     """
 
     value: str
@@ -128,13 +128,13 @@ class Quantity:
 
 
 def find_unit(word: str) -> str | None:
-    """Return a unit's canonical name, None if the word is no unit. Capitals count where they tell units apart."""
+    """Return a unit's canonical name, None if the word is no unit. Case counts where it distinguishes units."""
     for form in (word, word[:-1] if word.endswith("s") else "", word[:-2] if word.endswith("es") else ""):
         if form in _TABLE:
             return _TABLE[form]
     low = word.lower()
     for form in (low, low[:-1] if low.endswith("s") else "", low[:-2] if low.endswith("es") else ""):
-        if len(form) > 1 and form in _FOLDED:  # one letter: M is no meter, and C no cent
+        if len(form) > 1 and form in _FOLDED:  # for one letter case counts: M is no meter, and C no cent
             return _FOLDED[form]
     return None
 
@@ -166,7 +166,7 @@ _TOKEN = re.compile(r"\^-?\d|/|[%$°¢€£¥₹](?:[CF]\b)?|[^\W\d_]+")
 
 
 def parse_unit(text: str) -> Unit | None:
-    """Return the unit that a text spells, None if it spells none."""
+    """Return the unit in a text, None if the text is none."""
     text = _FRACTION.sub(r" \1 / \2 ", text)
     for pattern, with_ in _WORDS:
         text = pattern.sub(with_, text)
@@ -177,7 +177,7 @@ def parse_unit(text: str) -> Unit | None:
     if not tokens or None in tokens:
         return None
     powers: Counter[str] = Counter()
-    sign, before, last = 1, 1, None  # everything after the first "per" is below the line
+    sign, before, last = 1, 1, None  # everything after the first "per" is in the denominator
     for token in tokens:
         low = token.lower()
         if low in ("/", "per") or (last and low in ("a", "an", "each", "every")):  # miles an hour
@@ -197,7 +197,7 @@ def parse_unit(text: str) -> Unit | None:
 
 
 def _tokens(text: str) -> Iterator[str | None]:
-    """Return a unit's words; None for what is no word of a unit. A composite gives the words it stands for."""
+    """Yield a unit's words, with composites expanded; None for other text."""
     end = 0
     for match in _TOKEN.finditer(text):
         if text[end : match.start()].strip():
@@ -222,8 +222,8 @@ def split_unit(text: str, *, letters: bool) -> Quantity:
     """Return a quantity's value and unit.
 
     Args:
-        text: one value, cleaned; not a list of them.
-        letters: a single letter after the number, in no ``\\text{}``, is a unit (``5 m``) and no variable.
+        text: one cleaned value, not a list.
+        letters: whether a single letter after the number, outside ``\\text{}``, is a unit (``5 m``) and no variable.
     """
     currency: Unit | None = None
     if match := _CURRENCY.match(text):
@@ -251,19 +251,19 @@ def split_unit(text: str, *, letters: bool) -> Quantity:
 
 
 def split_compound(text: str) -> list[str]:
-    """Return the parts of a quantity that has several units, ``3 hours 20 minutes``; the text alone if it has one."""
+    """Return the parts of a quantity with several units, ``3 hours 20 minutes``; else the text alone."""
     parts = re.split(r"(?<=[a-zA-Z}.])\s+(?=\d)", text)
     units = [split_unit(part, letters=True).unit for part in parts]
     return parts if len(parts) > 1 and None not in units and len(set(units)) == len(units) else [text]
 
 
 def _times(currency: Unit | None, unit: Unit) -> Unit:
-    """Return a unit with a currency's sign before the number: ``$5 per hour``, but ``$5 dollars`` is said twice."""
+    """Return a unit with the currency before the number: ``$5 per hour``. In ``$5 dollars`` it counts once."""
     if currency is None or currency[0] in unit:
         return unit
     return tuple(sorted((*currency, *unit)))
 
 
 def same_unit(ours: Unit | None, theirs: Unit | None) -> bool:
-    """Check that two units do not differ. A quantity whose unit is left out agrees with any unit."""
+    """Return whether two units agree. A missing unit agrees with any unit."""
     return ours is None or theirs is None or ours == theirs

@@ -1,4 +1,4 @@
-"""math-verify in a process with a clock: some strings keep sympy busy for ever, or make it eat all memory."""
+"""math-verify in a process with a time limit: some strings make sympy run forever or use all memory."""
 
 import contextlib
 import json
@@ -14,23 +14,23 @@ from multiverse_hf.errors import CommandError
 from multiverse_hf.judging.checker import get_checker
 
 TIMEOUT_S = 5.0
-START_S = 120.0  # sympy alone takes a second to import, on a busy machine many
+START_S = 120.0  # importing sympy takes a second, on a busy machine many
 WORKER = Path(__file__).with_name("verifier_worker.py")
 
 
 class VerifierError(Exception):
-    """A comparison that gave no verdict, with the reason."""
+    """A comparison without a verdict, with the reason."""
 
 
 class VerifierTimeout(VerifierError):
-    """A comparison that took too long; its process is gone."""
+    """A comparison that took too long; its process was killed."""
 
 
 class Verifier:
-    """Compares answers in a process, one at a time; a process that is stuck is killed and replaced.
+    """Compares answers in a process, one at a time. A stuck process is killed and replaced.
 
     Args:
-        timeout_s: seconds a comparison may take.
+        timeout_s: time limit of a comparison.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -39,17 +39,17 @@ class Verifier:
         self._lock = threading.Lock()
 
     def is_same(self, gold: str, answer: str, *, search: bool = False) -> bool:
-        """Check whether math-verify holds an answer to be the gold one.
+        """Return whether math-verify finds an answer equal to the gold one.
 
         Args:
             gold: one expression.
             answer: another.
-            search: they are prose; look for an expression in each, and be content with what is found.
+            search: both are prose; compare the expressions found in them.
 
         Raises:
-            VerifierError: if it cannot read one of them, takes too long, or fails; a :class:`VerifierTimeout` where
-                it took too long.
-            CommandError: if math-verify is not there and cannot be installed.
+            VerifierTimeout: if it takes too long.
+            VerifierError: if it cannot read one of them, or fails.
+            CommandError: if math-verify is missing and cannot be installed.
         """
         with self._lock:
             process = self._start()
@@ -57,7 +57,7 @@ class Verifier:
                 process.stdin.write(json.dumps([gold, answer, search]) + "\n")
                 process.stdin.flush()
                 same, reason = self._read(process, self.timeout_s)
-            except (OSError, ValueError) as err:  # it died, of a lack of memory as a rule
+            except (OSError, ValueError) as err:  # it died, usually for lack of memory
                 self._stop()
                 raise VerifierError("the process that compares answers died") from err
         if reason is not None:
@@ -65,9 +65,9 @@ class Verifier:
         return same
 
     def close(self) -> None:
-        """End the process, whatever it is at."""
+        """End the process, even during a comparison."""
         if (process := self._process) is not None:
-            process.kill()  # who waits for it holds the lock
+            process.kill()  # a thread that waits for it holds the lock
         with self._lock:
             self._stop()
 
@@ -84,7 +84,7 @@ class Verifier:
         if (folder := get_checker()) is not None:
             paths = [str(folder), environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        # -P: the modules beside the worker do not stand in for others of their names
+        # -P: modules beside the worker must not shadow others of the same names
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL, text=True, bufsize=1, env=environment,
@@ -97,7 +97,7 @@ class Verifier:
         return self._process
 
     def _read(self, process: "subprocess.Popen[str]", timeout_s: float) -> Any:
-        """Read one line.
+        """Return one line's JSON value.
 
         Raises:
             VerifierTimeout: if there is none in time.
@@ -115,6 +115,6 @@ class Verifier:
             self._process.kill()
             self._process.wait()
             for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(OSError):  # what is left in its buffer has nobody to go to
+                with contextlib.suppress(OSError):  # its buffer has no reader any more
                     stream.close()
             self._process = None

@@ -1,12 +1,12 @@
-"""Compares mathematical expressions in a process of its own, which may be killed at any time.
+"""Compares mathematical expressions in a separate process, which may be killed at any time.
 
-Run as a script: it imports math-verify and nothing of this package, so it starts quickly. A line of standard input is
-``[gold, answer, search]``, the line it writes for it ``[is the same, why not]``. ``search``: the two are prose, and
+It is run as a script. It imports math-verify and nothing of this package, so it starts quickly. Each line of standard
+input is ``[gold, answer, search]``, and its reply is ``[equal, reason]``. With ``search`` both are prose, and
 math-verify looks for an expression in each.
 
 math-verify 0.9 reads and compares. Two things are stricter than its defaults. An expression is read as a whole or not
-at all: its own search takes a number out of what it cannot read, and drops units and single letters. And what it
-holds to be the same must be the same to 30 digits, relative to its size: it compares 15, of decimals 6.
+at all: its own search takes a number from an unreadable text, and drops units and single letters. Equal values must
+agree to 30 relative digits: math-verify compares 15, and 6 of decimals.
 """
 
 import json
@@ -15,21 +15,21 @@ import sys
 import time
 from typing import Any
 
-# math-verify's own timeouts are signals, which long computations in C do not see, and what they cut off counts as
-# different. Here the process is killed.
+# math-verify's own timeouts are signals, which long computations in C ignore, and a cut-off comparison counts as
+# different. Here the process is killed instead.
 NEVER_S = 3600
-CPU_S = 120  # of one comparison: an end also where the process that would kill this one has been killed itself
-MEMORY = 4 << 30  # bytes; a tower of powers takes all there is before it takes long
-DIGITS = 40  # that numbers are worked out to
-SAME = 1e-30  # relative difference of two numbers that are the same
-MIN_ROUNDED_DIGITS = 6  # that a decimal must have to stand for an irrational number
+CPU_S = 120  # of one comparison: an end even if the process that would kill this one was killed
+MEMORY = 4 << 30  # bytes; a tower of powers fills the memory before it takes long
+DIGITS = 40  # digits of computed numbers
+SAME = 1e-30  # greatest relative difference of equal numbers
+MIN_ROUNDED_DIGITS = 6  # of a rounded irrational number, as MIN_DIGITS of judging/exact.py
 
 _DECIMAL = re.compile(r"(?<![\w.\\])(\d*)\.(\d+)(?![\d.])")
 _LONE_DECIMAL = re.compile(r"\s*([-+]?)\s*(\d*)\.(\d+)\s*")
 
 
 def read(text: str) -> Any:
-    """Return the expression that a text writes, its decimals as fractions. Raise any error if it cannot be read."""
+    """Return the expression of a text, with decimals as fractions. Raise any error if it cannot be read."""
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, NormalizationConfig, latex2sympy, normalize_latex
     from math_verify.grader import should_treat_as_complex
     from sympy import Basic, I
@@ -52,7 +52,7 @@ def read(text: str) -> Any:
 
 
 def compare_expressions(gold: str, answer: str) -> tuple[bool, str | None]:
-    """Check whether math-verify holds two answers to be the same, and if it reads them at all."""
+    """Return whether math-verify finds two answers equal, and which one it cannot read."""
     from math_verify import verify
 
     read_: list[Any] = []
@@ -61,7 +61,7 @@ def compare_expressions(gold: str, answer: str) -> tuple[bool, str | None]:
             read_.append(read(text))
         except (MemoryError, RecursionError):
             raise
-        except Exception:  # of the parser, of many kinds
+        except Exception:  # the parser raises many kinds
             return False, f"the {name} cannot be read"
     if is_rounded(gold, read_[1]) or is_rounded(answer, read_[0]):
         return True, None
@@ -72,7 +72,7 @@ def compare_expressions(gold: str, answer: str) -> tuple[bool, str | None]:
 
 
 def compare_prose(gold: str, answer: str) -> tuple[bool, str | None]:
-    """Check whether math-verify finds the same in two texts that say more than an answer."""
+    """Return whether math-verify finds equal expressions in two texts of prose."""
     from math_verify import parse, verify
 
     found = [
@@ -83,7 +83,7 @@ def compare_prose(gold: str, answer: str) -> tuple[bool, str | None]:
 
 
 def is_rounded(text: str, value: Any) -> bool:
-    """Check that a text is a decimal, and an irrational number rounded to it."""
+    """Return whether a text is the rounded decimal of an irrational number."""
     from sympy import Expr, Rational
 
     match = _LONE_DECIMAL.fullmatch(text)
@@ -99,7 +99,7 @@ def is_rounded(text: str, value: Any) -> bool:
 
 
 def differ(gold: Any, answer: Any) -> bool:
-    """Check that two expressions have different values, or where they have variables, different ones at a place."""
+    """Return whether two expressions have different values, with variables at some point."""
     from sympy import Eq, Expr, Integer, Rational
 
     gold, answer = (each.rhs if isinstance(each, Eq) and each.lhs.is_Symbol else each for each in (gold, answer))
@@ -110,7 +110,7 @@ def differ(gold: Any, answer: Any) -> bool:
         place = {symbol: Rational(shift + 7 * k, 11 + k) for k, symbol in enumerate(symbols)}
         try:
             values = [each.subs(place).doit().evalf(DIGITS) for each in (gold, answer)]
-            # a sum that cancels out leaves a number without one exact digit
+            # a sum that cancels out leaves a number without an exact digit
             values = [Integer(0) if value.is_Float and value._prec == 1 else value for value in values]
             if not all(value.is_number and value.is_finite for value in values):
                 continue
@@ -122,7 +122,7 @@ def differ(gold: Any, answer: Any) -> bool:
 
 
 def limit(name: str, value: int) -> None:
-    """Limit what this process may use, where the system can."""
+    """Limit a resource of this process, if the system supports it."""
     try:
         import resource
 

@@ -1,1 +1,1 @@
-"""The paper's experiments, each with its numbers, summary and figure."""
+"""The paper's experiments, each with its results, summary and figure."""

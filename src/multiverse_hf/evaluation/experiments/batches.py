@@ -1,8 +1,8 @@
-"""Figure 8b: how much faster parallel writing is, against the batch size.
+"""Figure 8b: speedup of parallel writing against the batch size.
 
-The same problems are answered in batches of each size, twice by the same model and engine: in parallel, and with
+The same model and engine answer the same problems in batches of each size, in parallel and with
 ``structure="off"``, which writes the same documents autoregressively. The speedup is the ratio of seconds per
-token, from the first token chosen. It stays as long as a step is bound by reading the weights (paper, section on
+token, from the first token chosen. It is constant as long as reading the weights bounds a step (paper, section on
 efficiency). ``benchmarks/batch_scaling.py`` measures the same with random weights of any size, on blocks of a given
 shape.
 """
@@ -23,9 +23,9 @@ SIZES = (1, 2, 4, 8, 16)
 
 
 def measure_batches(subject: Subject, sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Answer all problems in batches of each size, on both sides, in turns: the work is the same at every size.
+    """Answer all problems in batches of each size, on both sides in turns. Every size has the same work.
 
-    A size that is greater than the number of problems has one batch, which begins with the first of them again.
+    A size above the number of problems has one batch, which repeats the problems.
     """
     prompts, rows = subject.prompts(), []
     for size in sizes:
@@ -40,14 +40,14 @@ def measure_batches(subject: Subject, sizes: Sequence[int], repeats: int) -> dic
 
 
 def cut(prompts: Sequence[list[int]], size: int) -> list[list[list[int]]]:
-    """Cut prompts into batches of one size; what does not fill the last one is left out."""
+    """Return prompts in batches of one size, without an incomplete last batch."""
     if size > len(prompts):
         return [[prompts[number % len(prompts)] for number in range(size)]]
     return [list(prompts[begin : begin + size]) for begin in range(0, len(prompts) - size + 1, size)]
 
 
 def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, Any]:
-    """Return both sides' speeds and their ratio."""
+    """Return speeds of both sides, and their ratio."""
 
     def total(of: Sequence[Timed], name: str) -> float:
         return sum(getattr(timed, name) for timed in of)
@@ -79,7 +79,7 @@ def _summarize_size(runs: Mapping[str, Sequence[Sequence[Timed]]]) -> dict[str, 
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Return what came out, in lines for people."""
+    """Return the results in lines for people."""
     lines = [
         f"batch {row['batch']:3}: {row['speedup']:.2f} times as fast per token [{row['min']:.2f}, {row['max']:.2f}], "
         f"# parallel {row['parallelism']:.2f}; {row['answers']} answers in {row['seconds']['parallel']:.1f} s, "
@@ -90,11 +90,11 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw the speedups with the range of their repeats, and # parallel, which they cannot pass by much."""
+    """Draw the speedups with the range of their repeats, and # parallel as their limit."""
     figure, (axes,) = make_figure()
     rows = result["rows"]
     sizes, values = [row["batch"] for row in rows], [row["speedup"] for row in rows]
-    # a ratio of medians may lie outside the ratios of single repeats
+    # a ratio of medians may be outside the range of single repeats
     below = [max(row["speedup"] - row["min"], 0) for row in rows]
     above = [max(row["max"] - row["speedup"], 0) for row in rows]
     name = f"{result['model']['name']}, {result['task']}"

@@ -1,7 +1,7 @@
 """Figure 7: accuracy against the length budget, the parallel model and its autoregressive twin, on the same problems.
 
-The same budget is the same ``max_new_tokens``: positions past the prompt, which is the time an answer may take, not
-the tokens of all its paths. An answer that does not fit is cut off and wrong. Every point is a run of its own.
+A budget is a value of ``max_new_tokens``: positions past the prompt, and so the time of an answer, not the tokens of
+all its paths. An answer that does not fit is cut off and wrong. Every point is a separate run.
 """
 
 import itertools
@@ -24,17 +24,17 @@ BUDGETS = (128, 192, 256, 320, 384, 512, 768, 1024, 1536)
 def measure_budgets(
     evaluation: Evaluation, autoregressive: str, budgets: Sequence[int], output: Path, evaluate: Evaluate
 ) -> dict[str, Any]:
-    """Run both models at every budget, each in its folder, or go on where it was.
+    """Run both models at every budget, each in its folder. Finished runs are kept.
 
     Args:
-        evaluation: of the parallel model, with one task.
+        evaluation: settings of the parallel model, with one task.
         autoregressive: the other model.
         budgets: values of ``max_new_tokens``.
         output: folder of the runs.
-        evaluate: runs an evaluation in a folder and gives its results.
+        evaluate: runs an evaluation in a folder and returns its results.
 
     Raises:
-        CommandError: as a run does.
+        CommandError: if there is more than one task, or a run fails.
     """
     if len(evaluation.tasks) != 1:
         raise CommandError(f"a budget curve is of one task, got {', '.join(evaluation.tasks)}; name one")
@@ -68,7 +68,7 @@ def measure_budgets(
 
 
 def rising_part(rows: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Return the budgets of the rising part: where either model still gains by the next one, and that one."""
+    """Return the budgets of the rising part: those from which either model gains by the next budget, and that one."""
     rising: set[int] = set()
     for row, following in itertools.pairwise(rows):
         if any(following[side]["pass@1"]["value"] > row[side]["pass@1"]["value"] for side in SIDES):
@@ -77,7 +77,7 @@ def rising_part(rows: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Return what came out, in lines for people."""
+    """Return the results in lines for people."""
     lines = [
         f"length {row['budget']:5}: parallel {show('pass@1', row['parallel']['pass@1'])}, autoregressive "
         f"{show('pass@1', row['autoregressive']['pass@1'])}, difference {100 * row['difference']['value']:+.1f} "
@@ -95,11 +95,11 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw both curves with their intervals, and the paired difference with the paper's mean gain beside it."""
+    """Draw both curves with their intervals, and the paired difference with the paper's mean gain."""
     figure, (curves, differences) = make_figure(2, width=10.5)
     rows = result["rows"]
     budgets = [row["budget"] for row in rows]
-    # the second line is dashed with hollow marks: where both are the same the first one shows through
+    # the second line is dashed with hollow marks, so that an equal first line shows through
     styles = {"parallel": ("o-", "#2b6cb0", {}), "autoregressive": ("s--", "#c05621", {"markerfacecolor": "none"})}
     for side, (style, color, face) in styles.items():
         of = [row[side]["pass@1"] for row in rows]

@@ -1,4 +1,4 @@
-"""What ``multiverse experiment`` and ``multiverse eval --suite paper`` do once their options are read."""
+"""``multiverse experiment`` and ``multiverse eval --suite paper``, after their options are read."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,13 @@ MODULES = {"table": suite, "budget": budget, "latency": latency, "batch": batche
 
 
 def run_experiment(name: str, measure: Callable[[], dict[str, Any]], output: Path) -> None:
-    """Measure one of the paper's experiments, write ``NAME.json``, ``.png`` and ``.svg``, and print what came out.
+    """Run one of the paper's experiments. Write ``NAME.json``, ``.png`` and ``.svg``, and print the results.
 
-    For a table write ``.md`` too.
+    For a table, also write ``.md``.
 
     Args:
         name: ``table``, ``budget``, ``latency`` or ``batch``.
-        measure: does the work.
+        measure: returns the experiment's result.
         output: folder to write to.
     """
     module = MODULES[name]
@@ -29,7 +29,7 @@ def run_experiment(name: str, measure: Callable[[], dict[str, Any]], output: Pat
     quiet()
     try:
         result = measure() | {"command": command_line()}
-    except ValueError as err:  # of a fit: too little to fit a curve to
+    except ValueError as err:  # too few points to fit a curve
         raise CommandError(one_line(err)) from err
     with output_folder(output) as part:
         (part / f"{name}.json").write_text(json_text(result, indent=1), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Figure 8a: latency per token against # parallel, fitted with y = a / x + b.
 
-x is the # parallel of an answer, y its milliseconds per token from the first token chosen, at batch 1. b is what every
-token costs however many are written at once, and b / (a + b) its share of the latency at x = 1 (paper, section on
-efficiency). ``benchmarks/latency_vs_parallelism.py`` measures the same with random weights of any size, on blocks of a
-given shape; here a model writes what it would write to a user.
+x is the # parallel of an answer, and y its milliseconds per token from the first token chosen, at batch 1. b is the
+cost of a token that parallelism does not reduce, and b / (a + b) its share of the latency at x = 1 (paper, section on
+efficiency). Here a model writes real answers. ``benchmarks/latency_vs_parallelism.py`` measures the same with random
+weights of any size, on blocks of a given shape.
 """
 
 import statistics
@@ -25,9 +25,9 @@ class Fit:
     """y = a/x + b.
 
     Attributes:
-        a_ms, b_ms: milliseconds per token.
+        a_ms, b_ms: coefficients in milliseconds per token.
         r_squared: share of the variance of y that the curve explains.
-        residual_percent: the greatest distance of a point from the curve, in percent of the point.
+        residual_percent: greatest distance of a point from the curve, in percent of the point.
     """
 
     a_ms: float
@@ -37,18 +37,18 @@ class Fit:
 
     @property
     def share_percent(self) -> float:
-        """b/(a+b): what parallelism does not divide, of the latency at x = 1. Negative where b is."""
+        """b/(a+b): share of the latency at x = 1 that parallelism does not reduce. Negative if b is."""
         return 100 * self.b_ms / (self.a_ms + self.b_ms)
 
     def to_dict(self) -> dict[str, float]:
-        """Return all of it as the result stores it."""
+        """Return all values as the result stores them."""
         return {
             name: round(value, 6) for name, value in (asdict(self) | {"share_percent": self.share_percent}).items()
         }
 
 
 def fit(parallelism: Sequence[float], latency: Sequence[float]) -> Fit:
-    """Fit latency, in milliseconds per token, as a linear function of 1/parallelism, by least squares.
+    """Return the least-squares fit of latency, in milliseconds per token, as a linear function of 1/parallelism.
 
     Raises:
         ValueError: if there are not two different degrees of parallelism.
@@ -64,16 +64,16 @@ def fit(parallelism: Sequence[float], latency: Sequence[float]) -> Fit:
 
 
 def measure_latency(subject: Subject, repeats: int) -> dict[str, Any]:
-    """Answer every problem alone, several times, in turns, and fit the medians.
+    """Answer every problem alone, several times in turns, and fit the medians.
 
     Raises:
-        ValueError: if all answers have one # parallel.
+        ValueError: if all answers have the same # parallel.
     """
     prompts = subject.prompts()
     times: list[list[float]] = [[] for _ in prompts]
     answers: list[Any] = [None] * len(prompts)
     with subject.engine(max_num_seqs=1) as time_answers:
-        time_answers(prompts[:1])  # the first answer also pays for what is made once
+        time_answers(prompts[:1])  # the first answer includes one-time costs
         for number in shown(in_turns(range(len(prompts)), repeats), len(prompts) * repeats, "answers"):
             timed = time_answers([prompts[number]])
             answers[number] = timed.results[0].stats
@@ -105,7 +105,7 @@ def measure_latency(subject: Subject, repeats: int) -> dict[str, Any]:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Return what came out, in lines for people."""
+    """Return the results in lines for people."""
     curve, shares = result["fit"], result["share_percent_of_repeats"]
     theirs = ", ".join(f"{share} % at {tokens // 1024}k tokens" for tokens, share in paper.LATENCY_SHARES.items())
     return [
@@ -118,7 +118,7 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw the points and the curve; and beside them, as shares of the latency at x = 1, the paper's curves."""
+    """Draw the points and their curve, and the paper's curves as shares of the latency at x = 1."""
     figure, (ours, both) = make_figure(2, width=10.5)
     points, curve = result["points"], result["fit"]
     x = np.array([point["parallelism"] for point in points])
@@ -126,7 +126,7 @@ def draw(path: Path, result: Mapping[str, Any]) -> None:
     ends = [y - [point["min"] for point in points], [point["max"] for point in points] - y]
     along = np.linspace(1, max(x.max(), 2), 200)
     label = f"{curve['a_ms']:.2f} / x + {curve['b_ms']:.2f} ms: b/(a+b) = {curve['share_percent']:.1f} %"
-    seen_through = {"markerfacecolor": "none", "alpha": 0.6}  # answers that do not fork all stand at 1
+    seen_through = {"markerfacecolor": "none", "alpha": 0.6}  # all answers without a fork are at 1
     ours.errorbar(
         x, y, ends, fmt="o", markersize=4, linewidth=0.8, color="#2b6cb0", label="answers, median and range",
         **seen_through,

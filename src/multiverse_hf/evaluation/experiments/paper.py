@@ -1,11 +1,11 @@
-"""What the paper reports (arXiv 2506.09991), to draw beside our own. What is not public is not here."""
+"""Published results of the paper (arXiv 2506.09991), to draw beside our own."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A cell of table 2: pass@1 in percent, and # parallel; None where the table has none."""
+    """A cell of table 2: pass@1 in percent, and # parallel, None if the table has none."""
 
     accuracy: float
     parallelism: float | None = None
@@ -42,7 +42,7 @@ LATENCY_CURVES = {8192: (15.43, 0.60), 16_384: (15.43, 1.06), 32_768: (15.38, 2.
 # b / (a + b) in percent, as the paper gives it
 LATENCY_SHARES = {8192: 3.7, 16_384: 6.4, 32_768: 12.2}
 
-# Figure 8b: batch sizes, and what is said of them
+# Figure 8b: batch sizes and speedups
 BATCH_SIZES = (1, 128)
 MEAN_SPEEDUP_PERCENT = 18.5  # at # parallel 1.0 to 1.3
 BEST_SPEEDUP = 2.1

@@ -1,4 +1,4 @@
-"""What the timed experiments share: a model with problems to answer, turns, and what a result says of itself."""
+"""Shared parts of the timed experiments: a model with problems to answer, and the description of a result."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ from multiverse_hf.provenance import commit, hardware, versions
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model, the problems it is to answer, and how: greedily, so that every repeat writes the same."""
+    """A model, its problems and its settings. Answers are greedy, so that every repeat writes the same."""
 
     evaluation: Evaluation
     checkpoint: Checkpoint
@@ -28,7 +28,7 @@ class Subject:
 
     @classmethod
     def load(cls, evaluation: Evaluation) -> "Subject":
-        """Read model and problems, of the first task that is named.
+        """Return the model, and the problems of the first task.
 
         Raises:
             CommandError: if one of them cannot be read, or the model cannot branch.
@@ -42,16 +42,16 @@ class Subject:
         """Return the prompts' token ids.
 
         Raises:
-            CommandError: if one does not fit the context.
+            CommandError: if a prompt does not fit the context.
         """
         return [self.checkpoint.encode(self.evaluation.messages(problem)) for problem in self.problems.problems]
 
     @contextmanager
     def engine(self, max_num_seqs: int) -> Iterator[Callable[..., Timed]]:
-        """Make an engine; give what answers prompts on it, greedily, and takes the time.
+        """Create an engine. Yield a function that answers prompts on it greedily and measures the time.
 
         Raises:
-            CommandError: if the cache cannot be made, or is too small.
+            CommandError: if the cache cannot be created, or is too small.
         """
         from multiverse_hf.evaluation.experiments.timing import time_answers
         from multiverse_hf.modeling.continuous_batching import MultiverseEngine
@@ -68,13 +68,13 @@ class Subject:
 
 
 def shown(items: Iterable[Item], total: int, title: str) -> Iterable[Item]:
-    """Return items, and show in a terminal how many of them are done."""
+    """Return items, and show their progress in a terminal."""
     console = Console(stderr=True)
     return track(items, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def describe(subject: Subject, experiment: str) -> dict[str, Any]:
-    """Return what a result says of where it comes from."""
+    """Return the model, problems, sampling, versions and hardware of a result."""
     checkpoint = subject.checkpoint
     return {
         "schema": 1,

@@ -14,7 +14,7 @@ from multiverse_hf.evaluation.settings import Evaluate, Evaluation
 from multiverse_hf.evaluation.tasks import Mode
 from multiverse_hf.outputs import new_folder
 
-RANDOM = "random"  # as a base: the model's own architecture with random weights, what multiverse-tiny began with
+RANDOM = "random"  # base with the model's architecture and random weights, as multiverse-tiny began
 ROWS = {
     "base": Mode.AUTOREGRESSIVE,
     "autoregressive": Mode.AUTOREGRESSIVE,
@@ -26,17 +26,17 @@ ROWS = {
 def measure_suite(
     evaluation: Evaluation, base: str | None, autoregressive: str | None, output: Path, evaluate: Evaluate
 ) -> dict[str, Any]:
-    """Run every row of the table, each in its folder, or go on where it was.
+    """Run every row of the table, each in its folder. Finished runs are kept.
 
     Args:
-        evaluation: of the parallel model.
-        base: the model it was trained from; ``random`` for random weights; None leaves the row out.
-        autoregressive: the model trained on the same data in sequential form; None leaves the row out.
+        evaluation: settings of the parallel model.
+        base: the model it was trained from; ``random`` for random weights; None omits the row.
+        autoregressive: the model trained on the same data in sequential form; None omits the row.
         output: folder of the runs.
-        evaluate: runs an evaluation in a folder and gives its results.
+        evaluate: runs an evaluation in a folder and returns its results.
 
     Raises:
-        CommandError: as a run does.
+        CommandError: if a run fails, or the random base would be too large.
     """
     if base == RANDOM:
         base = str(make_random_base(open_checkpoint(evaluation.model, evaluation.revision), output / "base-model"))
@@ -63,10 +63,10 @@ def measure_suite(
 
 
 def make_random_base(checkpoint: Checkpoint, folder: Path) -> Path:
-    """Save a model of a checkpoint's architecture with random weights (seed 0); one that is there is kept.
+    """Save a model of a checkpoint's architecture with random weights (seed 0), unless it exists.
 
     Raises:
-        CommandError: if the model is too large to be of use as a random one.
+        CommandError: if a random model of this size would be useless.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -96,7 +96,7 @@ def _cells(row: str, task: str, results: Mapping[str, Any]) -> list[str]:
 
 
 def table_page(result: Mapping[str, Any]) -> str:
-    """Return the table in Markdown, with the paper's numbers where its tasks are among ours."""
+    """Return the table in Markdown, with the paper's numbers for common tasks."""
     head = result["rows"]["parallel"]
     asked = [f"{row}: `{of['model']['name']}`, `{of['prompts']['template']}`." for row, of in result["rows"].items()]
     lines = [f"Sampling: {describe_sampling(head).rpartition(', structure')[0]}. {' '.join(asked)}", ""]
@@ -111,7 +111,7 @@ def table_page(result: Mapping[str, Any]) -> str:
 
 
 def summarize(result: Mapping[str, Any]) -> list[str]:
-    """Return what came out, in lines for people."""
+    """Return the results in lines for people."""
     return [
         f"{task} {row:15} {' '.join(f'{cell:26}' for cell in _cells(row, task, of)[:3])}"
         for task in result["rows"]["parallel"]["tasks"]
@@ -120,7 +120,7 @@ def summarize(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(path: Path, result: Mapping[str, Any]) -> None:
-    """Draw pass@1 and # parallel with their intervals, a line for each row and task; beside them the paper's."""
+    """Draw pass@1 and # parallel with their intervals for each row and task, beside the paper's."""
     rows = [(row, task, of["tasks"][task]["metrics"]) for task in result["rows"]["parallel"]["tasks"]
             for row, of in result["rows"].items()]  # fmt: skip
     figure, (ours, widths, theirs) = make_figure(3, width=13, height=max(4.2, 1.2 + 0.3 * len(rows)))

@@ -1,4 +1,4 @@
-"""What it takes to answer some prompts at once: the prompts' own pass, and everything after it."""
+"""The time to answer prompts at once, separately for the prompts' own pass and the rest."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,11 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Timed:
-    """What answering some prompts took.
+    """Times of answering prompts.
 
     Attributes:
-        prompt_seconds: until the first token of an answer was chosen: the prompts' own pass.
-        seconds: from then on.
+        prompt_seconds: time until the first token of an answer was chosen: the prompts' own pass.
+        seconds: time after it.
         results: the answers.
     """
 
@@ -30,25 +30,25 @@ class Timed:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all answers that were written in ``seconds``: the prompts' pass chooses the first of each."""
+        """Tokens written in ``seconds``, without each answer's first, which the prompts' pass chooses."""
         return sum(result.stats.num_tokens - 1 for result in self.results)
 
     @property
     def length(self) -> int:
-        """Positions of all answers that were passed in ``seconds``."""
+        """Positions of all answers in ``seconds``, without each answer's first."""
         return sum(result.stats.length - 1 for result in self.results)
 
 
 def time_answers(engine: MultiverseEngine, prompts: Sequence[Any], **options: Any) -> Timed:
-    """Have prompts answered at once, and take the time.
+    """Answer prompts at once, and measure the time.
 
     Raises:
-        RuntimeError: if the cache was too small to hold all answers: reading them again is no part of writing.
+        RuntimeError: if the cache was too small for all answers: reading them again would count as writing.
     """
     first: list[float] = []
 
     def listen(_event: BranchEvent) -> None:
-        if not first:  # a token's id has come back from the device, so the pass before it is over
+        if not first:  # a token's id is on the host, so the pass before it is over
             first.append(time.perf_counter())
 
     before = engine.memory()["num_preemptions"]
@@ -65,14 +65,15 @@ def time_answers(engine: MultiverseEngine, prompts: Sequence[Any], **options: An
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was given to a device; a CPU is done when the call returns."""
+    """Wait for a device's pending work; a CPU has none when a call returns."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def in_turns(items: Sequence[Item], repeats: int) -> Iterator[Item]:
-    """Return items in turns, all of them ``repeats`` times, each time beginning with another: what else runs on the
-    machine then meets all of them alike.
+    """Yield all items ``repeats`` times, each time starting with another one.
+
+    Other work on the machine then affects all items alike.
     """
     for repeat in range(repeats):
         begin = repeat % len(items)

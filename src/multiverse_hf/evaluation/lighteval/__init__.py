@@ -1,1 +1,1 @@
-"""LightEval 0.13: the tasks, the adapter for the engine, what ``accelerate`` lacks, and the repair it needs."""
+"""LightEval 0.13: tasks, an adapter for the engine, measures for ``accelerate``, and repairs."""

@@ -1,8 +1,8 @@
-"""``lighteval accelerate`` keeps nothing of an answer but its text and padded ids: what it cost is measured here.
+"""Measures of answers for ``lighteval accelerate``, which keeps only their texts and padded ids.
 
-LightEval's ``TransformersModel`` has no hook for that, so it is wrapped. Where it has answered, while its tokenizer is
-at hand, tokens and length are counted from the ids and put where metrics look, in ``doc.specific``. Its calls of
-``generate`` are mended on the way: see :func:`measure_transformers`.
+LightEval's ``TransformersModel`` has no hook for measures, so it is wrapped. After it has answered, tokens and length
+are counted from the ids and stored in ``doc.specific`` for metrics. Its calls of ``generate`` are also corrected: see
+:func:`measure_transformers`.
 """
 
 import functools
@@ -12,22 +12,22 @@ from typing import Any
 from multiverse_hf.evaluation.metrics import measure_ids
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
-MEASURES = "measures"  # key of ``doc.specific``: of each answer its num_tokens, length, parallelism and num_forks
+MEASURES = "measures"  # key of ``doc.specific``: num_tokens, length, parallelism and num_forks of each answer
 
 
 def measure_transformers() -> None:
-    """Wrap LightEval's ``TransformersModel``; once a process.
+    """Wrap LightEval's ``TransformersModel``, once per process.
 
-    Three things it does to ``generate`` are undone: it asks for scores, which it never reads and branches cannot give;
-    it takes a padding token of id 0 for none, and pads with the end token; and its criteria for stop sequences expect
-    one row for each prompt of a batch, where an engine that branches asks with one row for each branch.
+    Three of its calls of ``generate`` are corrected. It asks for scores, which it never reads and branches cannot
+    return. It ignores a padding token of id 0, and pads with the end token. Its criteria for stop sequences expect one
+    row for each prompt, but an engine that branches has one row for each branch.
     """
     import torch
 
     with_gradients = torch.is_grad_enabled()
     from lighteval.models.transformers import transformers_model
 
-    torch.set_grad_enabled(with_gradients)  # importing it turns gradients off, for all else in the process as well
+    torch.set_grad_enabled(with_gradients)  # importing it turns gradients off for the whole process
     model = transformers_model.TransformersModel
     if getattr(model.greedy_until, "measures", False):
         return
@@ -65,7 +65,7 @@ def _mended(generate: Any, pad: int | None) -> Any:
 
 
 def stop_sequences_criteria(tokenizer: Any, stop_sequences: Sequence[str], batch: Any) -> Any:
-    """Return transformers' criteria for stop sequences. The end token needs none: ``generate`` knows it."""
+    """Return transformers' criteria for stop sequences, without the end token, which ``generate`` knows."""
     from transformers import StoppingCriteriaList
     from transformers.generation.stopping_criteria import StopStringCriteria
 
@@ -81,10 +81,10 @@ def find_tags(tokenizer: Any) -> TagSet | None:
 
 
 def strip(ids: Sequence[int], tokenizer: Any, tags: TagSet | None, budget: int) -> list[int]:
-    """Take the padding off: LightEval's answers are as long as the longest of their batch.
+    """Return ids without padding: LightEval pads answers to the longest of their batch.
 
-    Where padding is done with the end token, the first of them is the answer's own end, unless it would stand past
-    the budget: then the answer was cut off.
+    If the padding is the end token, its first one is the answer's own end. If that would be past the budget, the
+    answer was cut off and has none.
     """
     ids = [int(token) for token in ids]
     end = tokenizer.eos_token_id
@@ -98,7 +98,7 @@ def strip(ids: Sequence[int], tokenizer: Any, tags: TagSet | None, budget: int) 
 
 
 def measure(ids: Sequence[int], tags: TagSet | None) -> dict[str, Any]:
-    """Count what an answer cost."""
+    """Return tokens, length, # parallel and forks of an answer."""
     if tags is None:
         return {"num_tokens": len(ids), "length": len(ids), "parallelism": 1.0, "num_forks": 0}
     from multiverse_hf.modeling.layout import Event, Scanner

@@ -3,11 +3,11 @@
     lighteval custom "multiverse-tiny,temperature=0" src/multiverse_hf/evaluation/lighteval/model.py "mv:chains|0" \\
         --custom-tasks multiverse_hf.evaluation.lighteval.tasks --output-dir out --save-details
 
-``lighteval custom`` has no options of models; they follow the model's name, after commas: ``temperature``, ``top_p``,
+``lighteval custom`` has no options for models. They follow the model's name after commas: ``temperature``, ``top_p``,
 ``seed``, ``max_new_tokens``, ``max_num_seqs``, ``max_cache_tokens``, ``dtype``, ``device``, ``threads``, ``revision``,
-``system_prompt``. Defaults are those of ``multiverse eval``; ``multiverse`` alone is the embedded model.
+``system_prompt``. The defaults are those of ``multiverse eval``; ``multiverse`` alone is the embedded model.
 
-A file for LightEval: it takes the first ``LightevalModel`` it finds in it, so there is one.
+LightEval takes the first ``LightevalModel`` in this file, so there is only one.
 """
 
 import dataclasses
@@ -42,10 +42,10 @@ MEASURED = ("num_tokens", "length", "parallelism", "num_steps", "num_forks")
 
 
 def read_name(text: str) -> tuple[str | None, dict[str, Any]]:
-    """Read ``NAME,option=value,...``.
+    """Return name and options of ``NAME,option=value,...``.
 
     Raises:
-        ValueError: if an option is unknown, or its value is none.
+        ValueError: if an option is unknown, or its value is invalid.
     """
     name, *pairs = text.split(",")
     options = {}
@@ -68,15 +68,15 @@ class MultiverseLightevalModel(LightevalModel):
     def __init__(self, config: Any) -> None:
         name, options = read_name(config.model_name)
         self.evaluation = Evaluation(name, tuple(TASKS), **options)
-        # without tags it answers autoregressive tasks only, which greedy_until says
+        # without tags it answers only autoregressive tasks; greedy_until checks that
         self.checkpoint = open_checkpoint(name, self.evaluation.revision, needs_tags=False)
         evaluation = self.evaluation
         self.model = load_model(
             self.checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
         )
-        # LightEval makes folders of the name: an absolute one would put its results into the model's own folder
+        # LightEval turns the name into folders: an absolute name would put results into the model's folder
         self.config = config.model_copy(update={"model_name": self.checkpoint.name.strip("/").replace("/", "--")})
-        self._cache = SampleCache(self.config)  # not used: it tells models apart by name, not by weights
+        self._cache = SampleCache(self.config)  # not used: it identifies models by name, not by weights
 
     @property
     def tokenizer(self) -> Any:
@@ -85,7 +85,7 @@ class MultiverseLightevalModel(LightevalModel):
 
     @property
     def add_special_tokens(self) -> bool:
-        """The chat template adds them."""
+        """Whether LightEval adds special tokens: no, the chat template does."""
         return False
 
     @property
@@ -94,7 +94,7 @@ class MultiverseLightevalModel(LightevalModel):
         return self.checkpoint.config.max_position_embeddings
 
     def greedy_until(self, docs: list[Doc]) -> list[ModelResponse]:
-        """Answer documents, all those of one mode at once.
+        """Answer documents, all of one mode at once.
 
         Raises:
             ValueError: if the model cannot answer in a task's mode.
@@ -107,7 +107,7 @@ class MultiverseLightevalModel(LightevalModel):
         return [responses[number] for number in range(len(docs))]
 
     def _answer(self, mode: Mode, docs: list[tuple[int, Doc]]) -> dict[int, ModelResponse]:
-        """Answer the documents of a mode; each task's budget bounds the model's own."""
+        """Answer the documents of a mode. The tasks' budgets limit the model's own."""
         if mode is not Mode.AUTOREGRESSIVE and not self.checkpoint.has_tags:
             raise ValueError(
                 f"{self.checkpoint.name} has no control tags and cannot branch; "
@@ -138,11 +138,11 @@ class MultiverseLightevalModel(LightevalModel):
         return responses
 
     def loglikelihood(self, docs: list[Doc]) -> list[ModelResponse]:
-        """Not offered: the tasks here generate."""
+        """Raise: this adapter only generates."""
         raise NotImplementedError("this adapter generates; for log-likelihoods use lighteval accelerate")
 
     def loglikelihood_rolling(self, docs: list[Doc]) -> list[ModelResponse]:
-        """Not offered: the tasks here generate."""
+        """Raise: this adapter only generates."""
         raise NotImplementedError("this adapter generates; for perplexities use lighteval accelerate")
 
 

@@ -1,17 +1,17 @@
-"""What LightEval 0.13.0 needs to run offline and beside the newest packages. Its repository's head lacks the same.
+"""Repairs of LightEval 0.13.0, so that it runs offline and with the newest packages. Its main branch needs them too.
 
-    python -m multiverse_hf.evaluation.lighteval.repair install      once in an environment; ``remove`` undoes it
+    python -m multiverse_hf.evaluation.lighteval.repair install      once per environment; ``remove`` undoes it
 
-Three of its task modules fail when they are imported, and it imports all of them whatever task is asked for:
-``tiny_benchmarks`` downloads a file, ``mt_bench`` and ``mix_eval`` call ``list_models(model_name=...)``, which
-huggingface-hub 2 no longer takes. And it hashes text, which xxhash 4 refuses. ``lighteval`` has no hook that runs
-before that, so ``install`` writes a file that Python reads at its start, ``multiverse_hf_lighteval.pth``. The three
-modules are then empty, their tasks are not there, and text is encoded before it is hashed. Nothing happens in a
-program that does not use LightEval's tasks. Upstream, in huggingface/lighteval: issue 1330 (xxhash), issue 802 (what
-is downloaded where there is no network); none was found for ``list_models``. All of this can go when they are mended.
+LightEval imports all of its task modules for any task, and three of them fail. ``tiny_benchmarks`` downloads a file.
+``mt_bench`` and ``mix_eval`` call ``list_models(model_name=...)``, which huggingface-hub 2 no longer takes. LightEval
+also hashes text, which xxhash 4 refuses. It has no earlier hook, so ``install`` writes a file that Python reads at its
+start, ``multiverse_hf_lighteval.pth``. The three modules are then empty, their tasks are missing, and text is encoded
+before it is hashed. Programs that do not use LightEval's tasks are not affected. Upstream issues in
+huggingface/lighteval are 1330 (xxhash) and 802 (downloads without a network); none was found for ``list_models``. This
+module can go once they are fixed.
 
-It also pins latex2sympy2_extended, which holds math-verify at an older version than the one that judges here:
-``install`` puts that into a folder of its own (:mod:`~multiverse_hf.judging.checker`).
+LightEval also pins latex2sympy2_extended, and so an older math-verify than the one that judges here. ``install`` puts
+the right one into a separate folder (:mod:`~multiverse_hf.judging.checker`).
 """
 
 import importlib.abc
@@ -30,16 +30,16 @@ LINE = (
 
 
 class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the broken task modules, and makes them empty."""
+    """Import hook that makes the broken task modules empty."""
 
     def find_spec(
         self, name: str, path: object = None, target: object = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """Claim the broken modules and no others."""
+        """Return a spec for the broken modules only."""
         return importlib.machinery.ModuleSpec(name, self) if name in BROKEN else None
 
     def exec_module(self, module: ModuleType) -> None:
-        """Leave the module empty. LightEval is loading its tasks, and will log what comes of them: mend that too."""
+        """Leave the module empty. LightEval is loading its tasks and will log results: repair its hash too."""
         import lighteval.logging.info_loggers as loggers
         import xxhash
 
@@ -47,13 +47,13 @@ class EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def repair() -> None:
-    """Have LightEval work in this process. Does nothing the second time, and costs nothing without LightEval."""
+    """Install the import hook in this process, once. It costs nothing without LightEval."""
     if not any(isinstance(finder, EmptyModules) for finder in sys.meta_path):
         sys.meta_path.insert(0, EmptyModules())
 
 
 def hook() -> Path:
-    """Where this environment's Python looks for what to do at its start."""
+    """Return the file that this environment's Python reads at its start."""
     return Path(sysconfig.get_path("purelib"), HOOK)
 
 
@@ -63,7 +63,7 @@ def main() -> None:
         from multiverse_hf.judging.checker import get_checker
 
         try:
-            get_checker()  # LightEval's pin holds back the version of this environment
+            get_checker()  # LightEval's pin holds back this environment's version
         except CommandError as err:
             sys.exit(f"error: {err}")
         hook().write_text(LINE)

@@ -1,10 +1,10 @@
 """The tasks for LightEval 0.13: ``--custom-tasks multiverse_hf.evaluation.lighteval.tasks``.
 
-``mv:math_500`` asks in parallel; ``mv:math_500:zero`` and ``mv:math_500:autoregressive`` with the sequential suffix,
-the latter, through the adapter, autoregressively. So too for aime24, aime25, gpqa_diamond and chains.
-Prompts, answers and rules are those of ``multiverse eval``. ``mv:math_500@n=4|0`` draws four answers to each problem.
+``mv:math_500`` has the parallel suffix, ``mv:math_500:zero`` and ``mv:math_500:autoregressive`` the sequential one.
+The adapter decodes the latter autoregressively. aime24, aime25, gpqa_diamond and chains have the same three tasks.
+Prompts, answers and rules are those of ``multiverse eval``. ``mv:math_500@n=4|0`` draws four answers per problem.
 
-LightEval has no options of tasks; these environment variables stand in for them:
+LightEval has no options for tasks. These environment variables replace them:
 
 - ``MULTIVERSE_DATA_DIR``: folder with local rows, as ``multiverse eval --data-dir``. Other tasks come from the Hub.
 - ``MULTIVERSE_MAX_NEW_TOKENS``: the length budget (default 32768, the paper's context).
@@ -37,7 +37,7 @@ BUDGET = int(os.environ.get("MULTIVERSE_MAX_NEW_TOKENS", MAX_NEW_TOKENS))
 DATA_DIR = Path(os.environ["MULTIVERSE_DATA_DIR"]) if os.environ.get("MULTIVERSE_DATA_DIR") else None
 
 
-# Metrics: thin over evaluation/metrics.py
+# Metrics, from evaluation/metrics.py
 
 
 @functools.cache
@@ -47,16 +47,16 @@ def _verifier() -> Verifier:
 
 @functools.lru_cache(maxsize=1 << 16)
 def _is_right(kind: str, gold: str, text: str) -> bool:
-    """Judge an answer, once for all metrics."""
+    """Return whether an answer is right, judged once for all metrics."""
     return judge(AnswerKind(kind), gold, text, _verifier()).correct
 
 
 class OfVerdicts(SamplingMetric, SampleLevelComputation):
-    """A metric of which of a problem's answers are right.
+    """A metric of the verdicts on a problem's answers.
 
     Args:
-        compute_one: makes a number of the verdicts.
-        n: answers to each problem; ``task@n=4`` sets it.
+        compute_one: computes the metric from the verdicts.
+        n: answers per problem; ``task@n=4`` sets it.
     """
 
     def __init__(self, compute_one: Callable[[list[bool]], float], n: int = 1) -> None:
@@ -64,33 +64,33 @@ class OfVerdicts(SamplingMetric, SampleLevelComputation):
         self.compute_one, self.n = compute_one, n
 
     def num_samples(self) -> int:
-        """Answers to each problem."""
+        """Return the number of answers per problem."""
         return self.n
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
-        """Judge the texts as they were generated: rules are of where in a document the answer stands."""
+        """Return the metric of the generated texts, which the rules read as whole documents."""
         return self.compute_one([_is_right(doc.specific["kind"], doc.choices[0], t) for t in model_response.text])
 
 
 class OfAnswers(SampleLevelComputation):
-    """A metric of the answers' texts, or of what the engine counted (``doc.specific``)."""
+    """A metric of the answers' texts, or of the engine's counts (``doc.specific``)."""
 
     def __init__(self, compute_one: Callable[[list[str], list[Mapping[str, Any]]], float]) -> None:
         self.compute_one = compute_one
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
-        """Return the number."""
+        """Return the metric."""
         return self.compute_one(model_response.text, doc.specific[MEASURES])
 
 
 class MeasuredMetric(SampleLevelMetric):
-    """A metric of what the engine counted; there is none where the backend counted nothing.
+    """A metric of the engine's counts. It is missing if the backend counted nothing.
 
-    Only the adapter and ``accelerate`` count. LightEval's table takes no None, and its JSON file no NaN.
+    Only the adapter and ``accelerate`` count. LightEval's table cannot show None, nor its JSON file NaN.
     """
 
     def compute_sample(self, **of: Any) -> dict[str, float]:
-        """Return the metric by its name."""
+        """Return the metric by name."""
         return super().compute_sample(**of) if MEASURES in of["doc"].specific else {}
 
 
@@ -99,7 +99,7 @@ def _mean_of(name: str) -> Callable[[list[str], list[Mapping[str, Any]]], float]
 
 
 def make_metrics() -> list[SampleLevelMetric]:
-    """Make the metrics of a task; ``@n=4`` changes them, so each task has its own."""
+    """Return new metrics for a task; ``@n=4`` changes them, so each task has its own."""
     computations = {
         "pass@1": OfVerdicts(lambda verdicts: pass_at_k(len(verdicts), sum(verdicts), 1)),
         "avg@n": OfVerdicts(avg_at_n),
@@ -125,7 +125,7 @@ def make_metrics() -> list[SampleLevelMetric]:
 
 
 def prompt_function(task: Task, mode: Mode) -> Callable[[Mapping[str, Any], str], Doc]:
-    """Return what makes a document of a row."""
+    """Return a function that makes a document of a row."""
 
     def make_doc(row: Mapping[str, Any], task_name: str) -> Doc:
         problem = task.read(row)
@@ -138,9 +138,9 @@ def prompt_function(task: Task, mode: Mode) -> Callable[[Mapping[str, Any], str]
 
 
 def local_dataset(task: Task, data_dir: Path | None) -> Path:
-    """Put rows that do not come from the Hub where ``load_dataset`` reads them: a folder with ``test.parquet``.
+    """Write rows that are not on the Hub for ``load_dataset``: return a folder with ``test.parquet``.
 
-    All columns are text there. It would guess types of JSON, and take some answers for dates.
+    All columns are text, as it would guess types of JSON, and read some answers as dates.
     """
     import pyarrow
     import pyarrow.parquet
@@ -166,13 +166,13 @@ def _is_local(task: Task) -> bool:
         return False
     try:
         find_file(task, DATA_DIR)
-    except CommandError:  # the folder need not hold every task
+    except CommandError:  # the folder may lack a task
         return False
     return True
 
 
 def make_tasks() -> list[LightevalTaskConfig]:
-    """Make every task in every mode."""
+    """Return every task in every mode."""
     configs = []
     for task in TASKS.values():
         local = _is_local(task)
