@@ -62,7 +62,7 @@ train-tiny: $(DEV)  ## train the embedded model from nothing (CPU, 93 minutes)
 evaluate-tiny: $(DEV)  ## measure the embedded model on 500 unseen problems of each kind (6 minutes)
 	$(BIN)/python recipes/multiverse-tiny/evaluate.py --model src/multiverse_hf/assets/multiverse-tiny
 
-paper-tiny: $(DEV)  ## the paper's central table in small, three seeds (two cores, over an hour; goes on after a stop)
+paper-tiny: $(DEV)  ## the paper's central table in small, three seeds (over an hour on two cores; goes on after a stop)
 	$(BIN)/python recipes/multiverse-tiny/paper.py --output runs/paper-tiny
 
 clean:  ## remove caches and build outputs (.venv stays)

@@ -26,7 +26,19 @@ from typing import Any
 
 import torch
 from decode_cpu import VOCAB, make_models
-from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
+from report import (
+    announce,
+    count,
+    environment,
+    finish,
+    make_parser,
+    seconds_of_passes,
+    show,
+    show_environment,
+    shown,
+    spread,
+    store,
+)
 from transformers import AutoModelForCausalLM, GenerationConfig
 from workload import EOS, make_prompts, make_tags, silence_tags, small_cache, steps_in_turns
 
@@ -139,6 +151,10 @@ def main() -> None:
     paged.load_state_dict(plain.state_dict(), assign=True)
     result = {"benchmark": "autoregressive_cpu", **environment(), "weights_packed": can_pack(parallel)}
     show_environment(result)
+    answers = sum(1 + args.repeats for side in SIDES if side not in args.skip)
+    answers += 2 * args.repeats if "guidance" not in args.skip else 0
+    passes = [(answers * args.tokens, answers * batch * (args.prompt + args.tokens)) for batch in args.batch]
+    announce(seconds_of_passes(plain, passes))
     result["results"] = []
     for batch in shown(args.batch, "batch size"):
         row = measure(batch, args, (parallel, plain, paged))

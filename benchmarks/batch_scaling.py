@@ -10,9 +10,7 @@ in one pass before it, and the result holds the ratio with that pass as well. Th
 bound by reading the weights (Multiverse, section on efficiency): a step of the parallel side has 8 times as many
 tokens, so it comes to be bound by computing at a smaller batch. Blocks are forced as in latency_vs_parallelism.py.
 
-On a CPU the default batch sizes take long: give it fewer.
-
-    python benchmarks/batch_scaling.py --batch 1 2 4 8 --tokens 256
+    python benchmarks/batch_scaling.py
     python benchmarks/batch_scaling.py --batch 1 4 --tokens 128 --paths 4 --repeats 1 --plot batch.png
     python benchmarks/batch_scaling.py --geometry qwen2.5-7b --device cuda --plot batch.png
 """
@@ -34,7 +32,7 @@ from geometry import (
     plan_cache,
 )
 from plots import make_axes, plot_file, save
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import announce, count, environment, finish, make_parser, seconds_of_passes, show, show_environment, spread
 from tqdm import tqdm
 from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
@@ -44,6 +42,7 @@ from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads
 
 TOKENS = {"cpu": 256, "cuda": 4096}
+BATCHES = {"cpu": [1, 2, 4, 8], "cuda": [1, 2, 4, 8, 16, 32, 64, 128]}
 SIDES = ("parallel", "autoregressive")
 WARM_UP = 16  # tokens a path
 
@@ -133,8 +132,7 @@ def main() -> None:
         "--batch",
         type=count,
         nargs="+",
-        default=[1, 2, 4, 8, 16, 32, 64, 128],
-        help="prompts answered at once (default: 1 2 4 8 16 32 64 128)",
+        help="prompts answered at once (default: 1 2 4 8 on a CPU, and 16 32 64 128 as well on a GPU)",
     )
     parser.add_argument(
         "--tokens", type=count, help="tokens of an answer, all paths together (default: 256 on a CPU, 4096 on a GPU)"
@@ -147,7 +145,7 @@ def main() -> None:
         parser.error(f"--paths must be at least 2 to write in parallel, got {args.paths}")
     if args.threads is not None:
         set_threads(args.threads)
-    args.batch = sorted(set(args.batch))
+    args.batch = sorted(set(args.batch or BATCHES[args.device.type]))
     num_tokens = args.tokens or TOKENS[args.device.type]
 
     tags = make_tags(newlines=False)
@@ -172,6 +170,12 @@ def main() -> None:
     result |= describe_model(args.geometry, model, num_parameters)
     result |= {"prompt_tokens": args.prompt, "answer_tokens": num_tokens, "paths": args.paths}
     result |= {"repeats": args.repeats, "cache_tokens": cache_tokens}
+    passes = [
+        (args.repeats * answer.length, args.repeats * batch * (args.prompt + answer.num_tokens))
+        for batch in args.batch
+        for answer in answers.values()
+    ]
+    announce(seconds_of_passes(model, passes))
     most = args.batch[-1]
     # all prompts of a batch in one pass, so that its answers begin together
     with MultiverseEngine(

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from report import count, environment, finish, make_parser, show, show_environment, shown, spread
+from report import announce, count, environment, finish, make_parser, show, show_environment, shown, spread
 from transformers import AutoModelForCausalLM
 
 from multiverse_hf.checkpoints import EMBEDDED, Attention, Checkpoint, Dtype, load_model, open_checkpoint
@@ -33,6 +33,8 @@ from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correc
 from multiverse_hf.errors import CommandError
 from multiverse_hf.modeling.tags import encode_prompt
 from multiverse_hf.modeling.threads import set_threads
+
+TOKENS_OF_CHAIN = 110  # about
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def print_result(result: dict[str, Any]) -> None:
 def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     parser.add_argument("--model", type=Path, default=EMBEDDED, help="checkpoint folder (default: the embedded model)")
-    parser.add_argument("--problems", type=count, default=10, help="problems (default: %(default)s)")
+    parser.add_argument("--problems", type=count, default=5, help="problems (default: %(default)s)")
     parser.add_argument("--chains", type=int, default=8, help="chains of each problem (default: %(default)s)")
     parser.add_argument("--max-new-tokens", type=count, default=2560, help="bound on an answer (default: %(default)s)")
     args = parser.parse_args()
@@ -140,8 +142,9 @@ def main() -> None:
     result = {"benchmark": "chains_wallclock", **environment(), "model": args.model.name}
     show_environment(result)
     warm_up = sample_problem(rng, Kind.FLAT, 2, max_ops=1)
-    for side in sides.values():
-        answer(side, warm_up, tokenizer)
+    short = [answer(side, warm_up, tokenizer) for side in sides.values()]
+    tokens = args.chains * TOKENS_OF_CHAIN * len(problems) * args.repeats
+    announce(sum(tokens * each.seconds / len(each.ids) for each in short))
 
     answers: dict[str, list[Answer]] = {name: [] for name in sides}
     names = list(sides)

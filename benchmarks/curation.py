@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from report import count, environment, finish, make_parser, show_environment, shown
+from report import announce, count, environment, finish, make_parser, show_environment, shown
 
 from multiverse_hf.curator.assembly import reasoning_of
 from multiverse_hf.curator.curation import write_messages
@@ -45,6 +45,7 @@ import rule_server  # noqa: E402 - it is one of the tests' files
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}", "OPENAI_API_KEY": "none"}
 GOAL = 0.9  # of the endpoint's rate, with a second a call and 64 in flight
+MEMORY_S = 20  # about; to measure the memory at one number of rows
 PROBLEMS = 40  # distinct ones: the server then knows its answers, and its speed is not what is measured
 
 
@@ -62,6 +63,8 @@ def main() -> None:
         help="rows that wait, for the memory; from 500",
     )
     args = parser.parse_args()
+    calls = 2 * args.repeats * 5 * args.rows + 10 * PROBLEMS
+    announce(calls * args.delay / args.in_flight / GOAL + MEMORY_S * len(args.queued))
     with tempfile.TemporaryDirectory() as folder:
         names = ("rows", "in_flight", "tasks", "delay")
         result = {"benchmark": "curation", **environment(), **{name: getattr(args, name) for name in names}}
@@ -181,7 +184,7 @@ def measure_memory(folder: Path, args: Any) -> list[dict[str, int]]:
     server, url = start_server(0.0)
     args.tasks = 1  # which this process then does itself
     try:
-        for queued in args.queued:
+        for queued in shown(args.queued, "size"):
             source, output = folder / f"queued-{queued}.jsonl", folder / f"memory-{queued}"
             write_traces(source, queued, args.seed)
             process = curate(source, output, url, args)

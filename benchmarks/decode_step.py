@@ -39,7 +39,19 @@ from geometry import (
     peak_memory,
     plan_cache,
 )
-from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
+from report import (
+    announce,
+    count,
+    environment,
+    finish,
+    make_parser,
+    seconds_of_passes,
+    show,
+    show_environment,
+    shown,
+    spread,
+    store,
+)
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from workload import EOS, make_goal, make_prompts, make_tags, plan_block, small_cache, steps_in_turns
 
@@ -252,6 +264,12 @@ def main() -> None:
     model = make_model(args.geometry, args.device, tags, args.seed)
     result |= describe_model(args.geometry, model, num_parameters) | limits
     result |= {"steps": args.steps, "repeats": args.repeats, "results": []}
+    written = [(2 * args.steps, 2 * args.steps * number) for number in args.branches] * args.repeats  # by the engine
+    others = len(set(SIDES) - set(args.skip))
+    written += [(args.steps, args.steps)] * (others * (2 + 3 * args.repeats))
+    prompts = len(args.branches) * args.repeats + others * (1 + 2 * args.repeats)
+    read = [(prompts, prompts * context) for context in contexts]
+    announce(seconds_of_passes(model, written * len(contexts) + read))
     for context in shown(contexts, "context"):
         row = measure(model, tags, context, cache_tokens, args)
         summarize(row, limits)

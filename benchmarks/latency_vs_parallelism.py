@@ -48,7 +48,7 @@ from geometry import (
     plan_cache,
 )
 from plots import make_axes, plot_file, save
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import announce, count, environment, finish, make_parser, seconds_of_passes, show, show_environment, spread
 from tqdm import tqdm
 from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
@@ -255,6 +255,8 @@ def main() -> None:
     model = make_model(args.geometry, args.device, tags, args.seed)
     result |= describe_model(args.geometry, model, num_parameters)
     result |= {"prompt_tokens": args.prompt, "repeats": args.repeats, "cache_tokens": cache_tokens}
+    written = [answer for same_length in answers for answer in same_length] * args.repeats
+    announce(seconds_of_passes(model, [(answer.length, args.prompt + answer.num_tokens) for answer in written]))
     with MultiverseEngine(model, max_cache_tokens=cache_tokens) as engine:
         runs = measure(engine, tags, answers, args)
     products = time_products(model, paths, engine.pack_weights, args.repeats)

@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 from geometry import Load, add_model_arguments, make_config, make_model, plan_cache
-from report import count, environment, finish, make_parser, show_environment
-from workload import make_goal, make_prompts, make_tags, plan_block
+from report import announce, count, environment, finish, make_parser, seconds_of_passes, show_environment, shown
+from workload import Answer, make_goal, make_prompts, make_tags, plan_block
 
 from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
@@ -34,6 +34,7 @@ from multiverse_hf.modeling.threads import set_threads
 
 DECODING = {"cpu": ["packed", "simple"], "cuda": ["static", "packed", "simple"]}
 ATTENTION = {"cpu": ["sdpa", "eager", "multiverse_sdpa"], "cuda": ["sdpa", "eager", "flex_attention"]}
+PATH_TOKENS = {"cpu": 64, "cuda": 512}  # a pass in float64 takes minutes on a CPU
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -92,28 +93,19 @@ def write(model: Any, tags: TagSet, decoding: str, cache_tokens: int, args: argp
     return result
 
 
-def measure(model: Any, tags: TagSet, cache_tokens: int, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure all distances."""
+def measure(model: Any, tags: TagSet, answer: Answer, cache_tokens: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all distances of an answer."""
     device = args.device
     exact = copy.deepcopy(model).double()
+    length, decoding, attention = args.prompt + answer.num_tokens, DECODING[device.type], ATTENTION[device.type]
+    # a gradient takes as long as two more passes
+    own, as_float64 = 1 + 3 + 4 * len(attention), 2 + 6 + len(decoding)
+    writing = [(answer.length, length)] * (1 + len(decoding))
+    announce(
+        seconds_of_passes(model, [*writing, (own, own * length)])
+        + seconds_of_passes(exact, [(as_float64, as_float64 * length)])
+    )
     found: dict[str, Any] = {"engine": {}, "document": {}, "backward": {}, "errors": {}}
-
-    def note(kind: str, name: str, call: Any) -> None:
-        try:
-            found[kind][name] = call()
-        except Exception as err:  # what does not run here is no reason to lose the rest
-            found["errors"][f"{kind} {name}"] = f"{type(err).__name__}: {err}"[:500]
-
-    def engine(decoding: str) -> float:
-        result = write(model, tags, decoding, cache_tokens, args)
-        ids, rows = document_of(result, device)
-        chosen_from = torch.stack([each for each in result.logits if each is not None]).to(device)
-        with torch.no_grad():
-            return distance(chosen_from, logits_of(exact, ids, rows))
-
-    for decoding in DECODING[device.type]:
-        note("engine", decoding, lambda decoding=decoding: engine(decoding))
-
     result = write(model, tags, "simple", cache_tokens, args)
     ids, rows = document_of(result, device)
     text = make_prompts(1, ids.shape[1], model.config.vocab_size).to(device)
@@ -123,6 +115,13 @@ def measure(model: Any, tags: TagSet, cache_tokens: int, args: argparse.Namespac
     found["plain_backward"] = distance(gradient_of(model, text, rows), gradient_of(exact, text, rows))
     exact_gradient = gradient_of(exact, ids, rows)
 
+    def engine(name: str) -> float:
+        result = write(model, tags, name, cache_tokens, args)
+        ids, rows = document_of(result, device)
+        chosen_from = torch.stack([each for each in result.logits if each is not None]).to(device)
+        with torch.no_grad():
+            return distance(chosen_from, logits_of(exact, ids, rows))
+
     def document(name: str) -> float:
         with attending(model, name), torch.no_grad():
             return distance(logits_of(model, ids, rows), of_document)
@@ -131,9 +130,13 @@ def measure(model: Any, tags: TagSet, cache_tokens: int, args: argparse.Namespac
         with attending(model, name):
             return distance(gradient_of(model, ids, rows), exact_gradient)
 
-    for name in ATTENTION[device.type]:
-        note("document", name, lambda name=name: document(name))
-        note("backward", name, lambda name=name: backward(name))
+    ways = [("engine", engine, name) for name in decoding]
+    ways += [(call.__name__, call, name) for name in attention for call in (document, backward)]
+    for kind, call, name in shown(ways, "way"):
+        try:
+            found[kind][name] = call(name)
+        except Exception as err:  # what does not run here is no reason to lose the rest
+            found["errors"][f"{kind} {name}"] = f"{type(err).__name__}: {err}"[:500]
     return found | {"tokens": ids.shape[1], "chosen_tokens": len(rows)}
 
 
@@ -148,7 +151,7 @@ def main() -> None:
     parser = make_parser(__doc__, repeats=1)
     add_model_arguments(parser)
     parser.add_argument("--paths", type=count, default=8, help="paths of the block (default: %(default)s)")
-    parser.add_argument("--path-tokens", type=count, default=512, help="tokens a path (default: %(default)s)")
+    parser.add_argument("--path-tokens", type=count, help="tokens a path (default: 64, on a GPU 512)")
     parser.add_argument("--prompt", type=count, default=256, help="tokens of the prompt (default: %(default)s)")
     parser.add_argument("--layers", type=count, default=None, help="make only the first layers")
     parser.add_argument(
@@ -159,6 +162,7 @@ def main() -> None:
         parser.error(f"--paths needs 2 or more, got {args.paths}: without branches there is nothing to compare")
     if args.threads is not None:
         set_threads(args.threads)
+    args.path_tokens = args.path_tokens or PATH_TOKENS[args.device.type]
     tags = make_tags(newlines=False)
     try:
         answer = plan_block(tags, args.paths, args.path_tokens)
@@ -175,7 +179,7 @@ def main() -> None:
     print(f"random {args.geometry}, {num_parameters / 1e9:.2f} B parameters, {args.dtype}")
     result |= {"geometry": args.geometry, "parameters": num_parameters, "dtype": args.dtype, "layers": args.layers}
     result |= {"paths": args.paths, "path_tokens": args.path_tokens, "prompt_tokens": args.prompt}
-    result |= measure(model, tags, cache_tokens, args)
+    result |= measure(model, tags, answer, cache_tokens, args)
     plain, backward = result["plain"], result["plain_backward"]
     print(f"\ndistance from float64, over {result['chosen_tokens']} chosen tokens of {result['tokens']}")
     print(f"  text without branches       {plain:.3e}, gradient {backward:.3e}")

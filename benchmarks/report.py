@@ -5,6 +5,7 @@ import json
 import shlex
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -50,10 +51,37 @@ def make_parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:
     return parser
 
 
+@torch.no_grad()
+def seconds_of_passes(model: Any, passes: Iterable[tuple[int, int]]) -> float:
+    """Estimate how long forward passes take here, from a pass of one token and one of 32.
+
+    Args:
+        model: a causal LM.
+        passes: (how many, tokens of all of them), any number of times. What a pass attends to counts for nothing.
+    """
+
+    def time_pass(num_tokens: int) -> float:
+        begin = time.perf_counter()
+        output = model(input_ids=torch.full((1, num_tokens), 100, device=model.device), use_cache=False)
+        output.logits[0, -1, 0].item()  # waits for the device
+        return time.perf_counter() - begin
+
+    time_pass(1)  # warms up
+    one, many = time_pass(1), time_pass(32)
+    token = max(many - one, 0) / 31
+    return sum(number * (one - token) + num_tokens * token for number, num_tokens in passes)
+
+
+def announce(seconds: float) -> None:
+    """Print how long the measurements will take, before the first of them."""
+    span = f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(seconds, 1):.0f} s"
+    print(f"this will take about {span} here; the bar shows what is left", flush=True)
+
+
 def shown(items: Iterable[T], unit: str) -> Iterator[T]:
     """Yield what is measured one after the other, with a bar that says how much longer it takes.
 
-    The bar is there in a log too: a benchmark of several minutes says so after its first measurement.
+    The bar is there in a log too. It knows the time after its first measurement; :func:`announce` says it before.
     """
     yield from tqdm(items, unit=f" {unit}", file=sys.stderr, mininterval=1, smoothing=0)
 
@@ -76,7 +104,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
 def show_environment(result: dict[str, Any]) -> None:
     """Print what :func:`environment` gave, for people."""
     print(f"{result['device']}, {result['cores']} cores, {result['threads']} threads, load {result['load_average']}")
-    print(f"{result['versions']}, commit {result['commit']}")
+    print(f"{result['versions']}, commit {result['commit']}", flush=True)
 
 
 def spread(values: list[float]) -> dict[str, float]:

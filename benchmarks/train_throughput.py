@@ -14,7 +14,7 @@ equal, and all sides with paths give one loss.
 
 Only the first layers of a geometry are made, 4 by default: each is what it is in the whole model, but the output layer
 weighs more. On a GPU the loss is computed from 2,048 tokens' logits at a time, as trainers do. With --threads 1 other
-work on the machine disturbs a CPU least; the default run then takes about four minutes.
+work on the machine disturbs a CPU least.
 
     python benchmarks/train_throughput.py
     python benchmarks/train_throughput.py --attn multiverse_sdpa --lengths 1024 2048 4096 --dtype bfloat16 --layers 2
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from geometry import GEOMETRIES, add_model_arguments, count_parameters, make_config, make_model
 from memory import peak_of
-from report import count, environment, finish, make_parser, show, show_environment, spread
+from report import announce, count, environment, finish, make_parser, show, show_environment, spread
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -47,6 +47,7 @@ LENGTHS = {"cpu": [2048], "cuda": [16_384, 32_768]}
 ATTENTION = {"cpu": ["multiverse_sdpa", "sdpa"], "cuda": ["flex_attention"]}
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}  # flash attention takes no float32
 LAYERS = 4
+SHORT = 256  # tokens of the row that says beforehand how long it takes
 LOSS_CHUNK = 2048  # tokens, on a GPU: logits of 32k tokens over 152k words would take 20 GiB in float32
 MULTIPLE = 128  # tokens that rows are padded to, as for compiled kernels
 TARGET = 0.95
@@ -248,6 +249,11 @@ def main() -> None:
     model = make_model(args.geometry, device, tags, args.seed, dtype, num_layers).train()
     result |= {"geometry": args.geometry, "layers": num_layers, "parameters": num_parameters, "dtype": dtype_name}
     result |= {"repeats": args.repeats, "loss_chunk": chunk, "results": []}
+    short = make_sides(make_document(tags, SHORT, config.vocab_size, (20, 60)), tags, [], device)[0]
+    for _ in range(2):  # the first warms up
+        run(model, short, chunk)
+    steps = (1 + args.repeats + (device.type == "cuda")) * (1 + len(attention))
+    announce(steps * sum(lengths) / SHORT * short.seconds[-1])
     with tqdm(total=len(lengths) * (1 + len(attention)) * (1 + args.repeats), unit="step", file=sys.stderr) as bar:
         for length, ids in zip(lengths, documents, strict=True):
             sides = make_sides(ids, tags, attention, device)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +40,7 @@ def run(script: str, *options: str, cwd: Path) -> dict:
         cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert ("this will take about" in done.stdout) == (script != LONG)
     result = json.loads(done.stdout.splitlines()[-1])
     assert result == json.loads((cwd / "result.json").read_text())
     assert result["benchmark"] == script
@@ -49,6 +51,21 @@ def run(script: str, *options: str, cwd: Path) -> dict:
 
 def is_picture(file: Path) -> bool:
     return file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_how_long_passes_take_is_known_from_two_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    report, clock = load("report"), types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(report, "time", types.SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def model(input_ids: torch.Tensor, use_cache: bool) -> types.SimpleNamespace:
+        clock.now += 0.9 + 0.1 * input_ids.numel()
+        return types.SimpleNamespace(logits=torch.zeros(*input_ids.shape, 2))
+
+    model.device = torch.device("cpu")
+    # 10 passes of 100 tokens in all, and one of 50
+    assert report.seconds_of_passes(model, [(10, 100), (1, 50)]) == pytest.approx(9 + 10 + 0.9 + 5)
 
 
 def test_latency_is_measured_fitted_and_drawn(tmp_path: Path) -> None:
