@@ -643,7 +643,7 @@ def test_a_finished_folder_whose_rows_were_cut_short_is_noticed_and_written_anew
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--output", "OUT"], "--input, or draw"),
+        (["--output", "OUT"], "--input, or write the report"),
         (["--input", "IN"], "--output"),
         (["--input", "IN", "--output", "OUT"], "no model"),
         (["--input", "NOWHERE.jsonl", "--output", "OUT", "--model", "m"], "no file NOWHERE.jsonl"),

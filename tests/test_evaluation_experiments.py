@@ -124,7 +124,7 @@ def test_the_papers_curves_have_the_shares_it_gives() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["budget", "--model", "mine"], ["mine is compared with its twin", "--autoregressive"]),
+        (["budget", "--model", "mine"], ["mine is compared with its autoregressive twin", "--autoregressive"]),
         (["budget", "--budgets", "1,x"], ["--budgets", "'1,x'"]),
         (["batch", "--sizes", "0"], ["--sizes", "'0'"]),
         (["latency", "--task", "mv:chain"], ["did you mean mv:chains"]),

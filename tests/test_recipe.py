@@ -152,7 +152,7 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     rows[3:3] = ["{half of a row", json.dumps({"prompt": "x", "document": "<Think>"})]
     (tmp_path / "my-documents.jsonl").write_text("\n".join(rows))
     said = paste(commands, tmp_path)
-    chosen = "chosen, as not given: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
+    chosen = "chosen by default: parallel_share 0 0.5 1, by epoch; attn_implementation multiverse_sdpa"
     assert said.count(chosen) == 1
     assert "train: 52 rows read, 50 kept, 2 dropped\n  line 4: unreadable: no JSON: " in said
     assert "\n  line 5: malformed document: at its line 1, column 8: " in said
@@ -217,7 +217,7 @@ def test_without_options_a_run_makes_the_papers_passes_and_says_which_rows_it_is
     assert call(monkeypatch, SFT, *options, "--logging_steps", "1") == 0
     said = capfd.readouterr().out
     chosen = "parallel_share 0 0 0.1 0.5 0.5 0.9 1 1, by epoch; attn_implementation multiverse_sdpa"
-    assert said.count(f"chosen, as not given: {chosen}\n") == 1
+    assert said.count(f"chosen by default: {chosen}\n") == 1
 
     record = json.loads((tmp_path / "out/run.json").read_text())
     assert tuple(record["data"]["parallel_share"]) == PAPER_SHARES
@@ -571,7 +571,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--dataset_test_split", "test"], ["chains are made", "eval_rows"]),
         ([SFT, "--use_liger_kernel", "true"], ["liger-kernel", "multiverse_hf[liger]"]),
         ([SFT, "--max_steps", "1", "--parallel_share", "0", "0.5", "1"], ["max_steps 1", "epoch 1 of the 3"]),
-        ([SFT, "--chat_template_path", "silent.jinja"], ["leaves out what the user says"]),
+        ([SFT, "--chat_template_path", "silent.jinja"], ["omits the user's message"]),
         ([SFT, "--use_peft", "true", "--lora_target_modules", "lm_head"], ["lm_head"]),
         ([BASE, "--output", "new", "--layers", "0"], ["--layers", "0"]),
         ([BASE, "--output", "new", "--head-dim", "5"], ["--head-dim", "even"]),

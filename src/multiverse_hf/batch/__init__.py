@@ -1,1 +1,1 @@
-"""Many prompts: a file of them answered by tasks on one machine or many, in a folder that can be gone on with."""
+"""Many prompts: tasks on one or more machines answer a file of prompts, in a folder that a later run can continue."""

@@ -1,4 +1,4 @@
-"""``multiverse generate --input``: check everything, have the tasks run, sum up.
+"""``multiverse generate --input``: check the input, run the tasks, and summarize.
 
 datatrove and torch are imported inside functions, so that ``--help`` answers at once.
 """
@@ -21,17 +21,16 @@ from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
 _PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")
-# What a run is and not how it is run: may differ when it is gone on with.
+# Settings that do not change the answers; they may differ when a run is continued.
 _MAY_DIFFER = ("input", "model", "rows", "versions")
 
 
 def run_batch(batch: Batch) -> JobOutcome:
-    """Answer the rows of a file, or those that an earlier run left; with Slurm, have them answered.
+    """Answer the rows of a file that are not finished. With Slurm, submit the job.
 
     Raises:
-        CommandError: if the input, an option or the folder is not as it should be, or a task failed. What is finished
-            is kept.
-        KeyboardInterrupt: on Ctrl-C or a SIGTERM, likewise.
+        CommandError: if the input, an option or the folder is invalid, or a task failed. Finished rows are kept.
+        KeyboardInterrupt: on Ctrl-C or a SIGTERM; likewise.
     """
     check_executor(batch.executor, "--input", {"datatrove": "batch"})
     begin = time.perf_counter()
@@ -59,14 +58,14 @@ def run_batch(batch: Batch) -> JobOutcome:
         return JobOutcome(folder.result, summarize_answers(folder.result), before, time.perf_counter() - begin)
 
 
-# What a run is
+# Settings and tasks
 
 
 def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, Any]:
-    """Write down what a run is begun with, unless that is a dry run, or check that it is the one that was begun here.
+    """Store the settings of a new run, except for a dry run, or check that they are those of the run in this folder.
 
     Returns:
-        The settings; the seed is the run's from its first command on.
+        The settings. The first command of a run draws its seed.
 
     Raises:
         CommandError: if the folder is another run's.
@@ -96,7 +95,7 @@ def _flag(name: str, value: Any) -> str:
 
 
 def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings: dict[str, Any]) -> Any:
-    """Give datatrove's step for the tasks, all paths absolute: they may run elsewhere."""
+    """Return datatrove's step for the tasks. All paths are absolute, as tasks may run elsewhere."""
     from multiverse_hf.batch.task import AnswerRows, BatchWork
 
     model = batch.model
@@ -123,7 +122,7 @@ def _make_step(batch: Batch, folder: Folder, source: Path, digest: str, settings
 
 
 def num_workers(batch: Batch) -> int:
-    """Say how many tasks run at once here: by default one for each GPU, or each core."""
+    """Return the number of concurrent tasks on this machine: by default one per GPU, or per core."""
     if batch.workers is not None:
         return min(batch.workers, batch.tasks)
     import torch
@@ -133,7 +132,7 @@ def num_workers(batch: Batch) -> int:
 
 
 def num_threads(batch: Batch) -> int:
-    """Share the cores among the tasks that run at once."""
+    """Return the threads of a task: its share of the cores among concurrent tasks."""
     if batch.executor is not Executor.LOCAL:
         return batch.cluster.cpus_per_task or 1
     return max(1, cores() // num_workers(batch))

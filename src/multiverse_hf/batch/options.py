@@ -1,4 +1,4 @@
-"""What a user asks of a batch."""
+"""Settings of a batch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,14 @@ from multiverse_hf.jobs.options import Job
 
 @dataclass(frozen=True, slots=True)
 class Batch(Job):
-    """What a user asks for.
+    """Settings of a batch.
 
     Attributes:
         source: the input, JSONL.
-        output: folder.
-        model, dtype, attention, device, threads, suffix, options: as for one prompt; None in ``options`` says nothing.
-        max_num_seqs, max_cache_tokens: of each task's engine.
+        output: output folder.
+        model, dtype, attention, device, threads, suffix, options: as for one prompt; None in ``options`` is the
+            default.
+        max_num_seqs, max_cache_tokens: limits of each task's engine.
     """
 
     source: Path

@@ -1,4 +1,4 @@
-"""Files of a batch: rows of the input, parts that tasks append answers to, the parts merged in the input's order."""
+"""Files of a batch: input rows, parts with the tasks' answers, and the parts merged in the input's order."""
 
 import contextlib
 import hashlib
@@ -14,8 +14,8 @@ from multiverse_hf.errors import FAILURE, CommandError, one_line
 from multiverse_hf.jobs.folders import JobFolder, appending, whole_lines, writing
 from multiverse_hf.modeling.tags import read_messages
 
-OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # of an answer
-_QUESTION = ("id", "prompt", "messages")  # null in one of them is no value
+OWN_FIELDS = ("document", "text", "answer", "stats", "seconds", "model", "error")  # fields of an answer
+_QUESTION = ("id", "prompt", "messages")  # null in them means no value
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -24,11 +24,11 @@ class PromptRow:
     """One row of the input.
 
     Attributes:
-        number: from 0, blank lines left out.
-        line: of the file, from 1.
-        id: as given, else the line.
-        has_id: whether it was given.
-        fields: all others, as they came; ``prompt`` or ``messages`` is among them.
+        number: number of the row from 0, without blank lines.
+        line: line of the file, from 1.
+        id: the given id, else the line.
+        has_id: whether an id was given.
+        fields: all other fields, with ``prompt`` or ``messages``.
     """
 
     number: int
@@ -38,7 +38,7 @@ class PromptRow:
     fields: dict[str, Any]
 
     def question(self, suffix: Suffix) -> str | list[dict[str, str]]:
-        """Give what the model is asked: the prompt, or the messages, the last of the user's with the suffix."""
+        """Return the prompt, or the messages with the suffix at the end of the user's last one."""
         if "prompt" in self.fields:
             return suffix.end(self.fields["prompt"].strip())
         messages = [dict(message) for message in self.fields["messages"]]
@@ -53,14 +53,14 @@ class PromptRow:
 
 
 def read_prompt_rows(path: Path, digest: Any = None) -> Iterator[PromptRow]:
-    """Read a file of rows, one JSON object a line; blank lines are left out.
+    """Yield the rows of a file, one JSON object per line. Blank lines are skipped.
 
     Args:
-        path: of the file, UTF-8.
-        digest: of hashlib; fed with the file's bytes.
+        path: a UTF-8 file.
+        digest: a hashlib object, updated with the file's bytes.
 
     Raises:
-        CommandError: if the file cannot be read, or a row is not as it should be, with its line.
+        CommandError: if the file cannot be read, or a row is invalid, with its line.
     """
     number = 0
     try:
@@ -80,10 +80,10 @@ def read_prompt_rows(path: Path, digest: Any = None) -> Iterator[PromptRow]:
 
 
 def _read_row(number: int, line: int, data: bytes) -> PromptRow:
-    """Read one line.
+    """Return the row of one line.
 
     Raises:
-        ValueError, TypeError: saying what is wrong.
+        ValueError, TypeError: if the row is invalid.
         RecursionError: if it nests too deeply.
     """
     try:
@@ -101,7 +101,7 @@ def _read_row(number: int, line: int, data: bytes) -> PromptRow:
             raise ValueError("holds half of a character (a lone surrogate); write it whole") from err
     for name in OWN_FIELDS:
         if name in fields:
-            raise ValueError(f"the field {name!r} is one that the answer brings; give it another name")
+            raise ValueError(f"the field {name!r} is a field of the answer; give it another name")
     # Arrow and datasets write null for a field that a row has not
     fields = {name: value for name, value in fields.items() if value is not None or name not in _QUESTION}
     has_id = "id" in fields
@@ -123,7 +123,7 @@ def _kind(fields: dict[str, Any]) -> str:
 
 
 def _read_float(text: str) -> float:
-    """Read a number; one too large for a float would be written back as Infinity, which is no JSON."""
+    """Return a number; one too large for a float would be written back as Infinity, which is no JSON."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"not JSON that can be written back: {text} is too large for a number; write it as text")
@@ -135,13 +135,13 @@ def _refuse_constant(name: str) -> None:
 
 
 def check_input(path: Path) -> tuple[int, str, str | None]:
-    """Read a whole input, before any work begins.
+    """Check a whole input before any work begins.
 
     Returns:
         How many rows it has; the SHA-256 of its bytes; what ids count where a row has none, None if all have one.
 
     Raises:
-        CommandError: as :func:`read_prompt_rows`; if there is no row, or two have the same id.
+        CommandError: as :func:`read_prompt_rows`, and if there is no row, or two have the same id.
     """
     if path.exists() and not path.is_file():
         raise CommandError(f"{path} is not a file; give --input one: each task reads it, and again later")
@@ -160,36 +160,36 @@ def check_input(path: Path) -> tuple[int, str, str | None]:
 
 
 def read_unchanged(path: Path, digest: str) -> Iterator[PromptRow]:
-    """Read the rows of an input that was checked before.
+    """Yield the rows of an input that was checked before.
 
     Raises:
-        CommandError: as :func:`read_prompt_rows`; at the end, if it is not what it was then.
+        CommandError: as :func:`read_prompt_rows`, and at the end if the file has changed.
     """
     now = hashlib.sha256()
     yield from read_prompt_rows(path, now)
     if now.hexdigest() != digest:
-        raise CommandError(f"{path} changed after the run began; put the old one back, or begin in another folder")
+        raise CommandError(f"{path} changed after the run began; restore the old file, or begin in another folder")
 
 
 # The output
 
 
 class Folder(JobFolder):
-    """Where things are in the folder of a batch."""
+    """Paths in the folder of a batch."""
 
     __slots__ = ()
     result_name = "answers.jsonl"
 
 
 def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Read which rows a part holds.
+    """Return the rows that a part holds.
 
     Returns:
-        By id as text, where in the file a row's line begins and how many bytes it takes; and the bytes of all whole
-        lines. What a killed task wrote of a line comes after them.
+        By id as text, the offset and the length of each row's line; and the length of all whole lines. A torn line of
+        a killed task comes after them.
 
     Raises:
-        CommandError: if a line in it is damaged or there twice.
+        CommandError: if a line is damaged, or a row occurs twice.
     """
     found: dict[str, tuple[int, int]] = {}
     end = 0
@@ -207,7 +207,7 @@ def finished_rows(part: Path) -> tuple[dict[str, tuple[int, int]], int]:
 
 @contextlib.contextmanager
 def append_rows(part: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
-    """Open a part to append to, without the torn line that a killed task may have left; give the ids it has too."""
+    """Yield a part opened to append, without a torn line of a killed task, and the ids of its rows."""
     part.parent.mkdir(parents=True, exist_ok=True)
     part.touch()
     found, end = finished_rows(part)
@@ -216,14 +216,14 @@ def append_rows(part: Path) -> Iterator[tuple[IO[bytes], set[str]]]:
 
 
 def merge_answers(folder: Folder, source: Path, digest: str) -> None:
-    """Write all rows to one file, in the input's order: whole or not at all. Whoever comes second waits.
+    """Write all rows to one file in the input's order, whole or not at all. A second process waits.
 
     Args:
-        folder: whose parts are all complete.
+        folder: folder in which all parts are complete.
         source, digest: the input.
 
     Raises:
-        CommandError: if a part lacks a row, or the input is another by now.
+        CommandError: if a part lacks a row, or the input has changed.
     """
     with folder.lock("merge"):
         if folder.result.exists():
@@ -237,20 +237,22 @@ def merge_answers(folder: Folder, source: Path, digest: str) -> None:
                 if row_id not in found[task]:
                     raise CommandError(f"{parts[task]} lacks row {row_id}; delete it and run again", FAILURE)
                 begin, length = found[task][row_id]
-                with parts[task].open("rb") as part:  # each time: there may be more parts than files one may open
+                with parts[task].open(
+                    "rb"
+                ) as part:  # opened each time: there may be more parts than open files allowed
                     part.seek(begin)
                     file.write(part.read(length))
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSummary:
-    """What a finished batch came to.
+    """Totals of a finished batch.
 
     Attributes:
-        rows: of the input.
+        rows: rows of the input.
         errors: rows that could not be answered.
-        first_error: of them.
-        tokens: of all answers.
+        first_error: the first error.
+        tokens: tokens of all answers.
         parallelism: mean # parallel of the answers; None if there are none.
     """
 
@@ -262,7 +264,7 @@ class BatchSummary:
 
 
 def summarize_answers(answers: Path) -> BatchSummary:
-    """Add up what a batch came to."""
+    """Return the totals of a batch."""
     rows = errors = tokens = 0
     parallelism, first_error = 0.0, None
     with answers.open("rb") as file:

@@ -1,4 +1,4 @@
-"""One task of a batch, as datatrove runs it: a share of the rows, answered by one engine. Imported by workers too."""
+"""One task of a batch, run by datatrove: one engine answers a share of the rows. Workers import it too."""
 
 import collections
 import hashlib
@@ -15,24 +15,24 @@ from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.folders import write_row
 from multiverse_hf.jobs.steps import PartStep
 
-# Handles wake whoever waits for them at every token; looking at them now and then costs a batch nothing.
+# Waiting on a handle wakes at every token; polling costs a batch nothing.
 _POLL_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
 class BatchWork:
-    """What every task of a batch is given.
+    """The work of a batch, given to every task.
 
     Attributes:
-        folder: of the output.
-        source: the input; absolute, as all paths here: workers may run elsewhere.
+        folder: output folder.
+        source: the input. All paths here are absolute, as workers may run elsewhere.
         digest: SHA-256 of the input.
-        model: what to open.
-        model_name: what rows call it.
-        options: of generation; ``seed`` is that of the whole batch.
+        model: folder or repository of the model.
+        model_name: name of the model in rows.
+        options: options of generation; ``seed`` is the seed of the whole batch.
         suffix: sentence at the end of each prompt.
         dtype, attention, device, threads: as for :func:`~multiverse_hf.checkpoints.load_model`.
-        max_num_seqs, max_cache_tokens: of the engine; None for its own.
+        max_num_seqs, max_cache_tokens: limits of the engine; None for its default.
     """
 
     folder: Folder
@@ -51,7 +51,7 @@ class BatchWork:
 
 
 def row_seed(seed: int, row_id: str | int) -> int:
-    """Give a row's seed: of the batch's and its id alone, so that it has the same answer in any task."""
+    """Return a row's seed, which depends only on the batch's seed and the row's id."""
     return int.from_bytes(hashlib.blake2b(f"{seed}:{row_id}".encode(), digest_size=7).digest(), "little")
 
 
@@ -70,7 +70,7 @@ class AnswerRows(PartStep):
     def do_task(self, rank: int, world_size: int) -> None:
         """Answer the rows of a task that are not finished."""
         work = self.work
-        # read to its end at once: that shows whether the input is still the one that was checked
+        # read to its end first, which checks that the input has not changed
         rows = [row for row in read_unchanged(work.source, work.digest) if row.number % world_size == rank]
         with append_rows(work.folder.unfinished(rank)) as (file, finished):
             if todo := [row for row in rows if str(row.id) not in finished]:
@@ -81,14 +81,14 @@ class AnswerRows(PartStep):
         merge_answers(self.work.folder, self.work.source, self.work.digest)
 
     def _answer(self, todo: list[PromptRow], file: IO[bytes]) -> None:
-        """Answer rows, at most a window of them at once, and write each when it is done."""
+        """Answer rows, a window of them at a time, and write each when it is done."""
         from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 
         work = self.work
         quiet()
         checkpoint = open_checkpoint(work.model)
         model = load_model(checkpoint, work.dtype, work.attention, self._device(), work.threads)
-        # twice as many as run, so that none is waited for; but a time limit counts from the submission
+        # twice the running ones, so that the engine never waits; but a time limit counts from the submission
         window = work.max_num_seqs * (1 if work.options.get("max_time") is not None else 2)
         queue = collections.deque(todo)
         running: list[tuple[PromptRow, Any, float]] = []
@@ -116,23 +116,23 @@ class AnswerRows(PartStep):
                 running = still
 
     def _submit(self, engine: Any, checkpoint: Checkpoint, row: PromptRow) -> Any:
-        """Hand a row to the engine.
+        """Submit a row to the engine.
 
         Raises:
             CommandError: if this row can never be answered.
-            ValueError: if none can.
+            ValueError: if no row can be answered.
         """
         ids = checkpoint.encode(row.question(self.work.suffix))
         options = self.work.options | {"seed": row_seed(self.work.options["seed"], row.id)}
         try:
             return engine.submit(ids, **options)
         except ValueError as err:
-            # not the row's fault if a single token fares no better
+            # not the row's fault if a single token fails too
             engine.submit(ids[:1], **options | {"max_new_tokens": 1}).cancel()
             raise CommandError(one_line(err)) from err
 
     def _write(self, file: IO[bytes], row: PromptRow, answer: dict[str, Any]) -> None:
-        """Append a row. All have the same fields, so that they load as one table."""
+        """Append a row. All rows have the same fields, so that they load as one table."""
         own = dict.fromkeys(OWN_FIELDS) | answer | {"model": self.work.model_name}
         write_row(file, {"id": row.id} | row.fields | own)
         self.stat_update("rows" if own["error"] is None else "errors")
@@ -140,7 +140,7 @@ class AnswerRows(PartStep):
             self.stat_update("tokens", value=own["stats"]["num_tokens"], unit="row")
 
     def _device(self) -> str:
-        """Share a machine's GPUs among its workers."""
+        """Return the device of this worker: workers share a machine's GPUs."""
         import torch
 
         if self.work.device in ("auto", "cuda") and (count := torch.cuda.device_count()):

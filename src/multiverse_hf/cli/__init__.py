@@ -1,4 +1,4 @@
-"""``multiverse``: run a model from the command line, and see its branches while they are written.
+"""``multiverse``: run a model from the command line, and watch its branches grow.
 
 torch and transformers are imported inside the commands that run a model, so that ``--help`` answers at once.
 """
@@ -17,7 +17,7 @@ from multiverse_hf.cli import curate, demo, evaluate, export, generate, inspect
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
-# typer has no public name for the base of what it raises on bad usage, in some versions click's and in some its own.
+# Base class of usage errors. typer has no public name for it: some versions use click's, others their own.
 _UsageException = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 
 
@@ -62,15 +62,15 @@ app.add_typer(evaluate.experiments, name="experiment")
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and give its exit code."""
-    if sys.stderr is None:  # closed by the shell: what is said there is for nobody, and should not land elsewhere
-        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as the process
+    """Run a command line and return its exit code."""
+    if sys.stderr is None:  # closed by the shell: messages have no reader, and must not go elsewhere
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     if sys.stdout is None:
         print("error: standard output is closed; send it to a file or to another program", file=sys.stderr)
         return USAGE
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows a question mark
+            stream.reconfigure(errors="replace")  # characters that a terminal lacks become question marks
     error: Exception
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="multiverse", standalone_mode=False)
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         error, message, code = err, _describe_usage(err), USAGE
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except Exception as err:  # the last resort of the command line: a line, not a traceback
+    except Exception as err:  # the last resort: one line, not a traceback
         error, message, code = err, _describe(err), FAILURE
     if os.environ.get(TRACEBACK, "0") not in ("", "0"):
         tracebacks.print_exception(error)
@@ -90,7 +90,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _describe_usage(error: Any) -> str:
-    """Say what is wrong with a command line, with the closest option where one is unknown, and where help is."""
+    """Return one line about a usage error, with the closest option for an unknown one."""
     message = one_line(error.format_message()).replace("Value error, ", "").rstrip(".")
     option = getattr(error, "option_name", None)
     if option is not None and (close := difflib.get_close_matches(option, error.possibilities or [], 1)):
@@ -101,7 +101,7 @@ def _describe_usage(error: Any) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Say what an error nobody expected means, and how to see more of it."""
+    """Return one line about an unexpected error, and how to see its traceback."""
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "out of memory; use --dtype bfloat16, a lower --max-new-tokens, or a lower --max-num-seqs and "

@@ -1,4 +1,4 @@
-"""``multiverse curate``: its options, and how a run ended. What it does is imported inside."""
+"""``multiverse curate``: its options and its output. The curator is imported when it runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,7 +23,7 @@ _PANEL = "Tasks"  # panel of the help
 
 
 def curate(
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="For the rows; the same command again goes on.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Output folder. The same command continues a run.")],
     source: Annotated[
         str | None,
         typer.Option(
@@ -31,7 +31,7 @@ def curate(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="NAME", help="As the endpoint calls it.")
+        str | None, typer.Option("--model", "-m", metavar="NAME", help="The endpoint's name of the model.")
     ] = None,
     base_url: Annotated[
         str | None,
@@ -40,35 +40,37 @@ def curate(
             help="Any OpenAI-compatible endpoint, with OPENAI_API_KEY; by default Hugging Face's, with HF_TOKEN.",
         ),
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(metavar="YAML", help="Settings; options given here go before them.")
-    ] = None,
+    config: Annotated[Path | None, typer.Option(metavar="YAML", help="Settings; options override them.")] = None,
     concurrency: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Calls of a task at once; by default 64.")
+        int | None, typer.Option(min=1, metavar="N", help="Concurrent calls of a task; by default 64.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Of the calls; by default 0.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of the calls; by default 0.")] = None,
     max_attempts: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Times a stage is asked; by default 4.")
+        int | None, typer.Option(min=1, metavar="N", help="Attempts per stage; by default 4.")
     ] = None,
     max_outage: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="Stop when calls fail for this long, none answered; by default 120."),
+        typer.Option(metavar="SECONDS", help="Stop after this time without an answered call; by default 120."),
     ] = None,
     judge: Annotated[
-        bool | None, typer.Option("--judge/--no-judge", help="Have a model check that paths stand alone, too.")
+        bool | None, typer.Option("--judge/--no-judge", help="Let a model check too that paths are independent.")
     ] = None,
-    subset: Annotated[str | None, typer.Option(metavar="NAME", help="Of a dataset that has several.")] = None,
+    subset: Annotated[str | None, typer.Option(metavar="NAME", help="Subset of a dataset that has several.")] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Of a dataset, e.g. train[:100]; by default train.")
+        str | None, typer.Option(metavar="NAME", help="Split of a dataset, e.g. train[:100]; by default train.")
     ] = None,
-    report: Annotated[bool, typer.Option("--report", help="Draw the folder's rows as a page, report.html.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Write a report of the folder's rows, report.html.")
+    ] = False,
     executor: Annotated[
         Executor, typer.Option(metavar="NAME", help="local, slurm or ray.", rich_help_panel=_PANEL)
     ] = Executor.LOCAL,
     tasks: Annotated[int, typer.Option(min=1, metavar="N", help="Shares of the rows.", rich_help_panel=_PANEL)] = 1,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Tasks at once; here by default one a core.", rich_help_panel=_PANEL),
+        typer.Option(
+            min=1, metavar="N", help="Concurrent tasks; here by default one per core.", rich_help_panel=_PANEL
+        ),
     ] = None,
     partition: PartitionOption = None,
     time: TimeOption = None,
@@ -79,11 +81,11 @@ def curate(
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Turn reasoning traces into parallel documents with a language model, and keep only those that pass all checks.
+    """Turn reasoning traces into parallel documents with a language model, and keep those that pass all checks.
 
-    A row has a problem and somebody's reasoning about it. Five stages find what in it can be written side by side, and
-    quote its own text; FOLDER/curated.jsonl is what datasets_scripts/build_multiverse_1k.py takes. The same command
-    again takes up a run that was cut off, and no call is paid for twice.
+    A row has a problem and reasoning about it. Five stages find its independent parts and quote its text.
+    datasets_scripts/build_multiverse_1k.py reads the result, FOLDER/curated.jsonl. The same command continues a run
+    that was cut off, and no call is paid for twice.
 
     \b
     Examples:
@@ -96,7 +98,7 @@ def curate(
     from multiverse_hf.curator.options import Curation, load_settings
 
     if source is None and not report:
-        raise CommandError("no rows; name them with --input, or draw those of a run with --report")
+        raise CommandError("no rows; name them with --input, or write the report of a run with --report")
     if source is not None:
         options = {"model": model, "base_url": base_url, "concurrency": concurrency, "seed": seed, "judge": judge}
         options |= {"max_attempts": max_attempts, "max_outage_s": max_outage, "subset": subset, "split": split}
@@ -121,7 +123,7 @@ def curate(
 
 
 def print_curation(outcome: JobOutcome, output: Path, as_json: bool) -> None:
-    """Say how a curation ended."""
+    """Print how a curation ended."""
     summary = outcome.summary
     if print_job(outcome, output, as_json, summary):
         return

@@ -1,4 +1,4 @@
-"""The demo: problems shown as they are solved, and the same model timed in parallel and autoregressively."""
+"""The demo: it shows how problems are solved, and times the same model in parallel and autoregressively."""
 
 import os
 import random
@@ -41,15 +41,15 @@ from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correc
 from multiverse_hf.evaluation.tasks import SIDES
 
 HEADINGS = ("problem", "mode", "right", "tokens", "length", "# par.", "steps", "seconds", "speedup")
-REPEATS = 3  # the fewest whose median passes over a run that something else on the machine slowed down
-# Seconds after the command, for slow and busy machines: past them no further problem is shown, and no run is timed,
-# unless so many were asked for.
+REPEATS = 3  # the fewest whose median ignores one run that other work slowed down
+# Seconds after the start of the command, for slow machines: later no further problem is shown, and no further run is
+# timed, unless --repeats asks for it.
 SHOW_SECONDS = 18
 MOST_SECONDS = 32
 
 
 def demo_problems(seed: int, num_problems: int) -> list[ChainsProblem]:
-    """Draw the problems: first one with eight chains, then a nested one, a small one, and any."""
+    """Return the problems: one with eight chains, a nested one, a small one, and random ones."""
     rng = random.Random(seed)
     fixed = [(Kind.FLAT, MAX_CHAINS), (Kind.NESTED, 6), (Kind.FLAT, 4)]
     drawn = [(rng.choice([Kind.FLAT, Kind.NESTED]), None) for _ in range(num_problems - len(fixed))]
@@ -64,7 +64,7 @@ def show_problem(
     max_new_tokens: int,
     pace: float | None,
 ) -> None:
-    """Show a problem being solved in parallel: live, or as the document once it is written if ``pace`` is None."""
+    """Show how a problem is solved in parallel: live, or as plain text if ``pace`` is None."""
     options = {"structure": "guided", "do_sample": False, "max_new_tokens": max_new_tokens}
     if pace is None:
         answer_prompt(model, checkpoint, prompt, TextStream(sys.stdout, checkpoint.decode), **options)
@@ -82,20 +82,20 @@ def time_modes(
     repeats: int | None,
     begin: float | None = None,
 ) -> Iterator[dict[str, list[Answer]]]:
-    """Answer every prompt in both modes in turn, greedily and undisturbed by a display, after a warm-up.
+    """Answer every prompt in both modes in turns, greedily and without a display, after a warm-up.
 
     Args:
         model: the model.
         checkpoint: what it was loaded from.
         prompts: token ids.
-        max_new_tokens: bound on the length of an answer.
-        repeats: of each prompt; None for :data:`REPEATS`, or as many as begin within the prompt's share of
-            :data:`MOST_SECONDS`. Past them the prompts that are left are not answered, the first always is.
-        begin: of these seconds, as ``time.monotonic`` has it; None for now.
+        max_new_tokens: limit of an answer's length.
+        repeats: repeats of each prompt. With None there are up to :data:`REPEATS`, and none begins after the prompt's
+            share of :data:`MOST_SECONDS`. After that time no further prompt is answered, except the first.
+        begin: start of these seconds by ``time.monotonic``; None for now.
 
     Yields:
-        For each prompt, by mode, the answers of all repeats. Where one CPU thread computes, their seconds are its
-        processor time, which other work on the machine does not lengthen.
+        For each prompt, by mode, the answers of all repeats. If one CPU thread computes, their seconds are its
+        processor time, which does not include other work on the machine.
     """
     end = (time.monotonic() if begin is None else begin) + MOST_SECONDS
     for side in SIDES:
@@ -109,7 +109,7 @@ def time_modes(
         for repeat in range(repeats or REPEATS):
             if repeats is None and repeat and time.monotonic() > share:
                 break
-            # the mode that goes first alternates, so that neither always finds the machine cooler or the caches warmer
+            # the first mode alternates, so that no mode always has a cooler machine or warmer caches
             for side in SIDES if (repeat + number) % 2 == 0 else reversed(SIDES):
                 options = {"structure": side.structure, "do_sample": False, "max_new_tokens": max_new_tokens}
                 busy = time.thread_time()
@@ -120,14 +120,14 @@ def time_modes(
 
 
 def is_alone(model: Any) -> bool:
-    """Return whether one thread computes, so that its processor time is what an answer takes on an idle machine."""
+    """Return whether one CPU thread computes, so that its processor time is the time on an idle machine."""
     from multiverse_hf.modeling.threads import step_threads
 
     return model.device.type == "cpu" and step_threads(model) == 1
 
 
 def problem_row(problem: ChainsProblem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
-    """Put what was measured of a problem into the JSON form."""
+    """Return a problem's measurements in JSON form."""
     row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
     row["answer"] = problem.answer
     for mode, answers in modes.items():
@@ -140,7 +140,7 @@ def problem_row(problem: ChainsProblem, modes: dict[str, list[Answer]]) -> dict[
 
 
 def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-    """Put what was measured of all problems into the JSON form."""
+    """Return the measurements of all problems in JSON form."""
     import torch
 
     from multiverse_hf.modeling.threads import step_threads
@@ -172,7 +172,7 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
 
 
 def print_row(console: Console, cells: Sequence[str], style: str | None = None) -> None:
-    """Print a line of the table: two cells to the left, the others to the right."""
+    """Print a line of the table: the first two cells left-aligned, the others right-aligned."""
     widths = (16, 14, 5, 6, 6, 6, 5, 7, 7)  # 80 with the spaces between
     aligned = [
         cell.ljust(width) if place < 2 else cell.rjust(width)
@@ -182,7 +182,7 @@ def print_row(console: Console, cells: Sequence[str], style: str | None = None) 
 
 
 def print_modes(console: Console, name: str, row: dict[str, Any], num_problems: int | None = None) -> None:
-    """Print the two lines of a problem, or of all of them if their number is given."""
+    """Print the two lines of a problem, or of the totals of ``num_problems``."""
     for mode in SIDES:
         run = row[mode]
         counts = run["stats"] if num_problems is None else run
@@ -195,7 +195,7 @@ def print_modes(console: Console, name: str, row: dict[str, Any], num_problems: 
 
 
 def print_end(console: Console, report: dict[str, Any], num_problems: int) -> None:
-    """Print the sums, and what was measured how."""
+    """Print the totals, and how they were measured."""
     num_timed = len(report["problems"])
     print_modes(console, "total", report["total"], num_timed)
     threads, repeats, load, cores = (report[name] for name in ("threads", "repeats", "load_average", "cores"))
@@ -208,15 +208,15 @@ def print_end(console: Console, report: dict[str, Any], num_problems: int) -> No
         text += f" Load of the last minute: {load:.1f} on {cores} cores"
         text += ": other work slows both modes down." if load > cores + 0.5 else "."
     if report["clock"] == "processor":
-        text += " Seconds are the processor's, so that other work does not count."
+        text += " Seconds are processor time, without other work."
     if num_timed < num_problems:
         text += f" Timed within {MOST_SECONDS} s: {num_timed} of {num_problems} problems; --repeats 1 times all."
     console.print(Text(f"\n{text}"), style="dim")
 
 
 def demo(
-    problems: Annotated[int, typer.Option(min=1, metavar="N", help="How many problems.")] = 3,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the problems.")] = 0,
+    problems: Annotated[int, typer.Option(min=1, metavar="N", help="Number of problems.")] = 3,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the problems.")] = 0,
     repeats: Annotated[
         int | None,
         typer.Option(
@@ -225,7 +225,7 @@ def demo(
             help=f"Timed runs of each problem and mode; by default {REPEATS}, fewer on a slow machine.",
         ),
     ] = None,
-    pace: Annotated[float, typer.Option(min=1, metavar="N", help="Steps a second the live view shows at most.")] = 60,
+    pace: Annotated[float, typer.Option(min=1, metavar="N", help="Most steps per second in the live view.")] = 60,
     model: ModelOption = None,
     max_new_tokens: MaxNewTokensOption = 2048,
     dtype: DtypeOption = Dtype.AUTO,

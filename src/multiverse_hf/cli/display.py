@@ -1,7 +1,8 @@
-"""What is shown while an answer is written: its branches side by side in a terminal, or plain text as it settles.
+"""Display of an answer while it grows: its branches side by side in a terminal, or plain text.
 
-Both are streamers for ``model.generate``. The live view keeps the answer as a tree, a flow of text and blocks for the
-answer itself and one for each path, and draws it as lines: text over the full width, a block as columns, one per path.
+Both displays are streamers for ``model.generate``. The live view keeps the answer as a tree: a flow of text and blocks
+for the answer itself, and one for each path. It draws the tree as lines: text over the full width, and a block as
+columns, one per path.
 """
 
 import re
@@ -19,51 +20,51 @@ from rich.text import Text
 
 from multiverse_hf.modeling.tags import LABEL, TagSet
 
-if TYPE_CHECKING:  # torch comes with it, and only a running model needs that
+if TYPE_CHECKING:  # it imports torch, which only a running model needs
     from multiverse_hf.modeling.state import BranchEvent
 
-MIN_COLUMN = 24  # characters; narrower than this, sums and sentences break at every second word
+MIN_COLUMN = 24  # characters; in narrower columns, text breaks at every second word
 FRAMES_PER_SECOND = 12
-# A model's text may hold escape codes, which must not reach the terminal: all controls but newline and tab.
+# All controls except newline and tab: a model's text may hold escape codes, which must not reach the terminal.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Decode = Callable[[Sequence[int]], str]
 
 
 class TokenText:
-    """The text of a run of tokens, decoded line by line as they come."""
+    """The text of a run of tokens, decoded line by line as they arrive."""
 
     def __init__(self, decode: Decode) -> None:
         self._decode, self._lines, self._ids, self._tail = decode, "", [], ""
-        self._before = ""  # text of the token that ended the line before
+        self._before = ""  # text of the token at the end of the line before
 
     def add(self, token: int) -> None:
-        """Take the next token."""
+        """Add the next token."""
         self._ids.append(token)
         self._tail = self._decode(self._ids)[len(self._before) :]
-        if self._tail.endswith("\n"):  # a settled line is not decoded again
+        if self._tail.endswith("\n"):  # a complete line is not decoded again
             self._lines, self._ids, self._tail = self._lines + self._tail, [token], ""
-            self._before = self._decode(self._ids)  # without it a decoder drops the white space a line begins with
+            self._before = self._decode(self._ids)  # without it a decoder drops whitespace at the start of a line
 
     @property
     def text(self) -> str:
-        """All text, without a character that still lacks bytes."""
+        """All text so far, without an incomplete last character."""
         return self._lines + self._tail.rstrip("\ufffd")
 
     @property
     def full_text(self) -> str:
-        """All text, once no token is to come."""
+        """All text, after the last token."""
         return self._lines + self._tail
 
 
 class TextStream:
-    """Streamer that writes an answer as plain text in document order, and a newline after it."""
+    """Streamer that writes an answer as plain text in document order, with a newline at the end."""
 
     def __init__(self, file: TextIO, decode: Decode) -> None:
         self.file, self.text, self.num_written, self.is_prompt = file, TokenText(decode), 0, True
 
     def put(self, value: Any) -> None:
-        """Take ids; the first are the prompt's and not written."""
+        """Write ids. The first call has the prompt's, which are not written."""
         if self.is_prompt:
             self.is_prompt = False
             return
@@ -72,7 +73,7 @@ class TextStream:
         self._write(self.text.text)
 
     def end(self) -> None:
-        """Write what is left."""
+        """Write the rest."""
         self._write(self.text.full_text + "\n")
 
     def _write(self, text: str) -> None:
@@ -83,7 +84,7 @@ class TextStream:
 
 
 class TextRole(Enum):
-    """What a run of text is."""
+    """The role of a run of text."""
 
     TEXT = "text"
     OUTLINE = "outline"
@@ -107,7 +108,7 @@ class Columns:
 
 @dataclass(slots=True, eq=False)
 class Flow:
-    """One path, or with an empty label the answer itself: text and blocks in order."""
+    """One path, or the answer itself, whose label is empty: text and blocks in order."""
 
     label: str = ""
     title: str = ""
@@ -116,15 +117,15 @@ class Flow:
 
 
 class BranchTree:
-    """An answer as a tree of flows, grown by the events of a generation. Tags become structure and are not shown."""
+    """An answer as a tree of flows, built from the events of a generation. Tags become structure and are not shown."""
 
     def __init__(self, decode: Decode, tags: TagSet) -> None:
         self.root = Flow()
         self._decode, self._tags = decode, tags
-        self._flows = {"": self.root}  # by label; a later block takes over the labels of an earlier one
+        self._flows = {"": self.root}  # by label; a later block reuses the labels of an earlier one
 
     def feed(self, event: "BranchEvent") -> None:
-        """Take the next event."""
+        """Add the next event."""
         flow = self._flows[event.branch]
         if event.kind == "token" and event.token is not None:
             role, opens = self._tags.roles.get(event.token, (None, False))
@@ -146,7 +147,7 @@ class BranchTree:
         flow.items.append(TextRun(part, TokenText(self._decode)))
 
     def _fork(self, flow: Flow, num_paths: int) -> None:
-        """Turn the outlines of the goal just closed into the headings of columns."""
+        """Turn the outlines of the last goal into headings of columns."""
         titles: list[str] = []
         while flow.items and len(titles) < num_paths:
             item = flow.items[-1]
@@ -164,7 +165,7 @@ class BranchTree:
 
 
 def share(needs: Sequence[int], total: int) -> list[int]:
-    """Share ``total`` lines out among rows that need so many: one line at a time, to each that needs more."""
+    """Return each row's part of ``total`` lines, distributed one by one to rows that need more."""
     given = [0] * len(needs)
     while total > 0 and given != list(needs):
         for row, need in enumerate(needs):
@@ -180,20 +181,20 @@ class Painter:
 
     Args:
         console: wraps text by the width of its characters.
-        ascii_only: for terminals that have no box-drawing characters.
+        ascii_only: use no box-drawing characters.
     """
 
     console: Console
     ascii_only: bool = False
 
     def flow(self, flow: Flow, width: int, height: int | None = None, begin: int = 0) -> list[Text]:
-        """Draw a flow.
+        """Return the lines of a flow.
 
         Args:
             flow: the answer or a path.
-            width: characters of a line.
-            height: most lines to give; the newest are kept. None for all.
-            begin: the first item to draw.
+            width: characters per line.
+            height: most lines; the newest are kept. None for all.
+            begin: index of the first item to draw.
         """
         lines: list[Text] = []
         for index in reversed(range(begin, len(flow.items))):
@@ -209,7 +210,7 @@ class Painter:
 
     @staticmethod
     def _first_text(flow: Flow) -> int | None:
-        """Give the item that begins with the label the engine wrote: the first with text in it, in a path."""
+        """Return the index of a path's first item with text, which begins with the path's label."""
         runs = (
             index
             for index, item in enumerate(flow.items)
@@ -218,7 +219,7 @@ class Painter:
         return next(runs, None)
 
     def run(self, run: TextRun, width: int, height: int | None = None, has_label: bool = False) -> list[Text]:
-        """Draw a run of text, without blank lines around it."""
+        """Return the lines of a run of text, without blank lines around it."""
         text = run.content.text
         if has_label:
             text = LABEL.sub("", text, count=1).lstrip(" ")
@@ -244,7 +245,7 @@ class Painter:
         return lines if height is None else lines[-height:]
 
     def columns(self, block: Columns, width: int, height: int | None = None) -> list[Text]:
-        """Draw a block: its paths in columns, in several rows where one would make them too narrow."""
+        """Return the lines of a block: its paths in columns, in several rows if one row is too narrow."""
         gutter = " | " if self.ascii_only else " │ "
         num_paths = len(block.paths)
         num_rows = -(-num_paths // max((width + len(gutter)) // (MIN_COLUMN + len(gutter)), 1))
@@ -272,7 +273,7 @@ class Painter:
         return lines
 
     def path(self, path: Flow, width: int, height: int | None = None) -> list[Text]:
-        """Draw a path: a heading with its label, and its text below."""
+        """Return the lines of a path: a heading with its label, and its text below."""
         holds_block = any(isinstance(item, Columns) for item in path.items)
         rule, done = ("=" if holds_block else "-", "done") if self.ascii_only else ("━" if holds_block else "─", "✓")
         heading = Text(f"{rule} {path.label}", "bold cyan" if path.is_open else "bold green")
@@ -288,23 +289,22 @@ class Painter:
 class LiveView:
     """Streamer that shows the branches of one answer side by side in a terminal.
 
-    What is settled, the text before a block and the block once merged, is printed for good and scrolls; what is still
-    being written is drawn anew below it, the newest lines of every branch. Use it as a context manager, so that the
-    terminal is itself again whatever happens.
+    Final text, before a block and after its merge, is printed and scrolls. Unfinished text is redrawn below it: the
+    newest lines of every branch. Use it as a context manager, which restores the terminal.
 
     Args:
         console: the terminal.
-        decode: gives the text of token ids.
+        decode: returns the text of token ids.
         tags: the model's control tags.
-        pace: hold the answer back to so many steps a second, for people to read; None for the model's own speed.
+        pace: most steps per second, so that people can read; None for the model's own speed.
     """
 
     def __init__(self, console: Console, decode: Decode, tags: TagSet, pace: float | None = None) -> None:
         self.console, self.pace = console, pace
         self.tree = BranchTree(decode, tags)
         self.painter = Painter(console, console.options.ascii_only)
-        self.num_printed = 0  # items of the answer that were printed for good
-        self._lock = threading.Lock()  # the live display draws in a thread of its own
+        self.num_printed = 0  # items of the answer that were printed
+        self._lock = threading.Lock()  # the live display draws in another thread
         self._stepped: set[str] = set()  # branches that chose a token in this step
         self._next_step = 0.0
         self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND, transient=True)
@@ -320,7 +320,7 @@ class LiveView:
         self._live.stop()
 
     def on_event(self, event: "BranchEvent") -> None:
-        """Take an event of the generation."""
+        """Handle an event of the generation."""
         if self.pace is not None and event.sampled:
             self._keep_pace(event.branch)
         with self._lock:
@@ -331,7 +331,7 @@ class LiveView:
             self._print_settled(len(self.tree.root.items))
 
     def _keep_pace(self, branch: str) -> None:
-        """Wait where a new step begins: at a branch that has chosen a token since the last wait."""
+        """Wait at the start of a step: at a branch that has chosen a token since the last wait."""
         if branch in self._stepped:
             self._stepped.clear()
             time.sleep(max(self._next_step - time.monotonic(), 0))
@@ -340,8 +340,8 @@ class LiveView:
         self._stepped.add(branch)
 
     def _print_settled(self, end: int) -> None:
-        """Print the answer's items up to ``end`` for good."""
-        with self._lock:  # not held while printing: the display's thread takes the two locks the other way round
+        """Print the answer's items up to ``end``, which are final."""
+        with self._lock:  # released before printing: the display's thread takes the two locks in the other order
             lines: list[Text] = []
             settled = Flow(items=self.tree.root.items[self.num_printed : end])
             lines = self.painter.flow(settled, self.console.width)
@@ -351,6 +351,6 @@ class LiveView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
-            # one line less than the terminal has: the cursor stands below, and a full screen would scroll
+            # one line less than the terminal has: the cursor is below, and a full screen would scroll
             lines = self.painter.flow(self.tree.root, options.max_width, options.size.height - 1, self.num_printed)
         yield Text("\n").join(lines)

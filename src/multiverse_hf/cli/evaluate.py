@@ -1,6 +1,6 @@
 """``multiverse eval``, ``multiverse compare`` and ``multiverse experiment``: their options.
 
-What they do is imported inside, so that ``--help`` answers at once.
+Their modules are imported when they run, so that ``--help`` answers at once.
 """
 
 import functools
@@ -29,24 +29,27 @@ from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, TEMPERATURE, TOP_P, Mode
 
-SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers to each problem.")]
-SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Of the sampling.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, metavar="X", help="Of the sampling; 0 is greedy.")]
+SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per problem.")]
+SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")]
+TemperatureOption = Annotated[float, typer.Option(min=0, metavar="X", help="Temperature; 0 is greedy.")]
 TopPOption = Annotated[
-    float, typer.Option(metavar="X", help="Nucleus sampling: among the likeliest tokens of so much probability.")
+    float,
+    typer.Option(
+        metavar="X", help="Nucleus sampling: draw among the likeliest tokens with this probability together."
+    ),
 ]
-MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Answers written at once.")]
+MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent answers.")]
 
 TaskOption = Annotated[
     str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; or FILE.jsonl.")
 ]
 DataDirOption = Annotated[
-    Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, in place of the Hub's.")
+    Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, instead of the Hub's.")
 ]
 LimitOption = Annotated[int, typer.Option(min=1, metavar="N", help="Only the first problems of the task.")]
-RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs of each answer, in turns.")]
-CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens the cache holds.")]
-ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="For the figure and the numbers.")]
+RepeatsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Timed runs per answer, in turns.")]
+CacheOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="Tokens in the cache.")]
+ExperimentOutput = Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for figure and results.")]
 RuleOption = Annotated[
     AnswerKind | None,
     typer.Option(
@@ -60,16 +63,16 @@ experiments = typer.Typer(add_completion=False, help="The paper's experiments, e
 
 
 class Suite(StrEnum):
-    """Evaluations that belong together."""
+    """Sets of evaluations."""
 
     PAPER = "paper"
 
 
 def read_counts(option: str, text: str) -> list[int]:
-    """Read ``1,2,4``.
+    """Return the integers of ``1,2,4``.
 
     Raises:
-        CommandError: if that is not what it says.
+        CommandError: if the text is not of this form.
     """
     try:
         values = sorted({int(each) for each in text.split(",")})
@@ -92,27 +95,30 @@ def evaluate(
     ] = None,
     rule: RuleOption = None,
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Answers, results.json and report; the same command again goes on.")
+        Path,
+        typer.Option(metavar="FOLDER", help="Answers, results.json and report. The same command continues a run."),
     ] = Path("runs/eval"),
     model: ModelOption = None,
-    revision: Annotated[str, typer.Option(metavar="NAME", help="Of a repository.")] = "main",
+    revision: Annotated[str, typer.Option(metavar="NAME", help="Revision of a repository.")] = "main",
     mode: Annotated[
         Mode,
         typer.Option(
-            metavar="MODE", help="parallel; zero: asked for a sequential answer, free to branch; autoregressive."
+            metavar="MODE", help="parallel; zero: the sequential suffix, but free to branch; autoregressive."
         ),
     ] = Mode.PARALLEL,
     data_dir: DataDirOption = None,
     limit: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Only the first problems of each task; more later extend the run."),
+        typer.Option(min=1, metavar="N", help="Only the first problems of each task. A greater limit extends a run."),
     ] = None,
     n: SamplesOption = 1,
     seed: SeedOption = 0,
     temperature: TemperatureOption = TEMPERATURE,
     top_p: TopPOption = TOP_P,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
-    system_prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Before each problem.")] = None,
+    system_prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="System message before each problem.")
+    ] = None,
     max_num_seqs: MaxNumSeqsOption = MAX_NUM_SEQS,
     max_cache_tokens: CacheOption = None,
     dtype: DtypeOption = Dtype.AUTO,
@@ -127,7 +133,7 @@ def evaluate(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(metavar="PATH", help="Its base; random: the model with random weights.", rich_help_panel=SUITE),
+        typer.Option(metavar="PATH", help="Its base; random: random weights.", rich_help_panel=SUITE),
     ] = None,
     autoregressive: Annotated[
         str | None,
@@ -138,8 +144,8 @@ def evaluate(
 ) -> None:
     """Measure a model: accuracy with intervals, # parallel, length, well-formedness.
 
-    Every answer is kept as it comes, and the same command again takes up a run that was cut off. Answers depend
-    neither on that nor on how many are written at once.
+    Every answer is stored at once, and the same command continues a run that was cut off. Neither that nor the number
+    of concurrent answers changes an answer.
 
     \b
     Examples:
@@ -173,7 +179,7 @@ def evaluate(
             f"--{'base' if base is not None else 'autoregressive'} is a row of a table; add --suite paper"
         )
     with waiting("loading torch and transformers"):
-        import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - seconds, before a bar can be drawn
+        import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - takes seconds, before there is a progress bar
     results = commands.evaluate_and_report(asked, output)
     if as_json:
         print_json(results)
@@ -207,9 +213,9 @@ def budget(
     output: ExperimentOutput = Path("runs/budget"),
     traceback: TracebackOption = False,
 ) -> None:
-    """Figure 7: accuracy against the length budget, the parallel model and its autoregressive twin.
+    """Figure 7: accuracy against the length budget, for the parallel model and its autoregressive twin.
 
-    Every point is an evaluation of its own, kept in the folder: the same command goes on after a stop.
+    Every point is a separate evaluation in the folder, and the same command continues after a stop.
 
     \b
     Examples:
@@ -225,7 +231,7 @@ def budget(
     check_sampling(temperature or None, top_p, "--temperature 0")
     if autoregressive is None:
         if model not in (None, EMBEDDED_NAMES[0]):
-            raise CommandError(f"{model} is compared with its twin; name that with --autoregressive")
+            raise CommandError(f"{model} is compared with its autoregressive twin; name it with --autoregressive")
         autoregressive = EMBEDDED_NAMES[1]
     asked = Evaluation(
         model, (task,), data_dir=data_dir, limit=limit, num_samples=n, seed=seed, temperature=temperature,
@@ -310,12 +316,12 @@ def batch(
 
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="Folder of a run.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another.")],
-    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the report goes.")] = Path("runs/comparison"),
+    second: Annotated[Path, typer.Argument(metavar="B", help="Folder of another run.")],
+    output: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for the report.")] = Path("runs/comparison"),
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Compare two evaluations problem by problem: the paired difference, and which problems changed sides.
+    """Compare two evaluations by problem: the paired difference, and the problems whose result changed.
 
     \b
     Examples:

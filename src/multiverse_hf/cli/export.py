@@ -14,15 +14,15 @@ from multiverse_hf.outputs import check_new_folder, new_folder
 
 
 def merge(
-    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Folder that a LoRA run wrote.")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the merged checkpoint to.")],
+    adapter: Annotated[Path, typer.Option(metavar="DIR", help="Folder of a LoRA run.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the merged checkpoint.")],
     base: Annotated[
-        str | None, typer.Option(metavar="PATH", help="The base model, if it is no longer where the run found it.")
+        str | None, typer.Option(metavar="PATH", help="The base model, if it has moved since the run.")
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     traceback: TracebackOption = False,
 ) -> None:
-    """Add a LoRA adapter to its base: an ordinary checkpoint, which any loader takes.
+    """Merge a LoRA adapter into its base. The result is an ordinary checkpoint for any loader.
 
     \b
     Examples:
@@ -47,14 +47,14 @@ def export(
     model: Annotated[
         str, typer.Option("--model", "-m", metavar="PATH", help="Checkpoint whose tokenizer has the tags.")
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint.")],
     dtype: DtypeOption = Dtype.AUTO,
     traceback: TracebackOption = False,
 ) -> None:
-    """Write a checkpoint that branches wherever transformers is: its weights, and the code beside them.
+    """Write a checkpoint with the code that makes it branch, so that it needs only torch and transformers.
 
-    For a checkpoint that has the tags and was saved without the code, as the published Multiverse-32B. What is written
-    is an ordinary checkpoint of its architecture to every loader that is not given trust_remote_code=True.
+    This is for checkpoints with tags that were saved without the code, such as the published Multiverse-32B. Loaders
+    without trust_remote_code=True read the result as an ordinary checkpoint of its architecture.
 
     \b
     Examples:
@@ -71,7 +71,7 @@ def export(
 
 
 def save_checkpoint(model: Any, tokenizer: Any, output: Path, record: Path | None = None) -> None:
-    """Write a checkpoint whole or not at all, with the record of its training if there is one, and say what it is."""
+    """Write a checkpoint whole or not at all, with its training record if there is one. Print its size and dtype."""
     from safetensors import SafetensorError
 
     with new_folder(output) as folder:
@@ -82,6 +82,6 @@ def save_checkpoint(model: Any, tokenizer: Any, output: Path, record: Path | Non
                 shutil.copyfile(record, folder / record.name)
         except (OSError, SafetensorError) as err:
             raise CommandError(f"cannot write {output}: {one_line(err, 120)}", FAILURE) from err
-        except ValueError as err:  # what its own generation config says cannot be
+        except ValueError as err:  # its generation config is invalid
             raise CommandError(f"{model.name_or_path} cannot be saved: {one_line(err, 200)}") from err
     print(f"{output}: {model.num_parameters() / 1e6:.1f} M parameters, {model.dtype}")

@@ -59,7 +59,7 @@ MANY = "Many prompts"  # panel of the help
 
 
 class StructureMode(StrEnum):
-    """How the control tags are treated."""
+    """Treatment of control tags."""
 
     GUIDED = "guided"
     LENIENT = "lenient"
@@ -68,14 +68,14 @@ class StructureMode(StrEnum):
 
 def generate(
     prompt: Annotated[
-        str | None, typer.Argument(metavar="PROMPT", help="The problem; - or none: standard input.")
+        str | None, typer.Argument(metavar="PROMPT", help="The problem; - or nothing reads standard input.")
     ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", metavar="PATH", help="Read the prompt from a file.")
     ] = None,
     model: ModelOption = None,
     suffix: Annotated[
-        Suffix, typer.Option(metavar="KIND", help="Sentence that ends the prompt: parallel, sequential or none.")
+        Suffix, typer.Option(metavar="KIND", help="Sentence at the prompt's end: parallel, sequential or none.")
     ] = Suffix.PARALLEL,
     structure: Annotated[
         StructureMode,
@@ -83,21 +83,21 @@ def generate(
     ] = StructureMode.GUIDED,
     max_new_tokens: MaxNewTokensOption = 2048,
     max_total_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens of all paths together.")
+        int | None, typer.Option(min=1, metavar="N", help="Most tokens of all paths together.")
     ] = None,
-    max_path_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Length of one path.")] = None,
-    max_depth: Annotated[int | None, typer.Option(min=0, metavar="N", help="Blocks inside each other.")] = None,
-    max_paths: Annotated[int | None, typer.Option(min=1, metavar="N", help="Paths of one block.")] = None,
+    max_path_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most tokens of one path.")] = None,
+    max_depth: Annotated[int | None, typer.Option(min=0, metavar="N", help="Most nested blocks.")] = None,
+    max_paths: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most paths of one block.")] = None,
     max_time: Annotated[
-        float | None, typer.Option(min=0, metavar="SECONDS", help="Time; then open branches are closed.")
+        float | None, typer.Option(min=0, metavar="SECONDS", help="Time limit; then open branches are closed.")
     ] = None,
     do_sample: Annotated[
-        bool | None, typer.Option("--do-sample/--greedy", help="Sample; by default what the checkpoint says.")
+        bool | None, typer.Option("--do-sample/--greedy", help="Sample or not; by default as the checkpoint's config.")
     ] = None,
-    temperature: Annotated[float | None, typer.Option(metavar="X", help="Of the sampling; turns it on.")] = None,
-    top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling, likewise.")] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="X", help="Temperature; turns sampling on.")] = None,
+    top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling; turns sampling on.")] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="Of the sampling, to have the same answer again.")
+        int | None, typer.Option(min=0, metavar="N", help="Seed of the sampling, for a reproducible answer.")
     ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     attn: AttentionOption = Attention.SDPA,
@@ -111,7 +111,9 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Their answers; the same command again goes on.", rich_help_panel=MANY),
+        typer.Option(
+            metavar="FOLDER", help="Folder for their answers. The same command continues a run.", rich_help_panel=MANY
+        ),
     ] = None,
     executor: Annotated[
         Executor | None,
@@ -125,24 +127,24 @@ def generate(
         typer.Option(
             min=1,
             metavar="N",
-            help="Tasks at once, each with its own model; here by default one for each GPU, or each core.",
+            help="Concurrent tasks, each with its own model; here by default one per GPU, or per core.",
             rich_help_panel=MANY,
         ),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
         typer.Option(
-            min=1, metavar="N", help=f"Answers a task writes at once; by default {MAX_NUM_SEQS}.", rich_help_panel=MANY
+            min=1, metavar="N", help=f"Concurrent answers of a task; by default {MAX_NUM_SEQS}.", rich_help_panel=MANY
         ),
     ] = None,
     max_cache_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Tokens a task's cache holds.", rich_help_panel=MANY)
+        int | None, typer.Option(min=1, metavar="N", help="Tokens in a task's cache.", rich_help_panel=MANY)
     ] = None,
     partition: PartitionOption = None,
     time: TimeOption = None,
     cpus_per_task: CpusOption = None,
     gpus_per_task: Annotated[
-        int | None, typer.Option(min=0, metavar="N", help="By default none.", rich_help_panel=CLUSTER)
+        int | None, typer.Option(min=0, metavar="N", help="GPUs per task; by default none.", rich_help_panel=CLUSTER)
     ] = None,
     mem_per_cpu: MemoryOption = None,
     sbatch: SbatchOption = None,
@@ -151,9 +153,8 @@ def generate(
 ) -> None:
     """Answer a prompt, or a file of them.
 
-    In a terminal the branches of one answer appear side by side as they are written. With --input each row of a file
-    is answered, by tasks on this machine or on a cluster. The same command again takes up a run that was cut off: rows
-    that are finished are never done again.
+    In a terminal the branches of an answer grow side by side. With --input, tasks on this machine or on a cluster
+    answer the rows of a file. The same command continues a run that was cut off, and never repeats a finished row.
 
     \b
     Examples:
@@ -222,12 +223,12 @@ def generate(
 
 
 def wants_many(source: Path | None, output: Path | None, single: dict[str, Any], many: dict[str, Any]) -> bool:
-    """Say whether a file of prompts is to be answered.
+    """Return whether to answer a file of prompts.
 
     Args:
-        source, output: of it.
-        single: options that one prompt takes and a file does not, by name; None where not given.
-        many: the other way round.
+        source, output: input file and output folder.
+        single: options for one prompt only, by name; None if not given.
+        many: options for a file only, likewise.
 
     Raises:
         CommandError: if the options do not fit together.
@@ -247,7 +248,7 @@ def wants_many(source: Path | None, output: Path | None, single: dict[str, Any],
 
 
 def print_outcome(outcome: JobOutcome, output: Path, as_json: bool) -> None:
-    """Say how a run over many prompts ended."""
+    """Print how a run over many prompts ended."""
     summary = outcome.summary
     if print_job(outcome, output, as_json, None if summary is None else dataclasses.asdict(summary)):
         return
@@ -264,12 +265,12 @@ def print_outcome(outcome: JobOutcome, output: Path, as_json: bool) -> None:
 
 
 def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:
-    """Say what cut an answer off and how to have more of it; None if it is whole.
+    """Return which limit cut an answer off, and the next step; None if the answer is complete.
 
     Args:
         answer: the answer.
-        room: positions that the context leaves after the prompt.
-        max_new_tokens: as asked for.
+        room: positions of the context after the prompt.
+        max_new_tokens: the limit that was asked for.
     """
     stats = answer.stats
     if stats.finish_reason == "stop":
@@ -283,7 +284,7 @@ def _cut_off(answer: Answer, room: float, max_new_tokens: int) -> str | None:
 
 
 def _summary(answer: Answer) -> Text:
-    """Say in a line what an answer cost."""
+    """Return one line about an answer's size and time."""
     stats = answer.stats
     return Text(
         f"\n{stats.num_tokens} tokens, length {stats.length}, # parallel {stats.parallelism:.2f}, "
@@ -292,7 +293,7 @@ def _summary(answer: Answer) -> Text:
 
 
 def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
-    """Take the prompt from where the user put it, and end it with the suffix of record.
+    """Return the prompt from an argument, a file or standard input, with the suffix of record.
 
     Raises:
         CommandError: if there is no prompt, or it cannot be read.

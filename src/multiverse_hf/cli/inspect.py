@@ -1,4 +1,4 @@
-"""``multiverse inspect``: draw how a row is read, as the trainer lays it out."""
+"""``multiverse inspect``: show how the trainer reads a row."""
 
 import json
 import sys
@@ -17,11 +17,11 @@ from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.data.records import Form, Record, RowError, number_rows, read_record
 from multiverse_hf.errors import CommandError, one_line
 
-if TYPE_CHECKING:  # torch comes with it
+if TYPE_CHECKING:  # it imports torch
     from multiverse_hf.data.inspection import ReadRow, RowSegment
 
 STYLES = {"prompt": "dim", "forced": "yellow", "label": "green"}
-_INDENT = 20  # columns before a row's text
+_INDENT = 20  # columns before the text of a run
 
 
 def inspect(
@@ -37,19 +37,17 @@ def inspect(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(
-            "--model", "-m", metavar="PATH", help="Whose tokenizer reads it; by default that of multiverse-tiny."
-        ),
+        typer.Option("--model", "-m", metavar="PATH", help="Model with the tokenizer; by default multiverse-tiny."),
     ] = None,
     form: Annotated[Form, typer.Option(metavar="FORM", help="parallel, sequential or plain.")] = Form.PARALLEL,
     max_length: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Most tokens, as the recipe's max_length.")
+        int | None, typer.Option(min=1, metavar="N", help="Most tokens, like max_length of the recipe.")
     ] = None,
     suffix: Annotated[bool, typer.Option(help="End the prompt with the sentence of record of the form.")] = True,
     as_json: JsonOption = False,
     traceback: TracebackOption = False,
 ) -> None:
-    """Show how a row is read: segments, positions, what each segment sees, which tokens carry a label.
+    """Show how training reads a row: segments, positions, what each segment sees, and which tokens have a label.
 
     \b
     Examples:
@@ -79,13 +77,13 @@ def inspect(
 
 
 def find_row(source: str, line: int | None) -> tuple[str, Any]:
-    """Find a row: text of JSON, or one of a file or dataset.
+    """Return a row that is given as JSON, or that is in a file or dataset.
 
     Returns:
-        What people call it, and the row, a :class:`RowError` where it is no JSON.
+        The row's name for people, and the row; a :class:`RowError` for a line that is no JSON.
 
     Raises:
-        CommandError: if there is none.
+        CommandError: if there is no such row.
     """
     if source == "-" or source.lstrip().startswith("{"):
         text = sys.stdin.read() if source == "-" else source
@@ -113,10 +111,10 @@ def find_row(source: str, line: int | None) -> tuple[str, Any]:
 
 
 def load_tokenizer(model: str | None) -> Any:
-    """Load a base's tokenizer, with tags where it has none.
+    """Return a base's tokenizer, with tags added if it lacks them.
 
     Raises:
-        CommandError: if there is none that can read rows.
+        CommandError: if there is no tokenizer that can read rows.
     """
     from multiverse_hf.training.models import load_tokens
 
@@ -132,7 +130,7 @@ def load_tokenizer(model: str | None) -> Any:
 
 
 def to_dict(place: str, model: str, record: Record, read: "ReadRow") -> dict[str, Any]:
-    """Return all of it for programs: segments with their runs, and a list of each kind for all tokens."""
+    """Return a read row for programs: segments with their runs, and lists for all tokens."""
     segments = [
         {
             "segment": number,
@@ -156,7 +154,7 @@ def to_dict(place: str, model: str, record: Record, read: "ReadRow") -> dict[str
 
 
 def draw_row(console: Console, place: str, model: str, record: Record, read: "ReadRow") -> None:
-    """Draw a row for people: each segment with its text, then who sees whom."""
+    """Print a read row for people: each segment with its text, then the visibility of segments."""
     runs = [run for segment in read.segments for run in segment.runs]
     counts = {part: sum(run.stop - run.start for run in runs if run.part == part) for part in STYLES}
     console.print(f"{place}, {read.form} form, tokens of {model}", style="bold")
@@ -176,7 +174,7 @@ def draw_row(console: Console, place: str, model: str, record: Record, read: "Re
 
 
 def segment_lines(console: Console, number: int, segment: "RowSegment") -> list[Text]:
-    """Return a segment's heading, and its runs of tokens, text in a column of its own."""
+    """Return the lines of a segment: its heading, and its runs with their text in a column."""
     first, last = segment.positions
     lines = [Text(f"{number} {segment.name}: positions {first}-{last}, sees {ranges(segment.sees)}", "bold")]
     newline = "\\n" if console.options.ascii_only else "⏎"
@@ -195,7 +193,7 @@ def segment_lines(console: Console, number: int, segment: "RowSegment") -> list[
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return ascending numbers shortly: ``0 2-5``."""
+    """Return ascending numbers in short form: ``0 2-5``."""
     parts: list[list[int]] = []
     for number in numbers:
         if parts and number == parts[-1][-1] + 1:
@@ -206,7 +204,7 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def sight_lines(console: Console, segments: Sequence["RowSegment"]) -> list[Text]:
-    """Return a picture of which segment sees which, or a line that says why there is none."""
+    """Return a picture of the segments' visibility, or one line if the terminal is too narrow."""
     names = [f"{number} {segment.name}" for number, segment in enumerate(segments)]
     width, cell = max(map(len, names)) + 2, len(str(len(segments) - 1)) + 1
     if width + cell * len(segments) > console.width:

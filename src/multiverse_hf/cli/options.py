@@ -1,4 +1,4 @@
-"""Options that several commands have, and what is checked of them. Light: ``--help`` answers at once."""
+"""Options and output that several commands share. Its imports are light, so that ``--help`` answers at once."""
 
 import inspect
 import os
@@ -15,7 +15,7 @@ from multiverse_hf.outputs import json_text
 
 CLUSTER = "Slurm and Ray"  # a panel of the help
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
-# The likeliest token is drawn always, long before this; far below, scores divided by it leave float32's range.
+# Sampling is greedy well above this value; far below, divided scores leave float32's range.
 MIN_TEMPERATURE = 1e-6
 
 
@@ -31,12 +31,12 @@ ModelOption = Annotated[
         "--model",
         "-m",
         metavar="PATH",
-        help="Checkpoint folder or repository; built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
-        "which solve sums of chains only.",
+        help="Checkpoint folder or repository. Built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
+        "which only solve sums of chains.",
     ),
 ]
 MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path; the context caps it.")
+    int, typer.Option(min=1, metavar="N", help="Most tokens along the longest path, within the context.")
 ]
 DtypeOption = Annotated[
     Dtype,
@@ -44,12 +44,12 @@ DtypeOption = Annotated[
 ]
 AttentionOption = Annotated[Attention, typer.Option(metavar="KIND", help="Attention implementation: sdpa or eager.")]
 DeviceOption = Annotated[
-    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA where there is some.")
+    str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1, ...; auto takes CUDA if there is any.")
 ]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        min=1, max=1024, metavar="N", help="CPU threads; by default one where that is faster, else torch's choice."
+        min=1, max=1024, metavar="N", help="CPU threads; by default one if that is faster, else torch's choice."
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
@@ -57,18 +57,20 @@ LiveOption = Annotated[
     bool | None, typer.Option("--live/--plain", help="Branches side by side, or plain text; live in a terminal.")
 ]
 PartitionOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Slurm's, for each task.", rich_help_panel=CLUSTER)
+    str | None, typer.Option(metavar="NAME", help="Slurm's partition.", rich_help_panel=CLUSTER)
 ]
 TimeOption = Annotated[
-    str | None, typer.Option(metavar="H:MM:SS", help="Slurm's limit, for each task.", rich_help_panel=CLUSTER)
+    str | None, typer.Option(metavar="H:MM:SS", help="Slurm's time limit per task.", rich_help_panel=CLUSTER)
 ]
-CpusOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="By default 1.", rich_help_panel=CLUSTER)]
-MemoryOption = Annotated[int | None, typer.Option(min=1, metavar="GB", help="By default 2.", rich_help_panel=CLUSTER)]
+CpusOption = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="CPUs per task; by default 1.", rich_help_panel=CLUSTER)
+]
+MemoryOption = Annotated[
+    int | None, typer.Option(min=1, metavar="GB", help="Memory per CPU; by default 2.", rich_help_panel=CLUSTER)
+]
 SbatchOption = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="NAME=VALUE", help="More for Slurm, such as account=me; any number.", rich_help_panel=CLUSTER
-    ),
+    typer.Option(metavar="NAME=VALUE", help="Other options for Slurm, such as account=me.", rich_help_panel=CLUSTER),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print Slurm's script and start nothing.", rich_help_panel=CLUSTER)
@@ -79,9 +81,9 @@ TracebackOption = Annotated[
 
 
 def flowing(command: Callable[..., None]) -> Callable[..., None]:
-    """Have the paragraphs of a command's help fill the terminal's lines; typer keeps the source's line breaks.
+    """Join the lines of each paragraph in a command's help, as typer would keep the source's line breaks.
 
-    What follows ``\\b``, the examples, stays as it is.
+    Examples, after ``\\b``, keep their lines.
     """
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     command.__doc__ = "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
@@ -92,8 +94,8 @@ def check_sampling(temperature: float | None, top_p: float | None, greedy: str) 
     """Check the options of sampling.
 
     Args:
-        temperature, top_p: as given.
-        greedy: option to name to those who want none.
+        temperature, top_p: the options.
+        greedy: option for greedy decoding, which the error names.
 
     Raises:
         CommandError: if one is out of range.

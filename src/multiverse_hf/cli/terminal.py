@@ -1,4 +1,4 @@
-"""What commands ask of the terminal, and show there while they load."""
+"""The terminal: whether it can show branches, and a spinner while a command loads."""
 
 import contextlib
 import os
@@ -12,10 +12,10 @@ from multiverse_hf.errors import CommandError
 
 
 def wants_live(live: bool | None, as_json: bool) -> bool:
-    """Say whether to show branches side by side.
+    """Return whether to show branches side by side.
 
     Raises:
-        CommandError: if that and JSON were both asked for.
+        CommandError: if both that and JSON were asked for.
     """
     if as_json and live:
         raise CommandError("--json and --live exclude each other; leave one out")
@@ -25,7 +25,7 @@ def wants_live(live: bool | None, as_json: bool) -> bool:
 
 @contextlib.contextmanager
 def waiting(message: str) -> Iterator[None]:
-    """Show in a terminal that something takes its time, and how long it has taken."""
+    """Show a message with a spinner and the elapsed time in a terminal."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()

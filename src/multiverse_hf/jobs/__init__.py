@@ -1,1 +1,1 @@
-"""Long work on many rows, as commands share it: tasks here, with Slurm or on Ray, and files that say what is done."""
+"""Jobs over many rows: tasks on this machine, with Slurm or on Ray, and files that record finished rows."""

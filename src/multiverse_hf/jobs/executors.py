@@ -1,4 +1,4 @@
-"""Starting the tasks of a job with datatrove's executors: on this machine, with Slurm, on Ray.
+"""Starts the tasks of a job with datatrove's executors: on this machine, with Slurm, or on Ray.
 
 datatrove and Ray are imported inside functions, so that ``--help`` answers at once.
 """
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 def cores() -> int:
-    """Count the cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_executor(executor: Executor, option: str, needed: Mapping[str, str]) -> None:
-    """Check that what is needed can be imported.
+    """Check that an executor can start tasks here, and that the needed modules are installed.
 
     Args:
-        executor: that runs the tasks.
-        option: that needs it all.
-        needed: the extra that brings each module.
+        executor: executor of the tasks.
+        option: option or command that needs the modules, for errors.
+        needed: the extra that installs each module.
 
     Raises:
-        CommandError: if something is missing, with the line that installs it; or if this is no place to start jobs.
+        CommandError: if a module is missing, with the line that installs it, or if jobs cannot start here.
     """
     if sys.platform == "win32":
         raise CommandError(f"{option} needs Linux or macOS; under Windows use WSL", FAILURE)
@@ -51,7 +51,7 @@ def check_executor(executor: Executor, option: str, needed: Mapping[str, str]) -
         raise CommandError("--executor slurm cannot be used inside a job array; run it where you log in")
     from loguru import logger
 
-    import multiverse_hf.jobs.steps  # noqa: F401 - datatrove sets its log up when it is imported
+    import multiverse_hf.jobs.steps  # noqa: F401 - datatrove sets up its log on import
 
     logger.remove()
 
@@ -65,15 +65,15 @@ def start_tasks(
     advice: str = "",
     notes: "Notes | None" = None,
 ) -> str | None:
-    """Run the tasks that are open; give Slurm's number of the job where it is Slurm that will run them.
+    """Run the unfinished tasks. With Slurm, submit them and return the job's number.
 
     Args:
         step: a :class:`~.steps.PartStep`.
-        job: how they are shared out.
-        workers: tasks at once on this machine.
-        rows: in all.
+        job: the job.
+        workers: concurrent tasks on this machine.
+        rows: total number of rows.
         preload: modules that workers need.
-        advice: what helps when memory runs out.
+        advice: advice for a lack of memory.
         notes: as for :class:`~.watch.Watch`.
 
     Raises:
@@ -81,7 +81,7 @@ def start_tasks(
         KeyboardInterrupt: on Ctrl-C or a SIGTERM.
     """
     folder = step.folder
-    for task in folder.open_tasks():  # datatrove's marks follow the parts, not the other way round
+    for task in folder.open_tasks():  # the parts decide what is finished, not datatrove's marks
         (folder.logs / "completions" / f"{task:05d}").unlink(missing_ok=True)
     if job.executor is Executor.SLURM:
         return _submit_slurm(slurm_executor(step, job))
@@ -115,15 +115,15 @@ def _run_local(step: Any, job: Job, workers: int, preload: Sequence[str]) -> Non
     end_forks_with_this_process()
     executor = LocalTasks([step], tasks=job.tasks, workers=workers, logging_dir=str(step.folder.logs))
     multiprocess.set_forkserver_preload(list(preload))
-    # Ctrl-C in a terminal goes to all of a command's processes. Workers ignore it, as what they are forked from does,
-    # and are ended by this process; so they leave no traceback on the screen each.
+    # Ctrl-C in a terminal reaches all processes of a command. Workers ignore it, like the server they are forked from,
+    # and this process ends them, so that they print no tracebacks.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with _output_to(step.folder.logs / "workers.log"):
             forkserver.ensure_running()
     finally:
         signal.signal(signal.SIGINT, before)
-    # a single worker is this process itself
+    # a single worker runs in this process
     with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
         try:
             executor.run()
@@ -133,7 +133,7 @@ def _run_local(step: Any, job: Job, workers: int, preload: Sequence[str]) -> Non
 
 @contextlib.contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Have the processes started meanwhile write to a file what they would write to the screen."""
+    """Send the output of processes started in this context to a file."""
     with log.open("ab") as file:
         screen = [(number, os.dup(number)) for number in (1, 2)]
         try:
@@ -147,10 +147,10 @@ def _output_to(log: Path) -> Iterator[None]:
 
 
 def _check_for_shell(logs: Path, sbatch: Sequence[str]) -> None:
-    """Refuse what datatrove would write into Slurm's script as it stands, and the shell or sbatch would take apart.
+    """Refuse characters that datatrove writes unquoted into Slurm's script, and that the shell or sbatch would split.
 
     Raises:
-        CommandError: naming it.
+        CommandError: with the character.
     """
     shell, quotes = r"[\s\"'\\$`&|;<>()*?\[\]!#~{}%]", r"[\s\"']"
     for what, text, wrong in (
@@ -159,17 +159,18 @@ def _check_for_shell(logs: Path, sbatch: Sequence[str]) -> None:
     ):
         if found := re.search(wrong, text):
             raise CommandError(
-                f"{what} {text!r} holds {found[0]!r}, which a Slurm script cannot take; name one with letters, "
-                "digits, and _ - . / alone"
+                f"{what} {text!r} holds {found[0]!r}, which a Slurm script cannot take; use only letters, "
+                "digits, and _ - . /"
             )
 
 
 def slurm_executor(step: Any, job: Job) -> Any:
+    """Return datatrove's executor for Slurm."""
     from datatrove.executor.slurm import SlurmPipelineExecutor
 
     cluster = job.cluster
     _check_for_shell(step.folder.logs, cluster.sbatch)
-    # the job's shell has to find datatrove's commands, whether or not this environment is activated there
+    # the job's shell must find datatrove's commands, even if this environment is not activated there
     scripts = shlex.quote(str(Path(sys.executable).absolute().parent))
     return SlurmPipelineExecutor(
         [step],
@@ -181,7 +182,7 @@ def slurm_executor(step: Any, job: Job) -> Any:
         gpus_per_task=cluster.gpus_per_task or 0,
         workers=job.workers or -1,
         job_name="multiverse",
-        qos="",  # datatrove asks for "normal", which not every cluster has
+        qos="",  # datatrove's default is "normal", which not every cluster has
         env_command=f"export PATH={scripts}:$PATH",
         sbatch_args=dict(each.split("=", 1) for each in cluster.sbatch),
         logging_dir=str(step.folder.logs),
@@ -189,14 +190,14 @@ def slurm_executor(step: Any, job: Job) -> Any:
 
 
 def slurm_script(executor: Any, num_tasks: int) -> str:
-    """Give the script that datatrove would submit, as its ``launch_job`` puts it together."""
+    """Return the script that datatrove would submit, built as in its ``launch_job``."""
     begun = Path(executor.slurm_logs_folder).exists()
     size = min(num_tasks, executor.max_array_size)
     command = f"srun  -l -n 1 launch_pickled_pipeline {executor.logging_dir.resolve_paths('executor.pik')}"
     script = executor.get_launch_file_contents(executor.get_sbatch_args(size), command)
     if not begun:
         with contextlib.suppress(OSError):
-            os.removedirs(executor.slurm_logs_folder)  # made on the way; a dry run leaves nothing
+            os.removedirs(executor.slurm_logs_folder)  # created on the way; a dry run leaves nothing
     return script
 
 
@@ -207,7 +208,7 @@ def _submit_slurm(executor: Any) -> str:
         if err.filename != "sbatch":
             raise
         raise CommandError("no sbatch here; run this where you log in to the Slurm cluster", FAILURE) from err
-    except subprocess.CalledProcessError as err:  # which says why on the screen
+    except subprocess.CalledProcessError as err:  # sbatch prints the reason
         raise CommandError(
             f"sbatch refused the job (exit code {err.returncode}); --dry-run shows it", FAILURE
         ) from err
@@ -220,12 +221,14 @@ def _run_ray(step: Any, job: Job) -> None:
 
     cluster, folder = job.cluster, step.folder
     cpus, gpus, memory = cluster.cpus_per_task or 1, cluster.gpus_per_task or 0, cluster.mem_per_cpu or 2
-    ray.init(log_to_driver=False, logging_level=logging.ERROR)  # RAY_ADDRESS, a cluster started here, or a new one
+    ray.init(
+        log_to_driver=False, logging_level=logging.ERROR
+    )  # at RAY_ADDRESS, a cluster on this machine, or a new one
     try:
         there = ray.cluster_resources()
         wanted = {"CPU": cpus, "GPU": gpus, "memory": cpus * memory * 2**30}
         for name, most in wanted.items():
-            if most > there.get(name, 0):  # it would wait for ever
+            if most > there.get(name, 0):  # it would wait forever
                 raise CommandError(
                     f"a task asks Ray for {most:g} of {name} and the whole cluster has {there.get(name, 0):g}; lower "
                     "--cpus-per-task, --gpus-per-task or --mem-per-cpu"

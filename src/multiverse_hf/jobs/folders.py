@@ -1,4 +1,4 @@
-"""Files of a job: parts that tasks append whole lines to, and locks that keep others out."""
+"""Files of a job: parts to which tasks append whole lines, and locks against other processes."""
 
 import contextlib
 import json
@@ -16,10 +16,10 @@ SETTINGS = "run.json"
 
 @dataclass(frozen=True, slots=True)
 class JobFolder:
-    """Where things are in an output folder.
+    """Paths in the output folder of a job.
 
-    A task appends the rows it finishes to its part, which gets its final name when all of them are there: what is
-    finished can be seen from the names alone, and nothing else has to be kept in step with the files.
+    A task appends finished rows to its part. The part gets its final name when it is complete, so the names alone show
+    which tasks are finished.
     """
 
     path: Path
@@ -28,47 +28,47 @@ class JobFolder:
 
     @property
     def result(self) -> Path:
-        """All rows in the input's order; there only when all are."""
+        """File of all rows in the input's order; it exists once the job is complete."""
         return self.path / self.result_name
 
     @property
     def settings(self) -> Path:
-        """What the run was begun with."""
+        """File of the settings that the run began with."""
         return self.path / SETTINGS
 
     @property
     def logs(self) -> Path:
-        """What datatrove and Slurm write."""
+        """Folder of the logs of datatrove and Slurm."""
         return self.path / "logs"
 
     def part(self, task: int) -> Path:
-        """A task's rows, complete."""
+        """Return the file of a finished task's rows."""
         return self.path / "parts" / f"{task:05d}.jsonl"
 
     def unfinished(self, task: int) -> Path:
-        """A task's rows so far."""
+        """Return the file of an unfinished task's rows so far."""
         return self.path / "parts" / f"{task:05d}.unfinished.jsonl"
 
     def open_tasks(self) -> list[int]:
-        """Give the tasks that have rows to do."""
+        """Return the unfinished tasks."""
         names = {path.name for path in (self.path / "parts").glob("*.jsonl")}
         return [task for task in range(self.tasks) if self.part(task).name not in names]
 
     def count_rows(self) -> int:
-        """Count the rows in all parts."""
+        """Return the number of rows in all parts."""
         paths = (path for task in range(self.tasks) for path in (self.part(task), self.unfinished(task)))
         return sum(count_lines(path)[0] for path in paths)
 
     @contextlib.contextmanager
     def lock(self, name: str, busy: str | None = None) -> Iterator[None]:
-        """Keep other processes out of the same work; where there are no locks, users see to it themselves.
+        """Lock work against other processes. Without locks on a file system, users must take care themselves.
 
         Args:
-            name: of the work.
-            busy: the error's message if it is held; None waits.
+            name: name of the work.
+            busy: message of the error if another process holds the lock; None waits.
 
         Raises:
-            CommandError: if it is held.
+            CommandError: if another process holds the lock.
         """
         path = self.logs / "locks" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +79,7 @@ class JobFolder:
 
 
 def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Give the place and the bytes of each line that has its end; not what a killed task wrote of a last one."""
+    """Yield offset and bytes of each whole line, without a torn last line of a killed task."""
     begin = 0
     with path.open("rb") as file:
         for data in file:
@@ -91,7 +91,7 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 @contextlib.contextmanager
 def appending(path: Path, end: int) -> Iterator[IO[bytes]]:
-    """Open a file to append lines to, after the bytes that are to stay; on the disk when it is closed."""
+    """Yield a file opened to append after its first ``end`` bytes. It is synced to disk at the end."""
     with path.open("r+b") as file:
         file.truncate(end)
         file.seek(end)
@@ -101,14 +101,14 @@ def appending(path: Path, end: int) -> Iterator[IO[bytes]]:
 
 
 def write_row(file: IO[bytes], row: dict[str, Any]) -> None:
-    """Append a row; once this returns, a kill of the process cannot lose it."""
+    """Append a row. Once this returns, a kill of the process cannot lose it."""
     file.write(json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n")
     file.flush()
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a large file to write, under another name until it is whole and on the disk."""
+    """Yield a file opened to write. It gets its name once it is complete and on disk."""
     new = path.with_name(f".{path.name}.unfinished")
     with new.open("wb") as file:
         yield file
@@ -118,7 +118,7 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def count_lines(path: Path, begin: int = 0) -> tuple[int, int]:
-    """Count the line ends in a file from a place on, none if it is not there; and give the place where it ends."""
+    """Return the number of line ends in a file from an offset on, 0 without the file, and the offset of its end."""
     count = 0
     with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
         file.seek(begin)

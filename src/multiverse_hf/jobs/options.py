@@ -1,4 +1,4 @@
-"""What runs the tasks of a job, and what fits together of it."""
+"""Settings of a job: its tasks, its executor and its cluster."""
 
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -9,7 +9,7 @@ from multiverse_hf.errors import CommandError
 
 
 class Executor(StrEnum):
-    """What runs the tasks."""
+    """The executor of a job's tasks."""
 
     LOCAL = "local"
     SLURM = "slurm"
@@ -18,13 +18,13 @@ class Executor(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What each task asks a scheduler for.
+    """Resources of each task on a cluster.
 
     Attributes:
-        partition, time, sbatch: of Slurm; ``sbatch`` holds further options as ``name=value``.
-        cpus_per_task, gpus_per_task: of Slurm and Ray.
-        mem_per_cpu: GB, likewise.
-        dry_run: show Slurm's script and start nothing.
+        partition, time, sbatch: options of Slurm; ``sbatch`` has others as ``name=value``.
+        cpus_per_task, gpus_per_task: for Slurm and Ray.
+        mem_per_cpu: memory in GB, for Slurm and Ray.
+        dry_run: print Slurm's script and start nothing.
     """
 
     partition: str | None = None
@@ -59,12 +59,12 @@ class JobOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """How rows are shared out.
+    """The tasks of a job.
 
     Attributes:
-        tasks: shares of the rows.
-        workers: how many of them at once; None for what the machine or the cluster has room for.
-        executor, cluster: what runs them.
+        tasks: number of tasks, each with a share of the rows.
+        workers: concurrent tasks; None for as many as the machine or the cluster allows.
+        executor, cluster: executor of the tasks, and their resources.
     """
 
     tasks: int = 1
@@ -73,7 +73,7 @@ class Job:
     cluster: Cluster = field(default_factory=Cluster)
 
     def __post_init__(self) -> None:
-        """Check what fits together.
+        """Check that the options fit together.
 
         Raises:
             CommandError: if an option is for another executor, or one is missing.

@@ -1,4 +1,4 @@
-"""Processes that end together: nothing of a run is left behind when it is killed."""
+"""Processes that end together: a killed run leaves no processes behind."""
 
 import contextlib
 import functools
@@ -12,7 +12,7 @@ from multiverse_hf.errors import FAILURE
 
 
 def end_with(parent: int) -> None:
-    """End this process when the one that started it does."""
+    """End this process when its parent ends."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -22,16 +22,16 @@ def end_with(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def end_forks_with_this_process() -> None:
-    """Have forked children end when this process is killed: datatrove's queue, for one, would stay for ever."""
+    """End forked children when this process is killed: datatrove's queue would otherwise stay forever."""
     parent = os.getpid()
     os.register_at_fork(after_in_child=lambda: end_with(parent))
 
 
-@functools.cache  # once a process
+@functools.cache  # once per process
 def end_worker_with_its_pool() -> None:
-    """Have a worker end when the process that started the pool does; a fork server stands between the two."""
+    """End this worker when the process of its pool ends; a fork server is between the two."""
     import multiprocess
 
     parent = multiprocess.parent_process()
@@ -41,7 +41,7 @@ def end_worker_with_its_pool() -> None:
 
 @contextlib.contextmanager
 def stopping_at_sigterm() -> Iterator[None]:
-    """Take a SIGTERM as Ctrl-C, so that no process of ours outlives this one."""
+    """Treat a SIGTERM as Ctrl-C, so that no child process outlives this one."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

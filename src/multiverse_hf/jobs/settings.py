@@ -1,4 +1,4 @@
-"""What a run is begun with, kept beside its rows: a folder is gone on with only as it was begun."""
+"""The settings of a job's run, stored beside its rows."""
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import version
@@ -16,25 +16,25 @@ def begin_or_resume(
     folder: JobFolder,
     output: Path,
     asked: Mapping[str, Any],
-    information: Collection[str],
+    may_differ: Collection[str],
     explain: Explain,
     packages: Collection[str],
     draws: Mapping[str, Any] | None = None,
     is_dry_run: bool = False,
 ) -> dict[str, Any]:
-    """Write down what a run is begun with, unless that is a dry run, or check that it is the one that was begun here.
+    """Store the settings of a new run, except for a dry run, or check that they are those of the run in this folder.
 
     Args:
-        folder, output: where; ``output`` as the user gave it.
+        folder, output: the folder; ``output`` is its path as the user gave it.
         asked: the settings.
-        information: names of those that may differ: they say how a run is run and not what it is.
-        explain: as :func:`~multiverse_hf.begun.check_begun`.
-        packages: whose versions are written down.
-        draws: values for settings that are None when a run is begun.
+        may_differ: names of settings that may differ when a run is continued.
+        explain: as for :func:`~multiverse_hf.begun.check_begun`.
+        packages: packages whose versions are stored.
+        draws: values for settings that are None when a run begins.
         is_dry_run: write nothing.
 
     Returns:
-        The settings the run was begun with.
+        The settings that the run began with.
 
     Raises:
         CommandError: if the folder is another run's.
@@ -49,5 +49,5 @@ def begin_or_resume(
             write_output(folder.settings, json_text(begun, indent=2))
         return begun
     drawn = [name for name in draws if asked[name] is None]
-    check_begun(output, stored, asked, [*information, *drawn], explain)
+    check_begun(output, stored, asked, [*may_differ, *drawn], explain)
     return stored

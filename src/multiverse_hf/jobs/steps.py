@@ -1,4 +1,4 @@
-"""One task of a job, as datatrove runs it. Imported by workers too."""
+"""One task of a job, run by datatrove. Workers import it too."""
 
 import contextlib
 from abc import abstractmethod
@@ -14,24 +14,24 @@ from multiverse_hf.jobs.processes import end_worker_with_its_pool
 
 
 class PartStep(PipelineStep):
-    """A datatrove step that does a task's rows and appends them to its part. It ends a pipeline.
+    """A datatrove step that appends a task's rows to its part. It is the last of a pipeline.
 
     The last task to end merges the parts.
     """
 
     type = "multiverse"
-    advice: ClassVar[Mapping[str, str]] = {}  # by the name of an error's class: what to say in place of its message
+    advice: ClassVar[Mapping[str, str]] = {}  # by the name of an error's class: a message in place of its own
 
     def __init__(self, folder: JobFolder) -> None:
         super().__init__()
         self.folder = folder
-        self.local_rank = 0  # which of this machine's workers it is; schedulers show each its own GPUs instead
+        self.local_rank = 0  # number of this worker on its machine; schedulers show each worker only its own GPUs
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> tuple[()]:
-        """Do the rows of a task that are not finished.
+        """Finish the rows of a task.
 
         Raises:
-            CommandError: if the task cannot go on; what is finished is kept.
+            CommandError: if the task fails; finished rows are kept.
         """
         end_worker_with_its_pool()
         folder = self.folder
@@ -39,7 +39,7 @@ class PartStep(PipelineStep):
             failing_in_a_line(rank, self.advice),
             folder.lock(f"{rank:05d}", f"another process is at work on task {rank}"),
         ):
-            if folder.result.exists():  # the parts may be gone by now
+            if folder.result.exists():  # the parts may have been deleted
                 return ()
             if not folder.part(rank).exists():
                 self.do_task(rank, world_size)
@@ -50,29 +50,29 @@ class PartStep(PipelineStep):
 
     @abstractmethod
     def do_task(self, rank: int, world_size: int) -> None:
-        """Append all rows of a task that are not there yet to its unfinished part."""
+        """Append the missing rows of a task to its unfinished part."""
 
     @abstractmethod
     def merge(self) -> None:
-        """Make the result of all parts."""
+        """Merge all parts into the result."""
 
 
 class LocalTasks(LocalPipelineExecutor):
-    """datatrove's executor for one machine, whose workers know which of them they are and fail in a line."""
+    """datatrove's executor for one machine. Its workers know their number, and fail with one line."""
 
     def _run_for_rank(self, rank: int, local_rank: int = 0, node_rank: int = -1) -> Any:
         for step in self.pipeline:
             step.local_rank = local_rank
-        with failing_in_a_line(rank):  # its logs may fail too, on a full disk
+        with failing_in_a_line(rank):  # writing logs fails too on a full disk
             return super()._run_for_rank(rank, local_rank, node_rank)
 
 
 @contextlib.contextmanager
 def failing_in_a_line(rank: int, advice: Mapping[str, str] | None = None) -> Iterator[None]:
-    """Turn whatever fails into one error with one message: others may not survive the way back from a worker.
+    """Raise any error as one CommandError, as other errors may not survive the transfer from a worker.
 
     Raises:
-        CommandError: instead.
+        CommandError: instead of any other error.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Looking after a run that is on its way: how far it is, and whether its workers are still there."""
+"""Watches a run: its progress, and whether its workers are alive."""
 
 import os
 import signal
@@ -15,42 +15,42 @@ from rich.table import Column
 from multiverse_hf.jobs.folders import JobFolder, count_lines
 
 WATCH_S = 0.5
-FIRST_S, EVERY_S = 5, 30  # where nobody sees the bar, in a log: lines that say how far the run is
-FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures; and of all but the bar
+FIRST_S, EVERY_S = 5, 30  # for a log without a bar: times of lines about the progress
+FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures, and of everything else
 
 
 class Notes(Protocol):
-    """What else there is to know of a run."""
+    """Other information about a run."""
 
     def describe(self) -> str:
-        """Return it in a few words, parted by middle dots, for the end of the bar."""
+        """Return short notes for the end of the bar, separated by middle dots."""
 
     def news(self) -> str:
-        """Return a line of it that has not been shown yet, or no text."""
+        """Return a new line to show, or an empty text."""
 
 
 class Watch:
-    """Looks after a run from a thread: shows how far it is, and ends it when a worker was killed.
+    """Watches a run from a thread: shows its progress, and ends it when a worker was killed.
 
-    A terminal has a bar. A log has a line after 5 s, and then every 30 s. Both have news at once.
+    A terminal has a bar. A log has a line after 5 s, and then every 30 s. Both show news at once.
 
-    A pool whose worker is killed would wait for its task for ever.
+    A pool would wait forever for the task of a killed worker.
     """
 
     def __init__(self, folder: JobFolder, rows: int, notes: Notes | None = None) -> None:
-        """Look after a run.
+        """Create a watch for a run.
 
         Args:
-            folder: of it.
-            rows: in all.
-            notes: what else is shown.
+            folder: folder of the run.
+            rows: total number of rows.
+            notes: other information to show.
         """
         self.folder, self.rows, self.notes = folder, rows, notes
         self.has_lost_worker = False
-        self._before: int | None = None  # rows that were there when it was first shown
+        self._before: int | None = None  # finished rows when the bar first appeared
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
-        self._console = Console(file=sys.stderr)  # what that is now: it is turned away while a single worker runs
+        self._console = Console(file=sys.stderr)  # the current one: it is redirected while a single worker runs
 
     def __enter__(self) -> "Watch":
         self._thread.start()
@@ -82,7 +82,7 @@ class Watch:
                     next_line += EVERY_S
                     self._say(time.monotonic() - begin, counts)
                 lost = {pid for pid in alive if not _is_alive(pid)}
-                # missing twice: at the end of a run they go away by themselves
+                # missing twice: at the end of a run workers end by themselves
                 if lost & missing and not self.has_lost_worker:
                     self.has_lost_worker = True
                     signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
@@ -113,7 +113,7 @@ class Watch:
         return self.notes.describe() if self.notes is not None else ""
 
     def _count(self, counts: dict[int, tuple[int, int]]) -> int:
-        """Count the rows that are finished, reading on where the last count ended."""
+        """Return the number of finished rows, counting only new lines of each part."""
         for task in range(self.folder.tasks):
             rows, end = counts.get(task, (0, 0))
             path = self.folder.unfinished(task)
@@ -123,7 +123,7 @@ class Watch:
 
 
 def _fit(note: str, width: int) -> str:
-    """Drop what there is no room for, whole parts from the end."""
+    """Return a note without the last parts that do not fit."""
     while len(note) > width and note:
         note = note.rpartition(" · ")[0]
     return note

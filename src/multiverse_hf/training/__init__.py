@@ -1,1 +1,1 @@
-"""What the training recipes share. Needs the ``train`` extra."""
+"""Shared parts of the training recipes. They need the ``train`` extra."""

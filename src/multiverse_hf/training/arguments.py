@@ -1,4 +1,4 @@
-"""What a run of the recipe is told: its options, read from a file and the command line, and checked."""
+"""Options of the recipe, read from a file and the command line, and checked."""
 
 import argparse
 import math
@@ -19,67 +19,70 @@ from multiverse_hf.training.models import default_attention
 
 @dataclass
 class DataArguments:
-    """What to train on, and in which form."""
+    """The rows to train on, and their forms."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "a .jsonl, .json, .parquet or .csv file, a folder, a dataset on the Hub, or 'chains'"},
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "of a dataset that has several"})
+    dataset_config: str | None = field(default=None, metadata={"help": "config of a dataset that has several"})
     dataset_train_split: str = field(default="train", metadata={"help": "split to train on"})
     dataset_test_split: str | None = field(default=None, metadata={"help": "split to evaluate on"})
     eval_rows: int = field(
-        default=0, metadata={"help": "the last so many rows are held out, unless there is dataset_test_split"}
+        default=0, metadata={"help": "number of last rows to hold out, unless there is dataset_test_split"}
     )
-    eval_generations: int = field(default=8, metadata={"help": "rows whose prompts are answered at an evaluation"})
-    eval_max_new_tokens: int = field(default=2048, metadata={"help": "length of such an answer, at most"})
+    eval_generations: int = field(default=8, metadata={"help": "number of prompts to answer at an evaluation"})
+    eval_max_new_tokens: int = field(default=2048, metadata={"help": "longest such answer"})
     parallel_share: list[float] | None = field(
         default=None,
         metadata={
-            "help": "share of rows in parallel form, one for each epoch or one for all; the rest is sequential. "
-            "0 is the autoregressive baseline. Not given: the paper's '0 0 0.1 0.5 0.5 0.9 1 1' over eight epochs, "
-            "the same way from 0 to 1 over another number of them, 1 with a single one or with max_steps"
+            "help": "share of rows in parallel form, one per epoch or one for all; the rest is sequential. 0 trains "
+            "the autoregressive baseline. The default is the paper's '0 0 0.1 0.5 0.5 0.9 1 1' over eight epochs, "
+            "the same curve over another number of epochs, or 1 with one epoch or with max_steps"
         },
     )
     overlong: str = field(
         default="drop", metadata={"help": "rows above max_length: drop, or cut where no block is open"}
     )
     suffix: bool = field(default=True, metadata={"help": "end prompts with the sentence of record of their form"})
-    system_prompt: str | None = field(default=None, metadata={"help": "said before chats without a system message"})
+    system_prompt: str | None = field(default=None, metadata={"help": "system message for chats without one"})
     tags: str | None = field(default=None, metadata={"help": "tag family for a base without tags: multiverse or npr"})
     pack_rows: bool = field(default=False, metadata={"help": "pack documents into rows of up to max_length tokens"})
     bucket_batches: int = field(
-        default=32, metadata={"help": "without packing: batches within which rows are grouped by length; 0 for none"}
+        default=32,
+        metadata={"help": "without packing: number of batches within which rows are grouped by length; 0 for none"},
     )
     strict: bool = field(
-        default=False, metadata={"help": "end the run at any row that is dropped or doubtful, once all are read"}
+        default=False, metadata={"help": "end the run if any row is dropped or doubtful, once all are read"}
     )
     check_rows: bool = field(
         default=False, metadata={"help": "only read and check the rows, without the model's weights"}
     )
-    num_rows: int = field(default=50_000, metadata={"help": "chains: rows"})
+    num_rows: int = field(default=50_000, metadata={"help": "chains: number of rows"})
     rows_seed: int = field(default=1, metadata={"help": "chains: seed of the rows"})
-    sequential: bool = field(default=False, metadata={"help": "chains: sequential rows only, the autoregressive twin"})
+    sequential: bool = field(
+        default=False, metadata={"help": "chains: only sequential rows, for the autoregressive twin"}
+    )
     sequential_share: float = field(default=0.15, metadata={"help": "chains: share of sequential rows otherwise"})
     plain_share: float = field(default=0.15, metadata={"help": "chains: share of parallel rows read as plain text"})
     ramp: float = field(
-        default=0.6, metadata={"help": "chains: share of the rows over which they grow to full length"}
+        default=0.6, metadata={"help": "chains: share of the rows over which problems grow to full length"}
     )
-    max_chains: int = field(default=8, metadata={"help": "chains: the most chains of a problem, 3 to 8"})
-    max_ops: int = field(default=8, metadata={"help": "chains: the most operations of a chain, 2 to 8"})
+    max_chains: int = field(default=8, metadata={"help": "chains: most chains of a problem, 3 to 8"})
+    max_ops: int = field(default=8, metadata={"help": "chains: most operations of a chain, 2 to 8"})
 
 
-# Options that mean something for dataset_name chains only.
+# Options that only dataset_name chains uses.
 OF_CHAINS = ("num_rows", "rows_seed", "sequential", "sequential_share", "plain_share", "ramp", "max_chains", "max_ops")
 _EXAMPLE = "recipes/llama3.1-8b/sft_lora.yaml"
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults of options, and the description as it is written."""
+    """Help with defaults of options, and the description with its own line breaks."""
 
 
 class Parser(TrlParser):
-    """TRL's parser with the recipe's defaults: takes options as they are spelled only, and ends with one line."""
+    """TRL's parser with the recipe's defaults. It refuses abbreviated options, and its errors are one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, formatter_class=Help, allow_abbrev=False, **kwargs)
@@ -90,10 +93,10 @@ class Parser(TrlParser):
         )
 
     def parse(self) -> tuple[DataArguments, SFTConfig, ModelConfig]:
-        """Read the command line and the file that its ``--config`` names; check both, and set what was left open.
+        """Return the checked options of the command line and its ``--config`` file, with defaults filled in.
 
         Raises:
-            CommandError: with the way out.
+            CommandError: if an option is invalid.
         """
         data, training, model_args = self.parse_args_and_config()
         check_arguments(data, training, model_args)
@@ -102,10 +105,10 @@ class Parser(TrlParser):
         return data, training, model_args
 
     def parse_args_and_config(self, args: list[str] | None = None, **kwargs: Any) -> tuple[Any, ...]:
-        """Read options as TRL does, ``--config=FILE`` too.
+        """Return the options as TRL does; ``--config=FILE`` works too.
 
         Raises:
-            CommandError: if something cannot be read, or is no option.
+            CommandError: if the file cannot be read, or an option is unknown or invalid.
         """
         words = [
             word
@@ -124,26 +127,26 @@ class Parser(TrlParser):
             raise
         except Exception as err:  # a config file is input: yaml, TRL and transformers raise errors of their own
             raise CommandError(one_line(err)) from err
-        resume = str(training.resume_from_checkpoint).lower()  # the command line gives a string
+        resume = str(training.resume_from_checkpoint).lower()  # a string from the command line
         if resume in ("true", "false"):
             training.resume_from_checkpoint = True if resume == "true" else None
         return data, training, model_args
 
     def set_defaults_with_config(self, **kwargs: Any) -> list[str]:
-        """Take what a file says for defaults.
+        """Set defaults from a config file.
 
         Raises:
-            CommandError: if it names what is no option.
+            CommandError: if the file has an unknown option.
         """
         if wrong := find_unknown(super().set_defaults_with_config(**kwargs), self._option_string_actions):
             raise CommandError(f"{self.config}: {wrong}")
         return []
 
     def check_base(self, name: str) -> None:
-        """Check that a base that must be a folder is there.
+        """Check that a base that is a folder exists.
 
         Raises:
-            CommandError: if it is not, with the command that makes it where the head of the recipe has one.
+            CommandError: if it does not, with the command that makes it, if the head of the recipe has one.
         """
         if not name.strip():
             raise CommandError(
@@ -159,15 +162,15 @@ class Parser(TrlParser):
             )
 
     def error(self, message: str) -> NoReturn:
-        """Raise what is wrong; TRL's parser would print the usage of hundreds of options before it."""
+        """Raise an error; TRL's parser would print the usage of hundreds of options before it."""
         raise CommandError(message)
 
 
 def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
-    """Check what would fail late, or harm a run that is there.
+    """Check options that would fail late, or overwrite a run.
 
     Raises:
-        CommandError: with the way out.
+        CommandError: with the next step.
     """
     if not data.dataset_name:
         raise CommandError("dataset_name is missing; name a file, a folder, a dataset on the Hub, or chains")
@@ -200,7 +203,7 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
         "quantized weights cannot be trained themselves; add use_peft, or leave out load_in_4bit": (
             is_quantized and not model_args.use_peft
         ),
-        # transformers would say so after all the rows
+        # transformers would report it only after all rows are read
         "use_liger_kernel needs liger-kernel: pip install 'multiverse_hf[liger]'; or leave it out": (
             training.use_liger_kernel and not is_liger_kernel_available()
         ),
@@ -220,14 +223,14 @@ def check_arguments(data: DataArguments, training: SFTConfig, model_args: ModelC
 
 
 def fill_defaults(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> None:
-    """Set what was left open: the curriculum, and the attention implementation; and say so once.
+    """Set missing options, the curriculum and the attention implementation, and print them once.
 
     Raises:
         CommandError: if the attention implementation cannot train on this device.
     """
     said = []
     if data.parallel_share is None:
-        one = training.max_steps > 0  # which end wherever they end
+        one = training.max_steps > 0  # steps do not follow epochs
         data.parallel_share = paper_shares(1 if one else math.ceil(training.num_train_epochs))
         shares = " ".join(f"{share:g}" for share in data.parallel_share)
         said.append(f"parallel_share {shares}{', in all epochs' if one else ', by epoch'}")
@@ -240,4 +243,4 @@ def fill_defaults(data: DataArguments, training: SFTConfig, model_args: ModelCon
             "flex_attention cannot train without a GPU (torch has no backward for it); use multiverse_sdpa"
         )
     if said and training.process_index == 0:
-        print(f"chosen, as not given: {'; '.join(said)}")
+        print(f"chosen by default: {'; '.join(said)}")

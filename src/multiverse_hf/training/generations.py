@@ -1,4 +1,4 @@
-"""Real answers at each evaluation: accuracy, well-formedness and # parallel, from the engine and not from the loss."""
+"""Real answers at each evaluation: accuracy, well-formedness and # parallel of generated documents."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from multiverse_hf.modeling.tags import encode_prompt
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One answer and what is known of it."""
+    """One answer with its measures."""
 
     prompt: Sequence[Mapping[str, str]]
     document: str
-    expected: str | None  # the answer of the record, None if it names none
+    expected: str | None  # the record's answer, None if it has none
     parallelism: float
     length: int
     num_tokens: int
@@ -31,14 +31,14 @@ class Generation:
 
     @property
     def is_right(self) -> bool | None:
-        """Whether the last line ``Answer: ...`` is the record's, to the letter; None if the record has none."""
+        """Whether the last line ``Answer: ...`` is exactly the record's; None if the record has none."""
         return None if self.expected is None else read_answer(self.document) == self.expected
 
 
 def write_answers(
     model: Any, encoder: RowEncoder, records: Sequence[Record], form: Form, max_new_tokens: int, batch_size: int
 ) -> list[Generation]:
-    """Have a model answer the prompts of records, greedily, as ``generate`` does for a user."""
+    """Return a model's greedy answers to the prompts of records."""
     tokenizer, names = encoder.tokenizer, encoder.tags.names
     hidden = set(tokenizer.all_special_ids) - set(encoder.tags.control_ids)
     samples = []
@@ -67,7 +67,7 @@ def write_answers(
 
 
 def summary(samples: Sequence[Generation]) -> dict[str, float]:
-    """Give the means over answers; accuracy over those whose record names an answer, if any does."""
+    """Return means over answers; the accuracy is over answers whose record has one."""
     judged = [sample.is_right for sample in samples if sample.is_right is not None]
     values = {
         "well_formed": [sample.is_well_formed for sample in samples],
@@ -81,17 +81,17 @@ def summary(samples: Sequence[Generation]) -> dict[str, float]:
 
 
 class GenerationCallback(TrainerCallback):
-    """At each evaluation, has the model answer a few prompts, logs the means as ``eval_generated_*`` and keeps the
-    answers in ``generations/step-N.jsonl``.
+    """Lets the model answer a few prompts at each evaluation.
 
-    Every process writes the same answers: a model spread over processes needs all of them for each step.
+    It logs the means as ``eval_generated_*``, and stores the answers in ``generations/step-N.jsonl``. Every process
+    generates the same answers, as a model spread over processes needs all of them for each step.
 
     Args:
-        trainer: whose model and log these are.
-        encoder: of the prompts.
-        records: the prompts.
-        form: whose suffix they end with.
-        max_new_tokens: positions past the prompt.
+        trainer: the trainer with the model and the log.
+        encoder: encodes the prompts.
+        records: records with the prompts.
+        form: form of the suffix at the prompts' end.
+        max_new_tokens: most positions past the prompt.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class GenerationCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the answers and log what they are like."""
+        """Generate and store the answers, and log their means."""
         model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped, keep_torch_compile=False)
         was_training, used_cache = model.training, model.config.use_cache
         model.eval()
@@ -127,6 +127,6 @@ class GenerationCallback(TrainerCallback):
             ]
             Path(folder, f"step-{state.global_step}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         was_mode = self.trainer.model.training
-        self.trainer.model.eval()  # TRL tells from it what a log is of
+        self.trainer.model.eval()  # TRL chooses the log's kind by it
         self.trainer.log({f"eval_generated_{name}": value for name, value in summary(samples).items()})
         self.trainer.model.train(was_mode)

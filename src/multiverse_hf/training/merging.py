@@ -1,4 +1,4 @@
-"""A LoRA adapter put into its base: an ordinary checkpoint, which any loader takes."""
+"""Merges a LoRA adapter into its base: an ordinary checkpoint for any loader."""
 
 import json
 import re
@@ -37,11 +37,11 @@ multiverse merge --adapter FOLDER --output merged
 
 
 def write_adapter_card(folder: str | Path, model: Any) -> None:
-    """Write the card of an adapter in place of PEFT's empty one; a card that somebody wrote is kept.
+    """Write the card of an adapter in place of PEFT's empty one. Other cards are kept.
 
     Args:
-        folder: of the adapter.
-        model: the PEFT model that is saved there.
+        folder: folder of the adapter.
+        model: the saved PEFT model.
     """
     path, settings = Path(folder, "README.md"), model.active_peft_config
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else EMPTY_CARD
@@ -57,21 +57,21 @@ def write_adapter_card(folder: str | Path, model: Any) -> None:
 
 
 def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """Load a base, give it the tags as training did, and add the adapter's weights to its own.
+    """Load a base, add tags to it as training did, and add the adapter's weights.
 
     Args:
-        adapter: folder of an adapter, as ``recipes/sft.py --use_peft`` or PEFT's ``save_pretrained`` writes it. If it
-            holds no tokenizer, the base's is taken.
-        base: folder or repository of the base model, if it has moved since.
-        dtype: of the merged weights; "auto" is the base checkpoint's own.
+        adapter: folder of an adapter that ``recipes/sft.py --use_peft`` or PEFT's ``save_pretrained`` wrote. If it has
+            no tokenizer, the base's is used.
+        base: folder or repository of the base model, if it has moved.
+        dtype: dtype of the merged weights; "auto" is the base checkpoint's dtype.
 
     Returns:
         The merged model and its tokenizer.
 
     Raises:
-        ValueError: if the folder holds no adapter or one that cannot be merged, if neither it nor its base has the
-            tags, or if it was trained on another base.
-        OSError: if there is no base.
+        ValueError: if the folder holds no adapter or one that cannot be merged, if neither it nor its base has tags,
+            or if it was trained on another base.
+        OSError: if the base is missing.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from safetensors import SafetensorError
@@ -127,7 +127,7 @@ def merge_adapter(adapter: Path, base: str | None = None, dtype: str = "auto") -
         raise ValueError(
             f"{adapter} was trained on a {trained_on}, and {source} is a {loaded.model.config.model_type}"
         )
-    # in the dtype of the base: the adapter's own may be wider, and the sum is rounded once
+    # in the base's dtype: the adapter's may be wider, and the sum is rounded once
     model = PeftModel.from_pretrained(loaded.model, adapter, autocast_adapter_dtype=False)
     wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     missing, foreign = wanted - found, {name for name in found - wanted if "lora_" in name}

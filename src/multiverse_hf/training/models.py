@@ -1,4 +1,4 @@
-"""A base model made ready to be trained on documents: tags in its tokenizer, and rows for them in its embeddings."""
+"""Prepares a base model for training on documents: tags in its tokenizer, and rows for them in its embeddings."""
 
 import copy
 import logging
@@ -18,35 +18,35 @@ from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, f
 
 logger = logging.getLogger(__name__)
 
-# For a base model whose tokenizer has no chat template: roles in plain words, an end token after each answer. It is
-# saved with the model, so whoever loads it later prompts it as it was trained.
+# For a base model without a chat template: roles in plain words, and an end token after each answer. It is saved with
+# the model, so that later prompts match training.
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
     "{% if not (loop.last and continue_final_message | default(false)) %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
-_MULTIPLE = 64  # of embedding rows: matrix products and tensor parallelism like round numbers
+_MULTIPLE = 64  # of embedding rows, for fast matrix products and tensor parallelism
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A model to train, and what belongs to it."""
+    """A model to train, its tokenizer and its tags."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     tags: TagSet
-    new_ids: list[int]  # of the tags that the tokenizer did not have
+    new_ids: list[int]  # ids of tags that the tokenizer lacked
 
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What turns documents into the token ids of a model to train."""
+    """Config, tokenizer and tags of a model to train, without weights."""
 
-    config: PretrainedConfig  # the model's, as it is read
+    config: PretrainedConfig  # the model's config
     tokenizer: PreTrainedTokenizerBase
     tags: TagSet
-    new: list[str]  # tags that the tokenizer did not have
+    new: list[str]  # tags that the tokenizer lacked
 
 
 def load_tokens(
@@ -57,18 +57,18 @@ def load_tokens(
     chat_template: str | None = None,
     eos_token: str | None = None,
 ) -> Tokens:
-    """Load the tokenizer of a causal LM that can branch, and give it the tags if it lacks them. Reads no weights.
+    """Load the tokenizer of a causal LM that can branch, and add the tags that it lacks. No weights are read.
 
     Args:
         path: folder or repository of the model.
-        revision: of a repository.
-        names: how the tags are spelled: a preset's name, or None for what the tokenizer has, else the paper's.
+        revision: revision of a repository.
+        names: spelling of the tags, or a preset's name; None for the tokenizer's tags, else the paper's.
         tokenizer_path: folder or repository of the tokenizer, if it is not the model's own.
         chat_template: Jinja text in place of the tokenizer's.
-        eos_token: the token that ends an answer, in place of the tokenizer's.
+        eos_token: end token of an answer, in place of the tokenizer's.
 
     Raises:
-        ValueError: if the architecture cannot branch, or the tokenizer lacks what training needs.
+        ValueError: if the architecture cannot branch, or the tokenizer cannot be used for training.
         OSError: if there is no model at ``path``.
     """
     config = copy.deepcopy(MultiverseConfig.from_pretrained(path, revision=revision))
@@ -93,7 +93,7 @@ def load_tokens(
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
     words = "the user's own words"
     if words not in tokenizer.apply_chat_template([{"role": "user", "content": words}], tokenize=False):
-        raise ValueError(f"the chat template of {path} leaves out what the user says")
+        raise ValueError(f"the chat template of {path} omits the user's message; give another one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
 
@@ -103,12 +103,12 @@ def load_tokens(
 
 
 def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, **kwargs: Any) -> Base:
-    """Load any causal LM that can branch, and give it rows for the tags that its tokenizer lacked.
+    """Load a causal LM that can branch, with embedding rows for the tags that its tokenizer lacked.
 
     Args:
         path: folder or repository of the model.
-        revision: of a repository.
-        tokens: its tokenizer, made ready by :func:`load_tokens`; by default with none of its options.
+        revision: revision of a repository.
+        tokens: result of :func:`load_tokens`; by default with its default options.
         **kwargs: as for ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``attn_implementation``,
             ``quantization_config``, ...
 
@@ -123,7 +123,9 @@ def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, *
         path, revision=revision, config=config, output_loading_info=True, **kwargs
     )
     if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(missing)} weights, {missing[0]} among them, which would be random")
+        raise ValueError(
+            f"{path} lacks {len(missing)} weights, such as {missing[0]}, which would be random; download it again"
+        )
     new_ids = [tags.ids[tag] for tag in tokens.new]
     phrases = tag_phrases(names)
     add_rows(model, tokenizer, {tags.ids[tag]: phrases[tag] for tag in tokens.new})
@@ -137,21 +139,21 @@ def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, *
 
 
 def load_for_training(data: Any, training: Any, model_args: Any) -> Base | Tokens:
-    """Load the base model of a run, with tags where it has none; without its weights where rows are only checked.
+    """Load the base model of a run, with missing tags added. If rows are only checked, load no weights.
 
     Args:
         data, training, model_args: the run's options. What TRL's trainer would do to the model and its tokenizer
             (``chat_template_path``, ``eos_token``, ``model_init_kwargs``) is done here, before rows are encoded.
 
     Raises:
-        CommandError: if there is none, or it cannot be trained on documents.
+        CommandError: if the base is missing, or cannot be trained on documents.
     """
     from trl import get_quantization_config
 
     name, revision = model_args.model_name_or_path, model_args.model_revision
     template, training.chat_template_path = training.chat_template_path, None
     if template is not None and not Path(template).is_file():
-        raise CommandError(f"chat_template_path is a file of Jinja text, and {template} is none")
+        raise CommandError(f"chat_template_path must be a file of Jinja text, got {template}")
     options, training.model_init_kwargs = dict(training.model_init_kwargs or {}), None
     try:
         text = None if template is None else Path(template).read_text(encoding="utf-8")
@@ -166,19 +168,19 @@ def load_for_training(data: Any, training: Any, model_args: Any) -> Base | Token
 
 
 def default_attention(device_type: str, keeps_apart: bool) -> str:
-    """Name the attention implementation that trains without a mask of L x L.
+    """Return the attention implementation that trains without an L x L mask.
 
     Args:
-        device_type: of the device that trains: "cuda", "cpu", ...
-        keeps_apart: whether a row may hold what must not see each other: sibling paths, or several documents.
+        device_type: type of the training device: "cuda", "cpu", ...
+        keeps_apart: whether a row may have parts that must not see each other: sibling paths, or several documents.
     """
     if device_type != "cuda":
-        return CHUNKED  # which leaves rows that need no mask to sdpa
+        return CHUNKED  # it uses sdpa for rows without a mask
     return "flex_attention" if keeps_apart else "sdpa"
 
 
 def tag_phrases(names: TagNames) -> dict[str, str]:
-    """Give the words whose embeddings each tag begins with: what it names, and whether it opens or closes it."""
+    """Return the words for each tag's initial embedding: its name, and "begin" or "end"."""
     phrases = {}
     for role, name in names.items():
         phrases[names.open(role)] = f" begin {name.lower()}"
@@ -187,18 +189,18 @@ def tag_phrases(names: TagNames) -> dict[str, str]:
 
 
 def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases: dict[int, str]) -> None:
-    """Give tokens rows in the embeddings and the output layer: the mean of the rows of a few words.
+    """Set rows of tokens in the embeddings and the output layer to the mean of the rows of a few words.
 
-    Rows that are all equal, as the mean over the vocabulary gives them, start indistinguishable, and the model has to
-    learn from nothing which tag is which.
+    Equal rows, such as the mean over the vocabulary, would start indistinguishable, and the model would have to learn
+    from nothing which tag is which.
 
     Args:
-        model: changed in place; enlarged if it has too few rows, never made smaller.
-        tokenizer: cuts the words into tokens.
-        phrases: the words, by token id.
+        model: changed in place. It is enlarged if it has too few rows, and never shrunk.
+        tokenizer: encodes the words.
+        phrases: the words by token id.
     """
     inputs = model.get_input_embeddings().weight
-    with _whole(inputs):  # a part of it shows no row
+    with _whole(inputs):  # a shard does not show the number of rows
         num_rows = inputs.shape[0]
     if len(tokenizer) > num_rows:
         model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=_MULTIPLE, mean_resizing=False)
@@ -207,14 +209,14 @@ def add_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, phrases
     weights = [layers[0].weight] if layers[1].weight is layers[0].weight else [layer.weight for layer in layers]
     for weight in weights if pieces else []:
         with _whole(weight), torch.no_grad():
-            if weight.device.type == "meta":  # FSDP loads weights in one process and hands them to the others
+            if weight.device.type == "meta":  # FSDP loads weights in one process and sends them to the others
                 continue
             for token, words in pieces.items():
                 weight[token] = weight[words].float().mean(0).to(weight.dtype)
 
 
 def _whole(weight: torch.Tensor) -> Any:
-    """Give a context in which a weight is all there, also where DeepSpeed ZeRO-3 spreads it over processes."""
+    """Return a context in which a weight is whole, even if DeepSpeed ZeRO-3 shards it over processes."""
     if not is_deepspeed_zero3_enabled():
         return torch.no_grad()
     import deepspeed
@@ -223,10 +225,9 @@ def _whole(weight: torch.Tensor) -> Any:
 
 
 def trainable_tokens(model: PreTrainedModel, ids: list[int]) -> list[int] | dict[str, list[int]] | None:
-    """Give what LoRA's ``trainable_token_indices`` has to be for these tokens to be trained where they are read and
-    where they are written.
+    """Return LoRA's ``trainable_token_indices`` that train tokens in the embeddings and in the output layer.
 
-    Untied output layers are separate weights and have to be named; tied ones follow the embeddings.
+    An untied output layer is a separate weight and must be named; a tied one follows the embeddings.
     """
     if not ids:
         return None

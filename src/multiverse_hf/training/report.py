@@ -1,4 +1,4 @@
-"""A run on one page: what it read, how its loss fell, what its answers are like. Markdown and one picture."""
+"""The report of a run: its rows, its loss and its answers, in Markdown with one picture."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -10,16 +10,16 @@ from multiverse_hf.outputs import write_output
 
 
 def finish_run(record: dict[str, Any], trainer: Any, metrics: dict[str, Any]) -> None:
-    """Write what a run was, to its folder: ``run.json``, and the page with its picture.
+    """Write ``run.json`` and the report to the folder of a finished run.
 
     Args:
-        record: settings and rows, as :func:`~.runs.describe_run` gives them.
-        trainer: a :class:`~.trainer.MultiverseSFTTrainer` that has trained.
-        metrics: of the training.
+        record: settings and rows, from :func:`~.runs.describe_run`.
+        trainer: a :class:`~.trainer.MultiverseSFTTrainer` after its training.
+        metrics: metrics of the training.
     """
     output, history = Path(trainer.args.output_dir), trainer.state.log_history
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    if losses:  # the trainer's own, after a resume, is of the last part alone
+    if losses:  # after a resume, the trainer's own loss covers only the last part
         metrics = metrics | {"train_loss": sum(losses) / len(losses)}
     last = [entry for entry in history if any(name.startswith("eval_") for name in entry)]
     evaluation = {k: v for entry in last if entry["step"] == last[-1]["step"] for k, v in entry.items()}
@@ -33,12 +33,12 @@ def finish_run(record: dict[str, Any], trainer: Any, metrics: dict[str, Any]) ->
 
 
 def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequence[float]) -> None:
-    """Draw a run: loss, loss by kind of token, share of parallel rows by epoch, and what its answers are like.
+    """Draw a run: loss, loss by kind of token, share of parallel rows by epoch, and measures of its answers.
 
     Args:
         path: PNG or SVG file to write.
-        history: what the trainer logged (``trainer.state.log_history``).
-        shares: share of rows in parallel form, by epoch, as drawn.
+        history: the trainer's log (``trainer.state.log_history``).
+        shares: drawn share of rows in parallel form, by epoch.
     """
     from matplotlib.figure import Figure
 
@@ -79,11 +79,11 @@ def draw_run(path: Path, history: Sequence[Mapping[str, float]], shares: Sequenc
 
 
 def run_page(record: Mapping[str, Any], picture: str) -> str:
-    """Give a run's page in Markdown.
+    """Return a run's report in Markdown.
 
     Args:
         record: the run's ``run.json``.
-        picture: name of the file that :func:`draw_run` made.
+        picture: name of the picture's file.
     """
     data, training, metrics = record["data"], record["training"], record["metrics"]
     rows = data["rows"]
@@ -128,7 +128,7 @@ def _dropped(rows: Mapping[str, Any]) -> str:
 
 
 def _about_test_rows(data: Mapping[str, Any]) -> list[str]:
-    """Give the line on a split of its own for evaluation, where there is one."""
+    """Return the lines about a separate split for evaluation, none without one."""
     rows = data.get("test_rows")
     if not rows:
         return []

@@ -1,6 +1,6 @@
-"""Answers for TRL's GRPOTrainer, with what it cannot see by itself: which tokens the model chose.
+"""Answers for TRL's GRPOTrainer, with a mask of the tokens that the model chose.
 
-GRPOTrainer(model, rollout_func=multiverse_rollout, ...) trains on those alone.
+GRPOTrainer(model, rollout_func=multiverse_rollout, ...) trains only on these tokens.
 """
 
 from contextlib import nullcontext
@@ -14,18 +14,19 @@ from multiverse_hf.modeling.tags import encode_prompt
 
 
 def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] | None]:
-    """Return an answer to each prompt, as GRPOTrainer wants it of its ``rollout_func``.
+    """Return an answer to each prompt, in the format of GRPOTrainer's ``rollout_func``.
 
     Args:
-        prompts: one entry for each answer. Chat messages are tokenized by
+        prompts: one entry per answer. Chat messages are tokenized by
             :func:`~multiverse_hf.modeling.tags.encode_prompt`, so that tags in a user's text stay text. Strings are
-            tokenized as they are, as TRL does.
-        trainer: whose model and ``generation_config`` write the answers.
+            tokenized directly, as TRL does.
+        trainer: trainer with the model and its ``generation_config``.
 
     Returns:
-        Lists with an entry for each prompt: ``prompt_ids``, ``completion_ids``, and ``env_mask``, 1 at tokens that the
-        model chose and 0 at those the engine wrote. An answer that a limit cut off ends in no end token. ``logprobs``
-        is None: the trainer computes them. Reward functions get ``parallelism``, ``length`` and ``finish_reason``.
+        Lists with an entry per prompt: ``prompt_ids``, ``completion_ids``, and ``env_mask``, which is 1 for tokens
+            that
+        the model chose and 0 for tokens that the engine wrote. A cut-off answer has no end token. ``logprobs`` is
+        None, as the trainer computes them. Reward functions get ``parallelism``, ``length`` and ``finish_reason``.
 
     Raises:
         ValueError: if the model is no Multiverse model, or the trainer has tools.
@@ -47,7 +48,7 @@ def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] 
         "input_ids": torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]),
     }
-    shards = getattr(trainer, "_dist", None)  # of FSDP 1, whose weights have to be whole
+    shards = getattr(trainer, "_dist", None)  # of FSDP 1, which must gather its weights
     with (
         unwrap_model_for_generation(
             trainer.model_wrapped,
@@ -68,7 +69,7 @@ def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] 
     chosen = [row[width : width + length] for row, length in zip(output.sampled_mask.tolist(), lengths, strict=True)]
     return {
         "prompt_ids": rows,
-        # TRL looks at the last token of each: an empty answer is an end token that nobody chose
+        # TRL reads the last token of each: an empty answer is an end token that the model did not choose
         "completion_ids": [ids or [tokenizer.eos_token_id] for ids in answers],
         "env_mask": [list(map(int, mask)) or [0] for mask in chosen],
         "logprobs": None,

@@ -1,4 +1,4 @@
-"""The folder of a run: one process writes there, nothing that is there is lost, and it is resumed as it was begun."""
+"""The folder of a run: one process writes there, nothing in it is overwritten, and a resumed run keeps its options."""
 
 import contextlib
 import errno
@@ -25,7 +25,7 @@ from multiverse_hf.training.arguments import OF_CHAINS
 from multiverse_hf.training.splits import Splits
 
 _PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
-# What a resumed run may be told anew: none of it changes what is computed. And what starts with one of the prefixes.
+# Options that may differ in a resumed run, as they do not change the computation; likewise those with a prefix below.
 MAY_CHANGE = {
     "check_rows", "strict", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
     "do_eval", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen",
@@ -37,21 +37,21 @@ MAY_CHANGE_PREFIXES = ("logging", "log_", "save_", "eval_", "push_", "hub_")
 
 
 def find_checkpoint(output: Path, resume: str | bool | None) -> str | None:
-    """Check that a run harms nothing that is in its folder, and find the checkpoint to resume from.
+    """Return the checkpoint to resume from, and check that the run overwrites nothing in its folder.
 
     Args:
         output: the run's folder.
-        resume: True for the newest whole checkpoint there, a checkpoint's folder, or None to begin.
+        resume: True for the newest whole checkpoint, a checkpoint's folder, or None to begin.
 
     Returns:
         The checkpoint's folder; None if the run begins.
 
     Raises:
-        CommandError: if the folder holds a run or a model that would be overwritten, or the checkpoint is not whole.
+        CommandError: if the folder holds a run or a model, or the checkpoint is damaged.
     """
     if (output / "run.json").exists():
         raise CommandError(f"{output} holds a finished run; choose another output_dir, or move it away")
-    # the state is written last: a checkpoint without it was being written when the run was killed
+    # the state is written last: without it, the run was killed while it wrote the checkpoint
     written = [state.parent for state in output.glob("checkpoint-*/trainer_state.json") if state.stat().st_size]
     if resume is True and written:
         resume = _newest_whole(written)
@@ -85,19 +85,21 @@ def _newest_whole(checkpoints: list[Path]) -> str:
 
 
 def _step(checkpoint: Path) -> int:
-    """Return the step of a checkpoint, by its folder's name ``checkpoint-<step>``."""
+    """Return the step of a checkpoint from its folder's name ``checkpoint-<step>``, -1 for other names."""
     number = checkpoint.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def damaged_file(checkpoint: Path) -> Path | None:
-    """Return a file of a checkpoint that is cut short, as a full disk or a broken copy leaves it; None if none is."""
+    """Return a truncated file of a checkpoint, as after a full disk or a broken copy; None if there is none."""
     for file in sorted(checkpoint.rglob("*")):
         try:
             if file.suffix == ".safetensors":
-                with safe_open(file, "pt"):  # reads the header, which says how long the file is
+                with safe_open(file, "pt"):  # reads the header, which has the file's length
                     pass
-            elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(file):  # whose end is its directory
+            elif file.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(
+                file
+            ):  # its directory is at its end
                 return file
             elif file.suffix == ".json":
                 json.loads(file.read_bytes())
@@ -108,7 +110,7 @@ def damaged_file(checkpoint: Path) -> Path | None:
 
 @contextlib.contextmanager
 def claim(output: Path, is_needed: bool = True) -> Iterator[None]:
-    """Keep a run's folder for this process inside the context.
+    """Lock a run's folder for this process.
 
     Raises:
         CommandError: if another run is writing there.
@@ -128,19 +130,19 @@ def claim(output: Path, is_needed: bool = True) -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_in_a_line() -> Iterator[None]:
-    """End the process in a line where a user, what the user gave or a full disk ends it."""
+    """End the process with one line for a user's interrupt, an invalid input or a full disk."""
     try:
         yield
     except CommandError as err:
         _end(f"error: {err}", err.code)
     except KeyboardInterrupt:
-        _end("stopped; what was saved goes on with --resume_from_checkpoint true", INTERRUPTED)
+        _end("stopped; continue from the last checkpoint with --resume_from_checkpoint true", INTERRUPTED)
     except (OSError, RuntimeError, SafetensorError) as err:
         is_full = isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # as torch and safetensors say it
+        # texts of torch and safetensors
         if not is_full and not re.search(r"No space left|File too large|PytorchStreamWriter failed", str(err)):
             raise
-        way = "make room, then --resume_from_checkpoint true"
+        way = "free disk space, then use --resume_from_checkpoint true"
         _end(f"error: cannot write: {one_line(err, 120)}; {way}", FAILURE)
 
 
@@ -158,14 +160,14 @@ def _end(message: str, code: int) -> NoReturn:
 def describe_run(
     data: Any, training: Any, model_args: Any, splits: Splits, dataset: Any, encoder: RowEncoder, model: Any
 ) -> dict[str, Any]:
-    """Return what a run keeps of itself: all settings, the rows' counts and fingerprint, versions.
+    """Return the record of a run: settings, counts and fingerprint of rows, and versions.
 
     Args:
         data, training, model_args: the options, resolved.
         splits: the rows.
         dataset: the encoded rows to train on.
-        encoder: knows the ``max_length`` of rows.
-        model: the base.
+        encoder: has the ``max_length`` of rows.
+        model: the base model.
     """
     config, is_chains = model.config, data.dataset_name == "chains"
     return {
@@ -192,16 +194,16 @@ def describe_run(
 
 
 def check_same_run(checkpoint: str | None, record: dict[str, Any]) -> None:
-    """Check that a run is resumed with the rows and options it was begun with.
+    """Check that a run is resumed with the rows and options that it began with.
 
-    The sampler would go on in another order, over other rows.
+    With others, the sampler would continue in another order, over other rows.
 
     Args:
         checkpoint: the folder to resume from, None if the run begins.
-        record: what this run was told: data, training, model, processes.
+        record: data, training, model and processes of this run.
 
     Raises:
-        CommandError: if they are others, or the folder's record is damaged.
+        CommandError: if they differ, or the folder's record is damaged.
     """
     if checkpoint is None:
         return

@@ -1,4 +1,4 @@
-"""The rows of a run, to train on and to evaluate on: read, checked and encoded, with a report of what was wrong."""
+"""The rows of a run for training and evaluation: read, checked and encoded, with a report."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +17,14 @@ from multiverse_hf.training.arguments import OF_CHAINS, DataArguments
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Rows to train on and to evaluate on, and the form of the latter."""
+    """Rows for training and for evaluation, and the form of the latter."""
 
     train: TrainingRows
     test: TrainingRows | None
     eval_form: Form
 
     def eval_columns(self) -> dict[str, list[Any]] | None:
-        """Return what is evaluated on, by column."""
+        """Return the columns of the rows for evaluation, None without any."""
         if self.test is None:
             return None
         is_parallel = self.eval_form is Form.PARALLEL
@@ -32,15 +32,15 @@ class Splits:
 
 
 def read_splits(data: DataArguments, encoder: RowEncoder, training: Any, attention: str | None) -> Splits:
-    """Read, check and encode the rows of a run, and say in the main process what was dropped.
+    """Read, check and encode the rows of a run. The main process prints the dropped ones.
 
     Args:
         data, training: the run's options.
         encoder: turns rows into ids and labels.
-        attention: the attention implementation that trains.
+        attention: the attention implementation for training.
 
     Raises:
-        CommandError: if there is no such dataset, no row of it can be trained on, or one is bad and ``strict`` is set.
+        CommandError: if there is no such dataset or no row to train on, or a row is bad and ``strict`` is set.
     """
     wanted = {Form.PARALLEL: max(data.parallel_share) > 0, Form.SEQUENTIAL: min(data.parallel_share) < 1}
     forms = [form for form, is_wanted in wanted.items() if is_wanted]
@@ -59,7 +59,7 @@ def read_splits(data: DataArguments, encoder: RowEncoder, training: Any, attenti
         except ValueError as err:
             raise CommandError(str(err)) from err
     output = Path(training.output_dir)
-    keep = data.check_rows and (output / "run.json").exists()  # a finished run's lists stay
+    keep = data.check_rows and (output / "run.json").exists()  # keep a finished run's lists
     for built, split, part in read if is_main else []:
         print(f"{split}: {built.report.describe()}\n{built.describe()}")
         for entries, name in ((built.report.dropped, "dropped"), (built.report.doubtful, "doubtful")):
@@ -74,7 +74,7 @@ def read_splits(data: DataArguments, encoder: RowEncoder, training: Any, attenti
         split, report, first = bad[0]
         raise CommandError(
             f"strict: {len(bad)} rows are dropped or doubtful, the first {report.name(first)} of {split} "
-            f"({one_line(first['detail'], 120)}); mend or delete them, or leave strict out"
+            f"({one_line(first['detail'], 120)}); correct or delete them, or leave strict out"
         )
     has_blocks = Form.PARALLEL in forms and any(record.document.num_paths for record in train.records)
     if "flash" in (attention or "") and has_blocks and not data.check_rows:

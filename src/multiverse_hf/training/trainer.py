@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer, reading what a curriculum says, and saying how the loss is spread over kinds of tokens."""
+"""TRL's SFTTrainer with a curriculum, and with the loss by kind of token."""
 
 import functools
 import math
@@ -19,7 +19,7 @@ from multiverse_hf.training.merging import write_adapter_card
 
 
 class Packs(Dataset):
-    """A dataset read by tuples of indices: the rows that are packed into one."""
+    """A dataset that is read by tuples of indices, the rows packed into one."""
 
     def __init__(self, rows: Any, sampler: CurriculumSampler) -> None:
         self.rows, self.sampler = rows, sampler
@@ -31,12 +31,12 @@ class Packs(Dataset):
         return [self.rows[index] for index in indices]
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the sampler: accelerate does not find it where several processes skip batches that have been read."""
+        """Set the sampler's epoch: accelerate does not find the sampler when several processes skip batches."""
         self.sampler.set_epoch(epoch)
 
 
 class TokenCount(TrainerCallback):
-    """Has a resumed run count tokens from where it was; TRL begins at 0 again."""
+    """Continues the count of tokens in a resumed run; TRL would restart at 0."""
 
     def __init__(self, trainer: SFTTrainer) -> None:
         self.trainer = trainer
@@ -44,12 +44,13 @@ class TokenCount(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        """Set the count to the last logged one."""
         self.trainer._total_train_tokens = max((entry.get("num_tokens", 0) for entry in state.log_history), default=0)
 
 
 @contextmanager
 def without_checkpoint_wrappers(model: torch.nn.Module) -> Iterator[None]:
-    """Take layers out of what FSDP puts around them to checkpoint activations: modules go by their own names then."""
+    """Remove FSDP's activation-checkpointing wrappers in this context, so that modules have their own names."""
     wrappers = [(name, module) for name, module in model.named_modules() if isinstance(module, CheckpointWrapper)]
     for name, wrapper in wrappers:
         model.set_submodule(name, wrapper._checkpoint_wrapped_module)
@@ -63,38 +64,38 @@ def without_checkpoint_wrappers(model: torch.nn.Module) -> Iterator[None]:
 class MultiverseSFTTrainer(SFTTrainer):
     """SFTTrainer over rows of :func:`~multiverse_hf.data.building.build_rows`.
 
-    The loss is TRL's own, computed in chunks from the last hidden states. Logged beside it, for each kind of token
-    that occurs: ``loss_<kind>`` in nats and ``accuracy_<kind>``, and, while training, ``parallel_share``, the share of
-    the epoch's rows in parallel form.
+    The loss is TRL's own, computed in chunks from the last hidden states. For each kind of token, ``loss_<kind>`` in
+    nats and ``accuracy_<kind>`` are logged too. In training, ``parallel_share`` is the share of the epoch's rows in
+    parallel form.
 
     Args:
-        args: rows stay whole and keep all columns, whatever they say.
-        sampler: which rows an epoch reads.
+        args: the arguments. Rows stay whole and keep all columns in any case.
+        sampler: yields the rows of an epoch.
         **kwargs: as for SFTTrainer; ``data_collator`` is a
             :class:`~multiverse_hf.data.collation.DocumentCollator`.
     """
 
     def __init__(self, *, args: SFTConfig, sampler: CurriculumSampler, **kwargs: Any) -> None:
         self.sampler = sampler
-        args.remove_unused_columns = False  # the collator wants `plain` and `kinds`
+        args.remove_unused_columns = False  # the collator needs `plain` and `kinds`
         args.dataset_kwargs = {"skip_prepare_dataset": True}
-        args.max_length = None  # rows are as long as they shall be; truncation would cut blocks
-        # by mode and kind: sums of losses and of right guesses, and how many tokens
+        args.max_length = None  # rows have their final length; truncation would cut blocks
+        # by mode and kind: sums of losses and of right predictions, and number of tokens
         self._kind_sums: dict[str, dict[TokenKind, list[float]]] = {"train": {}, "eval": {}}
         super().__init__(args=args, **kwargs)
         self.add_callback(TokenCount(self))
         if isinstance(self.model, PeftModel):
-            # PEFT would save the embeddings whole because they were enlarged: gigabytes. The rows that are trained are
-            # part of the adapter, and `multiverse merge` enlarges the base's in the same way.
+            # PEFT would save the whole enlarged embeddings: gigabytes. The trained rows are part of the adapter, and
+            # `multiverse merge` enlarges the base in the same way.
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_embedding_layers=False)
             self.model.create_or_update_model_card = functools.partial(write_adapter_card, model=self.model)
         head = self.accelerator.unwrap_model(self.model).get_output_embeddings()
         if not hasattr(head, "bias"):
-            # PEFT's TrainableTokensWrapper around an output layer; TRL's fused loss asks every head for its bias.
+            # PEFT's TrainableTokensWrapper around an output layer; TRL's fused loss reads every head's bias.
             head.bias = None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: ``save_pretrained`` writes the model's own, and keeps one that is there."""
+        """Do nothing: ``save_pretrained`` writes the model's card, and keeps an existing one."""
 
     def get_train_dataloader(self) -> DataLoader:
         return self._get_dataloader(
@@ -114,7 +115,7 @@ class MultiverseSFTTrainer(SFTTrainer):
     ) -> Any:
         kinds = inputs.pop("kinds", None)
         outputs: list[Any] = []
-        # TRL keeps the per-token values to itself
+        # TRL does not return the values of tokens
         handle = model.register_forward_hook(lambda module, args, output: outputs.append(output))
         try:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -126,21 +127,21 @@ class MultiverseSFTTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is not None:
-            # FSDP2 gathers a tied output layer as a tensor of its own, which would be stored beside the embeddings.
+            # FSDP2 gathers a tied output layer as a separate tensor, which would be stored beside the embeddings.
             tied = getattr(self.accelerator.unwrap_model(self.model), "all_tied_weights_keys", None) or {}
             copies = {name for name, source in tied.items() if name != source and source in state_dict}
             state_dict = {name: weight for name, weight in state_dict.items() if name not in copies}
-        with without_checkpoint_wrappers(self.model):  # PEFT looks for its weights by the names of modules
+        with without_checkpoint_wrappers(self.model):  # PEFT finds its weights by the names of modules
             super()._save(output_dir, state_dict)
 
     @torch.no_grad()
     def _count_kinds(self, kinds: torch.Tensor, labels: torch.Tensor, output: Any) -> None:
-        """Sum loss and right guesses by kind of token, over all processes."""
+        """Add losses and right predictions by kind of token, over all processes."""
         mode = "train" if self.model.training else "eval"
         learnt = labels[:, 1:] != IGNORE
         loader = self.accelerator.gradient_state
         if mode == "eval" and loader.end_of_dataloader and loader.remainder > 0:
-            # What fills the last batches of the processes up has been counted already.
+            # Rows that fill up the last batches were counted already.
             learnt[max(0, loader.remainder - self.accelerator.process_index * len(labels)) :] = False
         kind = kinds[:, 1:][learnt].long()
         sums = output.log_probs.new_zeros(3, len(TokenKind), dtype=torch.float32)
