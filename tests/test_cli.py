@@ -460,7 +460,7 @@ GENERATION = "generation_config.json"
         (invent_architecture, ["qwen99", "upgrade"]),
         (drop_tags, ["no token for <Think>"]),
         (swap_tags, ["<Goal>", "config", "tokenizer"]),
-        (remove_layer, ["no place", "layers.1"]),
+        (remove_layer, ["does not have", "layers.1"]),
         (drop("tokenizer.json"), ["no tokenizer.json"]),
         (drop("tokenizer_config.json"), ["no tokenizer_config.json"]),
         (drop("tokenizer.json", "tokenizer_config.json"), ["no tokenizer.json"]),

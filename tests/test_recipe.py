@@ -528,7 +528,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ),
         (
             [SFT, "--dataset_name", "doubtful.jsonl", "--strict"],
-            ["strict: 2 rows", "line 2 of train (repeats", "mend"],
+            ["strict: 2 rows", "line 2 of train (repeats", "correct"],
         ),
         ([SFT, "--dataset_name", "doubtful.jsonl", "--strict", "--check_rows"], ["strict: 2 rows", "line 2 of train"]),
         ([SFT, "--per_device_train_batch_size", "0"], ["per_device_train_batch_size", "at least 1"]),
