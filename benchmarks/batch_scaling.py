@@ -50,7 +50,7 @@ WARM_UP = 16  # tokens a path
 def measure(
     engine: MultiverseEngine, tags: TagSet, answers: dict[str, Answer], args: argparse.Namespace
 ) -> dict[int, dict[str, list[Run]]]:
-    """Have both sides write answers in turns; give their runs by batch size."""
+    """Have both sides write answers in turns; return their runs by batch size."""
     paths = args.paths
     vocab_size, end = engine.model.config.vocab_size, make_goal(tags, paths)[:-1]
     short = {1: plan_answer(tags, WARM_UP, 1), paths: plan_answer(tags, WARM_UP * (paths + 1), paths)}
@@ -70,7 +70,7 @@ def measure(
 
 
 def summarize(batch: int, num_tokens: int, runs: dict[str, list[Run]]) -> dict[str, Any]:
-    """Give the speeds and the ratio of one batch size."""
+    """Return the speeds and the ratio of one batch size."""
     written = batch * (num_tokens - 1)  # the prompts' pass chooses the first
     row: dict[str, Any] = {"batch": batch, "tokens": batch * num_tokens}
     for side, of in runs.items():

@@ -86,7 +86,7 @@ def answer(side: Side, problem: ChainsProblem, tokenizer: Any) -> Answer:
 
 
 def summarize(answers: dict[str, list[Answer]]) -> dict[str, Any]:
-    """Give seconds, tokens and accuracy of each side, and how much faster parallel is, answer by answer."""
+    """Return seconds, tokens and accuracy of each side, and how much faster parallel is, answer by answer."""
     result: dict[str, Any] = {"sides": {}, "speedup": {}}
     for name, side in answers.items():
         result["sides"][name] = {

@@ -87,7 +87,7 @@ def write_traces(path: Path, rows: int, seed: int) -> None:
 
 
 def start_server(delay: float) -> tuple[subprocess.Popen, str]:
-    """Start the rule server; give it and its address."""
+    """Start the rule server; return it and its address."""
     command = [sys.executable, ROOT / "tests" / "rule_server.py", "--delay", str(delay)]
     server = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     return server, server.stdout.readline().strip()
@@ -105,7 +105,7 @@ def curate(source: Path, folder: Path, url: str, args: Any) -> subprocess.Popen:
 
 
 def measure_throughput(folder: Path, args: Any) -> dict[str, Any]:
-    """Time both sides in turn; give calls a second of each, and their ratio."""
+    """Time both sides in turn; return calls a second of each, and their ratio."""
     source, calls = folder / "traces.jsonl", 5 * args.rows
     write_traces(source, args.rows, args.seed)
     bodies = request_bodies(source)
@@ -134,7 +134,7 @@ def measure_throughput(folder: Path, args: Any) -> dict[str, Any]:
 
 
 def request_bodies(source: Path) -> list[bytes]:
-    """Give the requests that the curator makes for each problem, one for each stage."""
+    """Return the requests that the curator makes for each problem, one for each stage."""
     bodies = []
     with source.open() as file:
         rows = [json.loads(next(file)) for _ in range(PROBLEMS)]
@@ -166,7 +166,7 @@ async def bare_client(url: str, bodies: list[bytes], calls: int, in_flight: int)
 
 
 def rate(url: str, calls: int) -> float:
-    """Give the answers a second in the middle of those since the server was last asked; check that all were made."""
+    """Return the answers a second in the middle of those since the server was last asked; check that all were made."""
     with urllib.request.urlopen(f"{url}/times", timeout=60) as response:
         times = sorted(json.load(response))
     if len(times) != calls:
@@ -179,7 +179,7 @@ def rate(url: str, calls: int) -> float:
 
 
 def measure_memory(folder: Path, args: Any) -> list[dict[str, int]]:
-    """Give the most memory the process took until 500 rows were done, by the number of rows that waited."""
+    """Return the most memory the process took until 500 rows were done, by the number of rows that waited."""
     found = []
     server, url = start_server(0.0)
     args.tasks = 1  # which this process then does itself

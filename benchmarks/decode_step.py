@@ -71,7 +71,7 @@ CHUNK = 8192  # prompt tokens read at once
 
 
 def seconds_of(call: Callable[[], Any], device: torch.device, repeats: int = 10) -> float:
-    """Give the median time of a call, after one that is not timed."""
+    """Return the median time of a call, after one that is not timed."""
     times = []
     for _ in range(repeats + 1):
         synchronize(device)

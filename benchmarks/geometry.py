@@ -96,7 +96,7 @@ class Load:
 
 
 def plan_cache(geometry: str, device: torch.device, num_parameters: int, load: Load) -> int:
-    """Say how many tokens the engine's cache shall hold: what the answers take, and some room where there is memory.
+    """Return the size of the engine's cache in tokens: that of the answers, with some room if there is memory.
 
     Raises:
         ValueError: if the context is too short for an answer, or the memory that is free does not hold model, answers
@@ -136,7 +136,7 @@ def plan_cache(geometry: str, device: torch.device, num_parameters: int, load: L
 
 
 def describe_model(geometry: str, model: PreTrainedModel, num_parameters: int) -> dict[str, Any]:
-    """Say what was measured, for a result."""
+    """Return the description of the model for a result."""
     dtype = str(model.dtype).removeprefix("torch.")
     return {
         "geometry": geometry,
@@ -147,7 +147,7 @@ def describe_model(geometry: str, model: PreTrainedModel, num_parameters: int) -
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Give the most bytes that tensors took on a GPU so far; None on a CPU."""
+    """Return the most bytes that tensors took on a GPU so far; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 

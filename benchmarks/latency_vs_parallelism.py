@@ -67,7 +67,7 @@ WARM_UP = 16  # tokens a path
 def measure(
     engine: MultiverseEngine, tags: TagSet, answers: list[list[Answer]], args: argparse.Namespace
 ) -> list[list[list[Run]]]:
-    """Have the answers of each length written in turns; give the runs of each answer."""
+    """Have the answers of each length written in turns; return the runs of each answer."""
     vocab_size = engine.model.config.vocab_size
 
     def run(answer: Answer) -> Run:
@@ -123,7 +123,7 @@ def time_products(model: Any, rows: list[int], is_packed: bool, repeats: int) ->
 
 
 def summarize(answers: list[Answer], runs: list[list[Run]], products: dict[int, list[float]]) -> dict[str, Any]:
-    """Give the points and the curve of one length."""
+    """Return the points and the curve of one length."""
     # the first token is chosen by the prompt's pass, so one less is written in the time that counts
     written = answers[0].num_tokens - 1
     latency = [[1000 * run.seconds / written for run in of] for of in runs]

@@ -61,7 +61,7 @@ def layout_of(batch: Batch) -> tuple[torch.Tensor, ...]:
 
 
 def parts_of(batch: Batch, mask: Any) -> dict[str, int]:
-    """Give the bytes to be kept, by what they are for; a tensor that several hold counts once."""
+    """Return the bytes to be kept, by what they are for; a tensor that several hold counts once."""
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
     names += tuple(name.replace("kv", "q") for name in names)
     held = [cell.cell_contents for cell in mask.mask_mod.__closure__ or ()]  # what the kernel asks about a pair
@@ -157,7 +157,7 @@ class Subject:
         return batch, block_mask(*layout_of(batch))
 
     def result(self) -> dict[str, Any]:
-        """Say what was measured."""
+        """Return the measurement for a result."""
         batch, mask = self.ours()
         parts = parts_of(batch, mask)
         ours = {"bytes": sum(parts.values()), "parts": parts, "peak_bytes": peak_of(self.ours, CPU)}
@@ -186,7 +186,7 @@ class Subject:
 
 
 def exponent(lengths: list[int], values: list[float]) -> float | None:
-    """Give the slope of values over lengths, both as logarithms; None of a single length."""
+    """Return the slope of values over lengths, both as logarithms; None of a single length."""
     if len(lengths) < 2:
         return None
     return round(float(np.polyfit(np.log(lengths), np.log(values), 1)[0]), 3)
@@ -204,7 +204,7 @@ def growth(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def judge(results: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Say whether the target holds; None if its length was not measured."""
+    """Return whether the target holds, None if its length was not measured."""
     for row in results:
         if row["tokens"] == TARGET["tokens"]:
             size, took = row["ours"]["bytes"], row["ours"]["ms"]["median"]

@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def open_tokenizer(name: str | None, parser: argparse.ArgumentParser) -> Callable[[str], int]:
-    """Give what counts the tokens of a text."""
+    """Return what counts the tokens of a text."""
     if name is not None:
         from transformers import AutoTokenizer
 
@@ -113,7 +113,7 @@ def compare(name: str, documents: list[Document], measure: Callable[[str], int])
 
 
 def tokens(found: Document, measure: Callable[[str], int]) -> dict[str, tuple[int, int]]:
-    """Give the tokens asked and answered for one document in both ways."""
+    """Return the tokens asked and answered for one document in both ways."""
     draft = Draft.begin(Trace(1, "1", "The problem.", reasoning_of(found)), Limits())
     sentences = [sentence.strip() for sentence in draft.sentences]
     for stage in STAGES[: STAGES.index(REFILL)]:

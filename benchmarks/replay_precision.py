@@ -39,7 +39,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def distance(value: torch.Tensor, exact: torch.Tensor) -> float:
-    """Give |value - exact| / |exact|."""
+    """Return |value - exact| / |exact|."""
     return float((value.double() - exact).norm() / exact.norm())
 
 
@@ -55,12 +55,12 @@ def attending(model: Any, name: str) -> Iterator[None]:
 
 
 def logits_of(model: Any, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Give the logits that the tokens at ``rows`` are chosen from, (rows, V): those of the tokens before them."""
+    """Return the logits that the tokens at ``rows`` are chosen from, (rows, V): those of the tokens before them."""
     return model(input_ids=ids, attention_mask=torch.ones_like(ids), logits_to_keep=rows - 1).logits[0]
 
 
 def gradient_of(model: Any, ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Give the gradient of the mean loss of some tokens with respect to the embeddings of all, (L, hidden)."""
+    """Return the gradient of the mean loss of some tokens with respect to the embeddings of all, (L, hidden)."""
     embeddings = model.get_input_embeddings()
     kept: list[torch.Tensor] = []
 
@@ -141,7 +141,7 @@ def measure(model: Any, tags: TagSet, answer: Answer, cache_tokens: int, args: a
 
 
 def document_of(result: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the ids of prompt and answer, (1, L), and the places of the tokens that the model chose."""
+    """Return the ids of prompt and answer, (1, L), and the places of the tokens that the model chose."""
     ids = torch.tensor([result.prompt_ids + result.ids], device=device)
     chosen = [number for number, sampled in enumerate(result.sampled, len(result.prompt_ids)) if sampled]
     return ids, torch.tensor(chosen, device=device)

@@ -1,4 +1,4 @@
-"""What every benchmark prints and stores: where it ran, on what, from which commit, and a median with its spread."""
+"""Shared output of benchmarks: device, versions and commit, and a median with its spread."""
 
 import argparse
 import json
@@ -87,7 +87,7 @@ def shown(items: Iterable[T], unit: str) -> Iterator[T]:
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:
-    """Say where and on what a result was measured: device, versions, load, command and commit.
+    """Return where and on what a result was measured: device, versions, load, command and commit.
 
     Args:
         device: where the model is; the CPU by default.
@@ -108,7 +108,7 @@ def show_environment(result: dict[str, Any]) -> None:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Give median, least and greatest of some repeats."""
+    """Return median, least and greatest of some repeats."""
     return {
         "median": round(statistics.median(values), 4),
         "min": round(min(values), 4),

@@ -115,7 +115,7 @@ def loss_of(model: Any, batch: Batch, chunk: int | None) -> torch.Tensor:
 
 
 def make_step(model: Any, side: Side, chunk: int | None) -> Callable[[], float]:
-    """Give a step of training without the optimizer's: it returns the loss."""
+    """Return a step of training without the optimizer's: it returns the loss."""
     is_flash = side.name == "causal" and model.device.type == "cuda"
 
     def step() -> float:
@@ -157,7 +157,7 @@ def check(sides: list[Side], dtype: torch.dtype) -> None:
 
 
 def summarize(length: int, sides: list[Side]) -> dict[str, Any]:
-    """Give speed and memory of each side, and what it is to the causal row."""
+    """Return speed and memory of each side, and what it is to the causal row."""
     causal = sides[0]
     result: dict[str, Any] = {"tokens": length, "sides": {}}
     for side in sides:

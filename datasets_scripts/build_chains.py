@@ -24,7 +24,7 @@ MADE = """\
 
 
 def rows(mixture: ChainsMixture) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Give the rows with their numbers from 1."""
+    """Return the rows with their numbers from 1."""
     for number, row in enumerate(mixture, start=1):
         problem = row.problem
         yield (

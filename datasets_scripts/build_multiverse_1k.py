@@ -26,7 +26,7 @@ from multiverse_hf.errors import CommandError
 
 
 def name_of(source: str) -> str:
-    """Give the name of a source as the dataset has it: a file's own, without its folders."""
+    """Return the name of a source as the dataset has it: a file's own, without its folders."""
     path = Path(source).expanduser()
     return path.resolve().name if path.exists() else source
 
@@ -42,7 +42,7 @@ def read_examples(reader: ExampleReader, args: argparse.Namespace) -> Iterator[E
 
 
 def tell(args: argparse.Namespace) -> str:
-    """Say in the card how the rows are made."""
+    """Return the card's text on how the rows are made."""
     lines = []
     if args.curated:
         lines.append("- Curated rows are taken as they are; `provenance` says how each was made.")
@@ -75,7 +75,7 @@ def main() -> None:
             raise CommandError("a source is empty; name a file, a folder or a dataset on the Hub")
         names = [name_of(source) for source in (*args.curated, *args.published, *args.s1k)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise CommandError(f"several sources are called {twice[0]}; rows are told apart by it, so rename one")
+            raise CommandError(f"several sources are called {twice[0]}; rows are identified by it, so rename one")
         check_options(args)
         reader, about = ExampleReader(), About(args.title, args.license, tell(args), args.language)
         build(args, open_ruler(args.tokenizer), reader, read_examples(reader, args), about)

@@ -1,4 +1,4 @@
-"""What the builders of datasets share: options, the tokenizer that measures, and one folder, whole or not at all."""
+"""Shared parts of the dataset builders: options, the tokenizer, and writing a folder whole or not at all."""
 
 import argparse
 import contextlib
@@ -11,7 +11,7 @@ from multiverse_hf.errors import INTERRUPTED, USAGE, CommandError, ScriptParser,
 try:
     if sys.stderr.isatty() and not {"-h", "--help"} & set(sys.argv):
         print("loading torch, transformers and datasets", file=sys.stderr)
-    import datasets  # noqa: F401 - used when the work is done, which is late to say that it is missing
+    import datasets  # noqa: F401 - used at the end of the work, too late to report that it is missing
     import matplotlib  # noqa: F401
     from tqdm.auto import tqdm
 except ModuleNotFoundError as err:
@@ -26,7 +26,7 @@ from multiverse_hf.outputs import check_new_folder, new_folder
 
 
 def build_parser(description: str, title: str | None, licence: str | None) -> argparse.ArgumentParser:
-    """Give a parser with the options that every builder has."""
+    """Return a parser with the options that every builder has."""
     parser = ScriptParser(description=description)
     parser.add_argument("--output", type=Path, required=True, help="folder to make; new, or empty")
     parser.add_argument("--title", help=f"of the card (default: {title or 'the folder name'})", default=title)
@@ -49,7 +49,7 @@ def build_parser(description: str, title: str | None, licence: str | None) -> ar
 
 @contextlib.contextmanager
 def errors_in_a_line(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """End the program with one line where input, files or the disk do not serve."""
+    """End the program with one line if the input, a file or the disk fails."""
     try:
         yield
     except (CommandError, ValueError, OSError) as err:
@@ -62,7 +62,7 @@ def check_options(args: argparse.Namespace) -> None:
     """Check what would fail late.
 
     Raises:
-        CommandError: with the way out.
+        CommandError: with the next step.
     """
     if not 0 <= args.test_share < 1:
         raise CommandError(f"--test-share must be from 0 to below 1, got {args.test_share}")
@@ -77,7 +77,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def open_ruler(name: str | None) -> Ruler:
-    """Load the tokenizer that measures.
+    """Return the ruler with the tokenizer.
 
     Raises:
         CommandError: if there is none.
@@ -95,14 +95,14 @@ def open_ruler(name: str | None) -> Ruler:
             tags = TagSet.add_to(tokenizer)
     except Exception as err:  # a tokenizer is input: transformers and the Hub raise errors of their own
         raise CommandError(f"cannot load the tokenizer {source}: {one_line(err, 200)}") from err
-    # the folder's own name: where it lies is nobody's business
+    # only the folder's name, as its place is private
     return Ruler(tokenizer, tags, folder.resolve().name if folder.exists() else source)
 
 
 def build(
     args: argparse.Namespace, ruler: Ruler, reader: ExampleReader, examples: Iterable[Example], about: About
 ) -> None:
-    """Write the folder, and say what is in it.
+    """Write the folder, and print its contents.
 
     Raises:
         CommandError, ValueError: if nothing can be read or written.
@@ -118,5 +118,5 @@ def build(
 
 
 def progress(rows: Iterable, what: str, total: int | None = None) -> Iterator:
-    """Show how far rows are read, where somebody can see it."""
+    """Show the progress of reading rows in a terminal."""
     yield from tqdm(rows, desc=what, total=total, unit=" rows", disable=None)

@@ -23,7 +23,7 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def list_files(folder: Path) -> tuple[list[str], list[str]]:
-    """Give what is to be uploaded, and what lies in the folder besides, which no build has written.
+    """Return the files to upload, and other files in the folder, which no build has written.
 
     Raises:
         CommandError: if the folder is no whole build, or its card does not fit it.
@@ -52,7 +52,7 @@ def list_files(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def list_splits(card: dict[str, Any]) -> Iterator[tuple[str, str, str, int]]:
-    """Give config, split, the pattern of its files and the number of its rows, for all that a card names."""
+    """Return config, split, the pattern of its files and the number of its rows, for all that a card names."""
     counts = {
         (info["config_name"], split["name"]): split["num_examples"]
         for info in card["dataset_info"]
@@ -64,7 +64,7 @@ def list_splits(card: dict[str, Any]) -> Iterator[tuple[str, str, str, int]]:
 
 
 def count_rows(file: Path) -> int:
-    """Read a file, every column of it, and give the number of its rows.
+    """Read every column of a file, and return the number of rows.
 
     Raises:
         CommandError: if it is damaged.
@@ -79,7 +79,7 @@ def count_rows(file: Path) -> int:
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Give what a card says of its configs.
+    """Return the configs of a card.
 
     Raises:
         CommandError: if it is no card that a builder has written.
@@ -95,7 +95,7 @@ def read_card(folder: Path) -> dict[str, Any]:
 
 
 def upload(folder: Path, files: list[str], repository: str, private: bool, message: str) -> str:
-    """Upload what a build wrote, making the repository where there is none, and give the commit's address.
+    """Upload a build, create a missing repository, and return the commit's address.
 
     Raises:
         CommandError: if the Hub cannot be reached or refuses.

@@ -133,7 +133,7 @@ class Result:
                 raise ValueError(f"{name} of {self.task} is {value!r}")
 
     def cells(self) -> list[str]:
-        """Give the row of the card's table."""
+        """Return the row of the card's table."""
         right = percent(self.accuracy)
         if self.interval is not None:
             right += " ({:.1f} to {:.1f})".format(*(100 * end for end in self.interval))
@@ -158,12 +158,12 @@ class Evaluation:
 
 
 def percent(share: float | None) -> str:
-    """Show a share."""
+    """Return a share as text."""
     return "not measured" if share is None else f"{100 * share:.1f} %"
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """Show a number."""
+    """Return a number as text."""
     return "not measured" if value is None else f"{value:,.{digits}f}"
 
 
@@ -300,7 +300,7 @@ def read_results(path: Path, name: str) -> Evaluation:
 
 
 def read_budget(path: Path) -> str:
-    """Give the table of ``multiverse experiment budget``.
+    """Return the table of ``multiverse experiment budget``.
 
     Raises:
         CommandError: if the file holds something else.
@@ -354,7 +354,7 @@ def find_base(run: dict[str, Any] | None, facts: Facts) -> str | None:
 
 
 def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
-    """Say how a model was trained, from the run's own record; settings as a table.
+    """Return how a model was trained, from the run's own record; settings as a table.
 
     Args:
         run: the record; None if there is none.
@@ -390,7 +390,7 @@ def describe_training(run: dict[str, Any] | None, base: str | None) -> str:
 
 
 def describe_elsewhere(folder: Path, facts: Facts, architecture: str) -> str:
-    """Say what the files are to other loaders."""
+    """Return what the files are for other loaders."""
     plain = f"an ordinary {architecture}"
     if facts.mode == "autoregressive":
         return f"It is {plain} to every loader, and never forks."
@@ -409,7 +409,7 @@ def describe_elsewhere(folder: Path, facts: Facts, architecture: str) -> str:
 
 
 def model_index(facts: Facts, evaluations: list[Evaluation]) -> list[Any]:
-    """Give every result in the form of a model-index: share right and # parallel."""
+    """Return every result in the form of a model-index: share right and # parallel."""
     from huggingface_hub import EvalResult
 
     entries = []
@@ -434,7 +434,7 @@ def model_index(facts: Facts, evaluations: list[Evaluation]) -> list[Any]:
 
 
 def registered_results(evaluations: list[Evaluation]) -> dict[str, str]:
-    """Give the files for the leaderboards of registered benchmarks, by name: one for each suffix."""
+    """Return the files for the leaderboards of registered benchmarks, by name: one for each suffix."""
     from huggingface_hub import EvalResultEntry
     from huggingface_hub._eval_results import eval_result_entries_to_yaml
 

@@ -25,7 +25,7 @@ from multiverse_hf.provenance import commit, versions
 
 
 def answer(model, tokenizer, prompts: list[str], **options) -> tuple[list[str], list]:
-    """Answer a batch of prompts; give the documents and their stats."""
+    """Answer a batch of prompts; return the documents and their stats."""
     rows = [encode_prompt(tokenizer, prompt, model.tags.names) for prompt in prompts]
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
     output = model.generate(**batch, return_dict_in_generate=True, do_sample=False, **options)

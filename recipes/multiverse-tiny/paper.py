@@ -6,8 +6,7 @@
 Each seed draws weights, rows and their order anew and trains two models on the same problems: one on parallel
 documents (with 15 % sequential ones under the sequential suffix), one on all of them in sequential form. Each is then
 asked unseen problems, greedily. "zero" is the parallel model under the sequential suffix, "base" the random weights
-both began with. Two models train at once, a core each. What is finished is kept: started again, the command goes on
-where it was.
+both began with. Two models train at once, a core each. Finished models are kept, and the same command continues.
 """
 
 import argparse
@@ -34,7 +33,7 @@ ROWS = {
 
 
 class StepError(Exception):
-    """A step that failed, with the file that says why."""
+    """A failed step, with its log."""
 
 
 def call(log: Path, *command: str) -> None:
@@ -47,7 +46,7 @@ def call(log: Path, *command: str) -> None:
 
 
 def train(folder: Path, seed: int, name: str, args: argparse.Namespace) -> None:
-    """Train one model of a seed, or go on with it."""
+    """Train one model of a seed, or resume its training."""
     run = folder / name
     if (run / "run.json").is_file():
         return
@@ -64,7 +63,7 @@ def train(folder: Path, seed: int, name: str, args: argparse.Namespace) -> None:
 
 
 def evaluate(folder: Path, seed: int, row: str, args: argparse.Namespace) -> dict:
-    """Ask one model of a seed, and give the report."""
+    """Ask one model of a seed, and return the report."""
     name, suffix = ROWS[row]
     output = folder / f"evaluation-{name}-{suffix}.json"
     if not output.is_file():
@@ -80,7 +79,7 @@ def evaluate(folder: Path, seed: int, row: str, args: argparse.Namespace) -> dic
 
 
 def run(args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[int, dict[str, dict]]:
-    """Train and evaluate the models of all seeds; give the reports by seed and row of the table."""
+    """Train and evaluate the models of all seeds; return the reports by seed and row of the table."""
     folders = {seed: args.output / f"seed-{seed}" for seed in args.seeds}
     for seed, folder in folders.items():
         folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +95,7 @@ def run(args: argparse.Namespace, pool: ThreadPoolExecutor) -> dict[int, dict[st
 
 
 def spread(values: list[float], scale: float = 1) -> dict[str, float]:
-    """Give mean and standard deviation of a sample; 0 for one value."""
+    """Return mean and standard deviation of a sample; 0 for one value."""
     values = [scale * value for value in values]
     return {
         "mean": round(statistics.mean(values), 3),
@@ -106,7 +105,7 @@ def spread(values: list[float], scale: float = 1) -> dict[str, float]:
 
 
 def table(results: dict[int, dict[str, dict]]) -> dict[str, dict]:
-    """Put seeds together: accuracy over all problems and by kind (percent), # parallel and length of the answers."""
+    """Return results over seeds: accuracy in percent, over all problems and by kind, # parallel and length."""
     rows = {}
     for row in ROWS:
         reports = [results[seed][row]["results"] for seed in results]

@@ -27,7 +27,7 @@ SIZES = {
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Give a tokenizer with a token for each byte and one for the end."""
+    """Return a tokenizer with a token for each byte and one for the end."""
     vocab = {byte: index for index, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
