@@ -18,7 +18,6 @@ compared with the step of the other that came next to it, and the median of thes
 """
 
 import argparse
-import contextlib
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from workload import EOS, make_prompts, make_tags, silence_tags, small_cache, st
 
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.decoding import can_pack, packed_weights
+from multiverse_hf.modeling.cpu import can_pack
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.threads import set_threads
@@ -109,23 +108,22 @@ def measure_guidance(batch: int, args: argparse.Namespace, model: Any) -> dict[s
     prompts = make_prompts(batch, args.prompt, VOCAB)
     capacity = batch * (args.prompt + args.tokens + 64)
     differences, plain, percents = [], [], []
-    with packed_weights(model) if can_pack(model) else contextlib.nullcontext():
-        for _ in range(args.repeats):
-            engines, sequences = [], []
-            for structure in ("off", "guided"):
-                options = {"structure": structure, "max_new_tokens": args.tokens, "do_sample": False}
-                given = {"attention_mask": torch.ones_like(prompts), "eos_token_id": None, "pad_token_id": EOS}
-                asked = read_requests(model, prompts, None, None, None, 0, options | given)
-                cache = LogCache(model.config.num_hidden_layers, capacity)
-                engines.append(Engine(model, model.tags, cache, max_num_seqs=batch))
-                sequences.append([engines[-1].add(request) for request in asked.requests])
-            pairs = list(steps_in_turns(engines, model.device))
-            if [s.ids for s in sequences[0]] != [s.ids for s in sequences[1]] or engines[1].has_work:
-                raise RuntimeError("with guidance another text was written")
-            differences += [guided - off for off, guided in pairs]
-            plain += [off for off, _ in pairs]
-            middle = statistics.median(guided - off for off, guided in pairs)
-            percents.append(100 * middle / statistics.median(off for off, _ in pairs))
+    for _ in range(args.repeats):
+        engines, sequences = [], []
+        for structure in ("off", "guided"):
+            options = {"structure": structure, "max_new_tokens": args.tokens, "do_sample": False}
+            given = {"attention_mask": torch.ones_like(prompts), "eos_token_id": None, "pad_token_id": EOS}
+            asked = read_requests(model, prompts, None, None, None, 0, options | given)
+            cache = LogCache(model.config.num_hidden_layers, capacity)
+            engines.append(Engine(model, model.tags, cache, max_num_seqs=batch))
+            sequences.append([engines[-1].add(request) for request in asked.requests])
+        pairs = list(steps_in_turns(engines, model.device))
+        if [s.ids for s in sequences[0]] != [s.ids for s in sequences[1]] or engines[1].has_work:
+            raise RuntimeError("with guidance another text was written")
+        differences += [guided - off for off, guided in pairs]
+        plain += [off for off, _ in pairs]
+        middle = statistics.median(guided - off for off, guided in pairs)
+        percents.append(100 * middle / statistics.median(off for off, _ in pairs))
     return {
         "steps": len(plain),
         "ms_per_step": round(1000 * statistics.median(plain), 4),

@@ -37,7 +37,7 @@ from tqdm import tqdm
 from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answer, write
 
 from multiverse_hf.evaluation.experiments.timing import in_turns
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads
 

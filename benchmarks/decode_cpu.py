@@ -8,7 +8,7 @@ turns, on the same weights:
 - engine: :class:`MultiverseEngine`, which packs the weights where the CPU gains by it.
 - generate: ``model.generate`` of multiverse_hf, which leaves the weights as they are.
 - transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
-- bare: the engine's forward passes in a loop without engine and interpreter: the same weights, queries, mask shapes,
+- bare: the engine's forward passes in a loop without engine and grammar: the same weights, queries, mask shapes,
   cache and copies of long branches, which it finds made, and the argmax of every row.
 
 With ``--write-goal`` the prompt ends before ``<Parallel>``: the outlines, which are sequential on every side, are then
@@ -37,10 +37,11 @@ from report import count, environment, finish, make_parser, show, show_environme
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
+from multiverse_hf.modeling.attention_packed import PACKED, Step, attend_sdpa
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
-from multiverse_hf.modeling.decoding import PACKED, Step, attend_sdpa, can_pack
+from multiverse_hf.modeling.cpu import can_pack
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.sampling import argmax
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads

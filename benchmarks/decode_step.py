@@ -20,7 +20,6 @@ that does not run here is reported with its error, and the others go on.
 """
 
 import argparse
-import contextlib
 import copy
 import statistics
 import time
@@ -57,7 +56,6 @@ from workload import EOS, make_goal, make_prompts, make_tags, plan_block, small_
 
 from multiverse_hf.evaluation.experiments.timing import synchronize
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.tags import TagSet
@@ -203,15 +201,14 @@ def measure(
         finally:
             if args.device.type == "cuda":
                 torch.cuda.empty_cache()
-    with packed_weights(model) if can_pack(model) else contextlib.nullcontext():
-        for num_branches in args.branches:
-            goal = make_goal(tags, num_branches)[:-1] if num_branches > 1 else []
-            prompt = make_prompts(1, context, model.config.vocab_size, goal).to(args.device)
-            times: list[float] = []
-            for _ in range(args.repeats):
-                times += time_engine(model, tags, prompt, num_branches, cache_tokens, args)
-            milliseconds = spread([1000 * each for each in times])
-            row["engine"].append({"branches": num_branches, "steps": len(times), "ms_per_step": milliseconds})
+    for num_branches in args.branches:
+        goal = make_goal(tags, num_branches)[:-1] if num_branches > 1 else []
+        prompt = make_prompts(1, context, model.config.vocab_size, goal).to(args.device)
+        times: list[float] = []
+        for _ in range(args.repeats):
+            times += time_engine(model, tags, prompt, num_branches, cache_tokens, args)
+        milliseconds = spread([1000 * each for each in times])
+        row["engine"].append({"branches": num_branches, "steps": len(times), "ms_per_step": milliseconds})
     return row
 
 

@@ -8,8 +8,8 @@ import torch
 from transformers import PreTrainedModel, Qwen2Config
 from workload import EOS, silence_tags
 
-from multiverse_hf.modeling.continuous_batching import free_memory
-from multiverse_hf.modeling.decoding import can_pack
+from multiverse_hf.modeling.cpu import can_pack
+from multiverse_hf.modeling.engine_config import free_memory
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet
 

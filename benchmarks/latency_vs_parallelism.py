@@ -28,7 +28,6 @@ The share b/(a+b) is given four times:
 """
 
 import argparse
-import contextlib
 import statistics
 import sys
 import time
@@ -55,8 +54,8 @@ from workload import Answer, Run, make_goal, make_prompts, make_tags, plan_answe
 from multiverse_hf.evaluation.experiments.latency import fit
 from multiverse_hf.evaluation.experiments.paper import LATENCY_SHARES
 from multiverse_hf.evaluation.experiments.timing import in_turns
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
-from multiverse_hf.modeling.decoding import packed_weights
+from multiverse_hf.modeling.cpu import packed_weights, using
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads
 
@@ -113,7 +112,7 @@ def time_products(model: Any, rows: list[int], is_packed: bool, repeats: int) ->
         finish_device()
         return time.perf_counter() - begin
 
-    with torch.no_grad(), packed_weights(model) if is_packed else contextlib.nullcontext():
+    with torch.no_grad(), using(packed_weights(model) if is_packed else []):
         for number in rows:
             run(number)
         seconds: dict[int, list[float]] = {number: [] for number in rows}

@@ -15,7 +15,6 @@ ratios of single steps. Mean times include what comes now and then, such as copy
 """
 
 import argparse
-import contextlib
 import itertools
 import statistics
 from pathlib import Path
@@ -37,7 +36,6 @@ from tqdm import tqdm
 from workload import make_goal, make_prompts, make_tags, plan_block, steps_in_turns
 
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.decoding import can_pack, packed_weights
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
 from multiverse_hf.modeling.tags import TagSet
@@ -169,21 +167,20 @@ def main() -> None:
     model = make_model(args.geometry, args.device, tags, args.seed)
     result |= describe_model(args.geometry, model, num_parameters)
     result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "repeats": args.repeats, "results": []}
-    with packed_weights(model) if can_pack(model) else contextlib.nullcontext():
-        for num_paths in args.paths:
-            runs = measure(model, tags, num_paths, cache_tokens // 2, args)
-            row = summarize(runs, num_paths, args.prompt + 1)
-            result["results"].append(row)
-            store(result, args.output)
-            print(f"\n{num_paths} paths of {args.path_tokens} tokens")
-            print(f"  {'a branch sees':>13} {'lone branch':>12} {'paths':>10} {'ratio':>6}")
-            for point in row["curve"]:
-                lone, paths = point["lone_ms"]["median"], point["paths_ms"]["median"]
-                print(f"  {point['visible_tokens']:13} {lone:9.1f} ms {paths:7.1f} ms {point['ratio']:6.2f}")
-            print(
-                f"  last {LAST} steps: {row['ratio_of_last_steps']:.2f} times the lone branch's, by repeat "
-                f"{show(row['ratio_of_repeats'])}; all steps together {show(row['ratio_of_all_steps'])}"
-            )
+    for num_paths in args.paths:
+        runs = measure(model, tags, num_paths, cache_tokens // 2, args)
+        row = summarize(runs, num_paths, args.prompt + 1)
+        result["results"].append(row)
+        store(result, args.output)
+        print(f"\n{num_paths} paths of {args.path_tokens} tokens")
+        print(f"  {'a branch sees':>13} {'lone branch':>12} {'paths':>10} {'ratio':>6}")
+        for point in row["curve"]:
+            lone, paths = point["lone_ms"]["median"], point["paths_ms"]["median"]
+            print(f"  {point['visible_tokens']:13} {lone:9.1f} ms {paths:7.1f} ms {point['ratio']:6.2f}")
+        print(
+            f"  last {LAST} steps: {row['ratio_of_last_steps']:.2f} times the lone branch's, by repeat "
+            f"{show(row['ratio_of_repeats'])}; all steps together {show(row['ratio_of_all_steps'])}"
+        )
     result["peak_memory_bytes"] = peak_memory(args.device)
     if args.plot is not None:
         plot(result["results"], args.plot)

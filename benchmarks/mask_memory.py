@@ -38,8 +38,8 @@ from workload import EOS, make_document, make_tags
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import document_labels
 from multiverse_hf.evaluation.experiments.timing import in_turns
-from multiverse_hf.modeling.attention import block_mask, dense_mask
 from multiverse_hf.modeling.layout import Layout, build_layout
+from multiverse_hf.modeling.masks import block_mask, dense_mask
 from multiverse_hf.modeling.tags import TagSet
 
 LENGTHS = [1 << power for power in range(10, 17)]

@@ -28,7 +28,7 @@ from geometry import Load, add_model_arguments, make_config, make_model, plan_ca
 from report import announce, count, environment, finish, make_parser, seconds_of_passes, show_environment, shown
 from workload import Answer, make_goal, make_prompts, make_tags, plan_block
 
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.modeling.threads import set_threads
 
@@ -87,8 +87,8 @@ def write(model: Any, tags: TagSet, decoding: str, cache_tokens: int, args: argp
     prompt = make_prompts(1, args.prompt, model.config.vocab_size, make_goal(tags, args.paths)[:-1])
     with MultiverseEngine(model, max_cache_tokens=cache_tokens, decoding=decoding) as engine:
         (result,) = engine.generate(list(prompt), output_logits=True, return_dict_in_generate=True, **answer.options)
-        if engine._engine.runner.kind != decoding:
-            raise RuntimeError(f"{decoding} decoding does not run here, {engine._engine.runner.kind} did")
+        if engine._engine.runner.name != decoding:
+            raise RuntimeError(f"{decoding} decoding does not run here, {engine._engine.runner.name} did")
     answer.check(result.stats)
     return result
 

@@ -11,8 +11,8 @@ from transformers import ContinuousBatchingConfig
 
 from multiverse_hf.evaluation.experiments.timing import synchronize, time_answers
 from multiverse_hf.modeling.budget import empty_path_length
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.engine import Engine
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.state import GenerationStats
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 
@@ -220,7 +220,7 @@ def steps_in_turns(engines: Sequence[Engine], device: torch.device) -> Iterator[
         The seconds of each engine's step; not of the step in which the first ended.
     """
     for engine in engines:
-        while engine.waiting or any(sequence.is_reading for sequence in engine.running):
+        while engine.scheduler.waiting or any(sequence.is_reading for sequence in engine.scheduler.running):
             engine.step()
     order = list(range(len(engines)))
     while True:

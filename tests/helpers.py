@@ -8,7 +8,8 @@ from unittest.mock import patch
 import torch
 from transformers import AutoConfig, LogitsProcessor, PreTrainedModel
 
-from multiverse_hf.modeling.layout import Event, Scanner, build_layout, has_block
+from multiverse_hf.modeling.grammar import Event, Scanner
+from multiverse_hf.modeling.layout import build_layout, has_block
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet
 

@@ -11,9 +11,9 @@ from test_layout import Block, trees, written
 from test_mask_memory import LargestTensor
 from transformers import AttentionInterface
 
-from multiverse_hf.modeling import chunked
-from multiverse_hf.modeling.attention import dense_mask, document_masks, pad_layouts
-from multiverse_hf.modeling.chunked import CHUNKED, chunk_rows, chunked_attention
+from multiverse_hf.modeling import attention_chunked as chunked
+from multiverse_hf.modeling.attention_chunked import CHUNKED, chunk_rows, chunked_attention
+from multiverse_hf.modeling.masks import dense_mask, document_masks, pad_layouts
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 
 NESTED = (2, Block(((9,), (1, Block(((2,), (4,))), 1), (1,))), 30)

@@ -26,18 +26,17 @@ from transformers import LogitsProcessor
 from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling import engine as engine_module
+from multiverse_hf.modeling.attention_copies import BranchCopies
 from multiverse_hf.modeling.budget import closing_cost, reduce_cost
 from multiverse_hf.modeling.cache import SCRATCH, LogCache, bytes_per_entry
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
-from multiverse_hf.modeling.decoding import packed_weights
+from multiverse_hf.modeling.cpu import packed_weights, using
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
+from multiverse_hf.modeling.grammar import Structure
 from multiverse_hf.modeling.handles import RequestHandle
-from multiverse_hf.modeling.interpreter import Structure
-from multiverse_hf.modeling.log import document_entries
-from multiverse_hf.modeling.runner import ModelRunner
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.sampling import choose
-from multiverse_hf.modeling.state import Block, Branch, FinishReason, Segment, Sequence
+from multiverse_hf.modeling.state import Block, Branch, FinishReason, Segment, Sequence, document_entries
 
 tiny_model = functools.cache(new_tiny_model)
 
@@ -78,8 +77,8 @@ ARRIVAL = operator.attrgetter("arrival")
 
 def copy_soon(engine: Engine) -> None:
     """Have what branches see copied from a few tokens on."""
-    runner = engine.runner
-    runner.min_work, runner.min_new, runner.min_tail, runner.min_page = 0, 4, 0, 1
+    copies = engine.runner.copies
+    copies.min_scores, copies.min_new, copies.min_tail, copies.min_page = 0, 4, 0, 1
 
 
 def drain(engine: Engine) -> None:
@@ -119,7 +118,7 @@ class Pressure(RuleBasedStateMachine):
     """Random requests come, go and are cancelled in an engine with little room."""
 
     name = "qwen2"
-    meets_own = False
+    has_copies = False
     decoding = "packed"
     CAPACITY = 160
     asked = Bundle("asked")
@@ -127,7 +126,7 @@ class Pressure(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7, decoding=self.decoding)
-        if self.meets_own:
+        if self.has_copies:
             copy_soon(self.engine)
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
 
@@ -161,21 +160,20 @@ class Pressure(RuleBasedStateMachine):
         ends = [SCRATCH, *(extent.end for extent in extents)]
         assert all(extent.base >= end for extent, end in zip(extents, ends, strict=False))
         assert ends[-1] <= cache.capacity == SCRATCH + self.CAPACITY
-        assert set(cache.extents) == {sequence.arrival for sequence in self.engine.running}
-        for sequence in self.engine.running:
+        assert set(cache.extents) == {sequence.arrival for sequence in self.engine.scheduler.running}
+        for sequence in self.engine.scheduler.running:
             extent = cache.extents[sequence.arrival]
             assert sequence.num_computed <= extent.used <= extent.size
-        copied = {s.arrival: s.pages.num_entries for s in self.engine.running if s.pages is not None}
-        assert copied == cache.copies
-        assert cache.num_copies <= cache.max_copies
+        if (copies := cache.copies) is not None:
+            assert set(copies.logs) <= set(cache.extents)
+            assert copies.num_entries <= copies.max_entries
 
     def teardown(self):
         drain(self.engine)
         assert not self.engine.cache.extents
-        assert not self.engine.cache.copies
+        assert self.engine.cache.copies is None or not self.engine.cache.copies.logs
         for sequence, prompt, options in self.requests:
             assert sequence.error is None
-            assert sequence.pages is None
             if sequence.finish is FinishReason.CANCELLED:
                 if dict(options)["structure"] == "guided":
                     parse_document(text_of(answer_of(sequence)))
@@ -192,7 +190,7 @@ class PressureOnLongBranches(Pressure):
     """Every query meets the log entries it sees, and no others."""
 
     name = "qwen3"
-    meets_own = True
+    has_copies = True
 
 
 class PressureOnStaticShapes(Pressure):
@@ -231,10 +229,16 @@ def test_a_preempted_answer_is_the_same_and_the_last_come_gives_way():
     asked = [[70 + n] * 12 for n in range(6)]
     options = {"max_new_tokens": 40, "max_total_tokens": 90, "do_sample": True, "temperature": 8.0}
     sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt in asked]
-    victims, enqueue = [], engine.enqueue
-    engine.enqueue = lambda sequence: (victims.append((sequence, max(engine.running, key=ARRIVAL))), enqueue(sequence))
+    victims, scheduler = [], engine.scheduler
+    preempt = scheduler._preempt
+
+    def note():
+        victims.append((preempt(), max(scheduler.running, key=ARRIVAL)))
+        return victims[-1][0]
+
+    scheduler._preempt = note
     drain(engine)
-    assert len(victims) == engine.num_preemptions > 0
+    assert len(victims) == scheduler.num_preemptions > 0
     for victim, last_left in victims:
         assert victim.arrival > last_left.arrival
     for sequence, prompt in zip(sequences, asked, strict=True):
@@ -345,14 +349,15 @@ def test_branches_that_read_copies_choose_the_same(monkeypatch, family, depth, w
     prompt = [60, *nested(depth, width)]
     options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0, "seed": seed}
     taken = []
-    piece_of = ModelRunner._piece
-    monkeypatch.setattr(ModelRunner, "_piece", lambda *args: taken.append(piece_of(*args)) or taken[-1])
+    meet = BranchCopies.meet
+    monkeypatch.setattr(BranchCopies, "meet", lambda *args: taken.append(meet(*args)) or taken[-1])
     engine = new_engine(family, 1000)
     copy_soon(engine)
     sequence = engine.add(request_of(family, prompt, **options))
     drain(engine)
-    assert sum(piece.paged is not None for piece in taken) > 10
-    assert {piece.mask.stop % 32 for piece in taken if piece.paged is not None} == {0}, "few shapes to compile"
+    met = [paged for paged in taken if paged is not None]
+    assert len(met) > 10
+    assert {paged.num_tail % 32 for paged in met} == {0}, "few shapes to compile"
     oracle = alone(family, tuple(prompt), tuple(sorted(options.items())))
     assert answer_of(sequence) == answer_of(oracle)
     for entry, logits in sequence.logits.items():
@@ -366,7 +371,7 @@ def test_static_shapes_are_few_and_choose_the_same():
     asked = [GOAL, [60, 61], [*GOAL, TAGS.close("goal")]]
     sequences = [engine.add(request_of("qwen2", prompt, **options)) for prompt in asked]
     drain(engine)
-    assert engine.num_steps > 3 * len(engine.runner.static.shapes) > 0
+    assert engine.num_steps > 3 * len(engine.runner.shapes) > 0
     for sequence, prompt in zip(sequences, asked, strict=True):
         oracle = alone("qwen2", tuple(prompt), tuple(sorted(options.items())))
         assert answer_of(sequence) == answer_of(oracle)
@@ -391,7 +396,7 @@ def test_graphs_on_a_gpu_choose_the_same_with_one_copy_to_the_host_a_step(heads)
                 steps = front._engine.num_steps - steps
             copies = sum("DtoH" in event.key and event.count for event in profile.key_averages())
             assert copies <= steps
-            assert front._engine.runner.kind == decoding, "nothing fell back"
+            assert front._engine.runner.name == decoding, "nothing fell back"
     assert answers["static"] == answers["packed"]
 
 
@@ -645,9 +650,10 @@ def test_memory_for_the_cache_is_for_copies_too_where_there_are_any(name, decodi
     model = tiny_model(name)
     given = tokens * bytes_per_entry(model) + 3
     with MultiverseEngine(model, cache_memory=given, decoding=decoding) as engine:
-        has_copies = engine._engine.runner.keeps_pages
+        copies = engine._engine.cache.copies
+        has_copies = copies is not None
         assert has_copies == (name == "qwen2" and decoding is None)
-        held = engine.max_cache_tokens + (engine._engine.cache.max_copies if has_copies else 0)
+        held = engine.max_cache_tokens + (copies.max_entries if has_copies else 0)
         assert held * engine.bytes_per_token == engine.capacity_bytes <= given
         assert engine.capacity_bytes + 2 * engine.bytes_per_token > given, "and no more is left unused"
 
@@ -656,7 +662,7 @@ def test_an_engine_says_once_how_it_decodes():
     model, said = tiny_model("qwen2"), []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("multiverse_hf.modeling.continuous_batching")
+    logger = logging.getLogger("multiverse_hf.modeling.multiverse_engine")
     logger.addHandler(handler)
     try:
         for decoding in (None, "simple", None, "simple"):
@@ -971,23 +977,96 @@ def test_a_long_label_does_not_make_siblings_twins():
 BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
-def test_packed_weights_answer_alike_and_leave_the_model_as_it_was():
+def packable_model() -> torch.nn.Module:
+    """Make a bfloat16 model whose layers are large enough to pack."""
     config = copy.deepcopy(tiny_model("qwen2").config)
     config.hidden_size, config.intermediate_size = 512, 512
-    model = MultiverseForCausalLM.from_config(config, TAGS, dtype=torch.bfloat16).eval()
+    return MultiverseForCausalLM.from_config(config, TAGS, dtype=torch.bfloat16).eval()
+
+
+def own_forwards(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if "forward" in module.__dict__]
+
+
+@pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
+def test_packed_weights_answer_alike_and_leave_the_model_as_it_was():
+    model = packable_model()
     ids = torch.tensor([[60, 61, 62]])
     with torch.no_grad():
         expected = model(ids).logits
-        with packed_weights(model):
-            packed = [module for module in model.modules() if "forward" in module.__dict__]
-            assert len(packed) > 4
+        with using(packed_weights(model)):
+            assert len(own_forwards(model)) > 4
             for some in (ids, ids[:, :2], ids[:, :2].T, ids[:, :1]):  # two rows are multiplied otherwise
                 alike = copy.deepcopy(model)(some).logits
                 assert (model(some).logits - alike).abs().max() < 0.05
             assert torch.equal(copy.deepcopy(model)(ids).logits, expected)
-        assert not [module for module in model.modules() if "forward" in module.__dict__]
+        assert not own_forwards(model)
         assert torch.equal(model(ids).logits, expected)
-    with packed_weights(model):
+    with using(packed_weights(model)):
         model(ids).logits.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def train_a_step(model):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([[60, 61, 62]])).logits.float().sum().backward()
+    optimizer.step()
+
+
+def load_others(model):
+    model.load_state_dict({name: weight + 0.01 for name, weight in model.state_dict().items()})
+
+
+def assign_others(model):
+    model.load_state_dict({name: weight + 0.01 for name, weight in model.state_dict().items()}, assign=True)
+
+
+def cast_and_back(model):
+    model.float()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.01)
+    model.bfloat16()
+
+
+def merge_an_adapter(model):
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False))
+    assert adapted.merge_and_unload() is model
+
+
+def write_to_data(model):
+    model.lm_head.weight.data = model.lm_head.weight.data * 1.01
+
+
+@pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
+@pytest.mark.parametrize(
+    "change", [train_a_step, load_others, assign_others, cast_and_back, merge_an_adapter, write_to_data]
+)
+def test_packed_weights_are_kept_until_a_weight_changes(change):
+    model = packable_model()
+    first = packed_weights(model)
+    assert first
+    assert all(old is new for old, new in zip(first, packed_weights(model), strict=True))
+    change(model)
+    second = packed_weights(model)
+    assert {each.module for each in second} == {each.module for each in first}
+    assert not all(old is new for old, new in zip(first, second, strict=True))
+    for each in second:
+        rows = torch.randn(3, each.module.in_features, dtype=torch.bfloat16)
+        with torch.no_grad():
+            assert (each(rows) - each.module(rows)).abs().max() < 0.1
+
+
+@pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
+def test_generate_packs_once_and_again_after_training():
+    model = packable_model()
+    ids = torch.tensor([[60, 61, 62]])
+    first = model.generate(ids, max_new_tokens=4, do_sample=False, structure="off")
+    packed = packed_weights(model)
+    model.generate(ids, max_new_tokens=4, do_sample=False, structure="off")
+    assert all(old is new for old, new in zip(packed, packed_weights(model), strict=True))
+    assert not own_forwards(model)
+    train_a_step(model)
+    model.generate(ids, max_new_tokens=4, do_sample=False, structure="off")
+    assert not any(old is new for old, new in zip(packed, packed_weights(model), strict=True))
+    assert first.shape == (1, 7)

@@ -33,7 +33,7 @@ from multiverse_hf.checkpoints import EMBEDDED
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling.budget import closing_positions, empty_path_length
-from multiverse_hf.modeling.interpreter import Structure
+from multiverse_hf.modeling.grammar import Structure
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.state import FinishReason
 from multiverse_hf.modeling.tags import encode_prompt

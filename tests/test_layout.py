@@ -9,9 +9,9 @@ from helpers import COLON, DIGITS, EOS, FIRST_TEXT, NEWLINE, TAGS, make_tags
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multiverse_hf.modeling import attention
-from multiverse_hf.modeling.attention import block_mask, dense_mask, pad_layouts, to_additive
+from multiverse_hf.modeling import masks
 from multiverse_hf.modeling.layout import build_layout
+from multiverse_hf.modeling.masks import block_mask, dense_mask, pad_layouts, to_additive
 from multiverse_hf.modeling.tags import NPR, TagSet
 
 TEXT = FIRST_TEXT
@@ -255,7 +255,7 @@ def test_the_block_mask_of_flex_attention_is_the_dense_mask(window: int | None, 
         where = slice(width - len(document), width) if left else slice(0, len(document))
         ids[row, where], real[row, where] = torch.tensor(document), 1
     arguments = (*pad_layouts(ids, real, TAGS), real, window)
-    with patch.object(attention, "_TILE", tile):
+    with patch.object(masks, "_TILE", tile):
         mask = block_mask(*arguments)
     assert (tile, tile) == mask.BLOCK_SIZE
     queries = (real[:, None, :, None] != 0) | torch.eye(width, dtype=torch.bool)  # what padding sees is of no account

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from multiverse_hf.data.collation import DocumentCollator
-from multiverse_hf.modeling.attention import block_mask, dense_mask
 from multiverse_hf.modeling.layout import build_layout
+from multiverse_hf.modeling.masks import block_mask, dense_mask
 
 LENGTH = 16_384
 

@@ -136,7 +136,7 @@ def test_a_card_that_somebody_wrote_is_kept_and_the_one_of_save_pretrained_is_re
     assert (folder / "README.md").read_text() == "Mine.\n"
     (folder / "README.md").write_bytes(b"\xff")
     assert "was not made here" in make(folder, *facts, code=2)
-    from multiverse_hf.modeling.sharing import write_card
+    from multiverse_hf.modeling.remote_code import write_card
 
     write_card(folder / "README.md", 'a "name"', "Qwen3ForCausalLM")
     assert r'from_pretrained("a \"name\"", trust' in (folder / "README.md").read_text()

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DataCollatorWithFlatt
 
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.rows import IGNORE, document_labels
-from multiverse_hf.modeling import chunked
+from multiverse_hf.modeling import attention_chunked as chunked
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 

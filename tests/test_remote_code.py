@@ -10,7 +10,7 @@ from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, TagSet, embedded_model
-from multiverse_hf.modeling import sharing
+from multiverse_hf.modeling import remote_code
 
 PROMPT = [50, 51, 52]
 NESTED = (2, Forced(((4, Forced(((2,), (3,))), 1), (6,), (0,))), 2)
@@ -37,7 +37,7 @@ def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(
         torch.testing.assert_close(remote(document).logits, model(document).logits)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == [type(plain).__name__]
-    assert config["auto_map"] == sharing.AUTO_MAP
+    assert config["auto_map"] == remote_code.AUTO_MAP
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -92,7 +92,7 @@ def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, 
     trusted(saved).save_pretrained(tmp_path / "again")
     assert ask(trusted(tmp_path / "again")) == expected
     generation = json.loads((tmp_path / "again/generation_config.json").read_text())
-    assert {name: generation[name] for name in sharing.STRUCTURE} == {
+    assert {name: generation[name] for name in remote_code.STRUCTURE} == {
         "structure": "guided",
         "max_depth": 4,
         "max_paths": 16,

@@ -36,7 +36,7 @@ from multiverse_hf.modeling import generation
 from multiverse_hf.modeling.budget import empty_path_length
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.layout import build_layout
-from multiverse_hf.modeling.log import document_entries
+from multiverse_hf.modeling.state import document_entries
 
 PROMPT = [50, 51, 52]
 tiny_model = functools.cache(new_tiny_model)

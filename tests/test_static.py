@@ -11,12 +11,12 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from multiverse_hf.modeling import static
+from multiverse_hf.modeling import attention_static as static
+from multiverse_hf.modeling.attention_packed import PackedRunner, Piece, Step, attend_sdpa, packed_attention
+from multiverse_hf.modeling.attention_static import StaticShape, Visible, can_capture
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
-from multiverse_hf.modeling.decoding import Piece, Step, attend_sdpa, packed_attention
-from multiverse_hf.modeling.runner import ModelRunner
-from multiverse_hf.modeling.static import StaticShape, Visible, can_capture
+from multiverse_hf.modeling.hooks import engine_pass
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 
 META = torch.device("meta")
 OUTLINE = [TAGS.open("outline"), 61, TAGS.close("outline")]
@@ -51,9 +51,9 @@ def attend_nothing(query: torch.Tensor, key: torch.Tensor, *_: Any, block_mask: 
 def forward_on_meta(model: torch.nn.Module) -> OnMeta:
     """Do what is captured with a model without memory: there a value that the host asks for is an error."""
     cache = LogCache(model.config.num_hidden_layers, 1000)
-    runner = ModelRunner(model.to(META), cache, "packed")
+    runner = PackedRunner(model.to(META), cache)
     shape = StaticShape(model, cache, (8, 2, 16), Visible(5000, META), None, None)
-    with torch.no_grad(), runner._attention(), OnMeta() as meter:
+    with torch.no_grad(), engine_pass(model, runner.configs, runner.attention), OnMeta() as meter:
         assert shape._forward().shape == (8, model.config.vocab_size)
     return meter
 
@@ -89,7 +89,7 @@ def static_step(width: int, heads: int, num_seqs: int, monkeypatch: pytest.Monke
 
         def __call__(self, multiverse_step: Any, **_: Any) -> Any:
             query, key = torch.randn(1, heads, count, 16), torch.randn(2, 1, 2, cache.capacity, 16)
-            return SimpleNamespace(logits=static.attend_static(multiverse_step, query, *key, None))
+            return SimpleNamespace(logits=multiverse_step(query, *key, None))
 
     shape = StaticShape(Model(), cache, (count, num_seqs, width), visible, None, None)
     first, inputs = min(width, 20), shape.inputs
@@ -149,7 +149,7 @@ def test_static_decoding_chooses_the_same_whatever_the_number_of_query_heads(hea
     for decoding in ("static", "packed"):
         with MultiverseEngine(model, max_cache_tokens=400, decoding=decoding) as engine:
             answers[decoding] = [each.ids for each in engine.generate([BLOCK, [60, 61]], **options)]
-            assert engine._engine.runner.kind == decoding
+            assert engine._engine.runner.name == decoding
     assert answers["static"] == answers["packed"]
 
 
@@ -161,7 +161,7 @@ def test_kernels_are_few_and_no_longer_log_needs_another(monkeypatch: pytest.Mon
     with MultiverseEngine(model, max_cache_tokens=1500, decoding="static") as engine:
         for prompt in ([60], [61] * 300, BLOCK):
             engine.generate([prompt], max_new_tokens=20)
-        shapes = engine._engine.runner.static.shapes
+        shapes = engine._engine.runner.shapes
         assert len(shapes) > 1
         assert {shape[1:] for shape in shapes} == {(1, 16)}
         assert counter.frame_count == 1

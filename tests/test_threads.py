@@ -1,5 +1,6 @@
 """How many threads the engine's steps take."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -7,21 +8,25 @@ import types
 
 import pytest
 import torch
+from helpers import tiny_model
 
 from multiverse_hf.modeling import threads
+from multiverse_hf.modeling.hooks import engine_pass
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-class Clocked:
+class Clocked(torch.nn.Module):
     """A model that computes nothing: each pass takes a set time of the clock, by the number of threads."""
 
     device = torch.device("cpu")
 
-    def __init__(self, seconds, clock):
+    def __init__(self, seconds, clock, num_parameters=1000):
+        super().__init__()
         self.seconds, self.clock, self.passes = seconds, clock, []
+        self.weight = torch.nn.Parameter(torch.empty(num_parameters, device="meta"))
 
-    def __call__(self, input_ids, use_cache):
+    def forward(self, input_ids, use_cache):
         self.passes.append((input_ids.shape[1], torch.get_num_threads()))
         self.clock.now += self.seconds[torch.get_num_threads()]
 
@@ -49,37 +54,37 @@ def clock(monkeypatch):
 def test_the_better_number_of_threads_is_taken_and_set_back(clock, alone, together, expected):
     model = Clocked({1: alone, 2: together}, clock)
     for _ in range(2):
-        with threads.chosen_threads(model, 1000, 20):
-            assert torch.get_num_threads() == expected
+        assert threads.best_threads(model, 32) == expected
         assert torch.get_num_threads() == 2
         passes = len(model.passes)
     assert threads.step_threads(model) == expected
     assert {width for width, _ in model.passes} == {32}
-    with threads.chosen_threads(model, 1000, 20):
-        assert len(model.passes) == passes  # measured once
-    with pytest.raises(KeyError), threads.chosen_threads(model, 1000, 20):
-        raise KeyError
-    assert torch.get_num_threads() == 2
+    assert threads.best_threads(model, 32) == expected
+    assert len(model.passes) == passes  # measured once
 
 
 @pytest.mark.parametrize("how", ["variable", "torch", "ours", "large model", "long step"])
 def test_a_choice_that_was_made_and_a_large_step_keep_torchs_number(clock, monkeypatch, how):
-    model = Clocked({1: 0.0, 2: 1.0, 3: 1.0}, clock)
-    num_parameters, num_tokens, expected = 1000, 20, 2
+    model = Clocked({1: 0.0, 2: 1.0, 3: 1.0}, clock, 1 << 30 if how == "large model" else 1000)
     if how == "variable":
         monkeypatch.setenv("OMP_NUM_THREADS", "2")
     elif how == "torch":
         torch.set_num_threads(3)
-        expected = 3
     elif how == "ours":
         threads.set_threads(2)
-    elif how == "large model":
-        num_parameters = 1 << 30
-    else:
-        num_tokens = 513
-    with threads.chosen_threads(model, num_parameters, num_tokens):
-        assert torch.get_num_threads() == expected
+    assert threads.best_threads(model, None if how == "long step" else 32) is None
     assert not model.passes
+
+
+@pytest.mark.parametrize("number", [1, None])
+def test_a_pass_of_the_engine_takes_its_number_and_sets_it_back(clock, number):
+    model = tiny_model("qwen2")
+    for error in (None, KeyError):
+        with contextlib.suppress(KeyError), engine_pass(model, [model.config], "sdpa", (), number):
+            assert torch.get_num_threads() == (number or 2)
+            if error:
+                raise error
+        assert torch.get_num_threads() == 2
 
 
 SCRIPT = """
@@ -87,6 +92,7 @@ import torch
 from multiverse_hf.checkpoints import *
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.modeling import threads
+from multiverse_hf.modeling.hooks import engine_pass
 checkpoint = open_checkpoint(None)
 torch.set_num_threads(2)
 threads._DEFAULT = 2  # as on a machine of two cores

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiverse_hf.documents import DocumentError, parse_document
-    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
     from multiverse_hf.modeling.labels import labels_for
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
+    from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
     from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 __version__ = "0.1.0.dev0"
@@ -31,7 +31,7 @@ __all__ = [
 # public name -> module that defines it
 _LAZY_EXPORTS = {
     "DocumentError": "multiverse_hf.documents",
-    "MultiverseEngine": "multiverse_hf.modeling.continuous_batching",
+    "MultiverseEngine": "multiverse_hf.modeling.multiverse_engine",
     "MultiverseForCausalLM": "multiverse_hf.modeling.modeling_multiverse",
     "TagSet": "multiverse_hf.modeling.tags",
     "encode_prompt": "multiverse_hf.modeling.tags",

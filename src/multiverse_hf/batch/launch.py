@@ -20,7 +20,7 @@ from multiverse_hf.jobs.processes import stopping_at_sigterm
 from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
-_PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.continuous_batching")
+_PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.multiverse_engine")
 # Settings that do not change the answers; they may differ when a run is continued.
 _MAY_DIFFER = ("input", "model", "rows", "versions")
 

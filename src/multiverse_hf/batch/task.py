@@ -82,7 +82,7 @@ class AnswerRows(PartStep):
 
     def _answer(self, todo: list[PromptRow], file: IO[bytes]) -> None:
         """Answer rows, a window of them at a time, and write each when it is done."""
-        from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+        from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 
         work = self.work
         quiet()

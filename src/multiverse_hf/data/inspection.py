@@ -8,8 +8,7 @@ from typing import Any
 from multiverse_hf.data.collation import row_layout
 from multiverse_hf.data.records import Form, Record
 from multiverse_hf.data.rows import IGNORE, RowEncoder, TokenKind
-from multiverse_hf.modeling.interpreter import Structure
-from multiverse_hf.modeling.layout import Event
+from multiverse_hf.modeling.grammar import Event, Structure
 
 
 @dataclass(frozen=True, slots=True)

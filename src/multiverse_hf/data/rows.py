@@ -8,7 +8,7 @@ from typing import Any
 
 from multiverse_hf.data.records import Form, Reason, Record, RowError
 from multiverse_hf.data.suffixes import Suffix
-from multiverse_hf.modeling.interpreter import Stage, Structure
+from multiverse_hf.modeling.grammar import Stage, Structure
 from multiverse_hf.modeling.labels import IGNORE, find_forced
 from multiverse_hf.modeling.tags import TagSet, encode_inside, encode_prompt
 

@@ -169,7 +169,7 @@ def answer_trials(
     Raises:
         CommandError: if the engine cannot be created.
     """
-    from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+    from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
     from multiverse_hf.modeling.state import GenerationStats
 
     limits = {"max_num_seqs": evaluation.max_num_seqs, "max_cache_tokens": evaluation.max_cache_tokens}

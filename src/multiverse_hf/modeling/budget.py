@@ -5,8 +5,7 @@ tokens that the model chooses are charged.
 """
 
 from .cache import LogCache
-from .interpreter import MAX_LABEL_TOKENS, Stage, Structure
-from .layout import Event
+from .grammar import MAX_LABEL_TOKENS, Event, Stage, Structure
 from .state import Branch, FinishReason, Sequence
 from .tags import TagSet
 
@@ -99,36 +98,37 @@ class Budget:
             structure = after
         if self.room < cost:
             return self.tokens_limit, ANSWER
-        limit = self._position_limit(branch, structure)
+        ends = self._ends(branch, structure)
+        limit = next((limit for end, limit in ends if branch.position >= end), None)
         if limit is None:
             self.room -= cost
+            if structure is branch.structure:
+                branch.text_end = min(end for end, _ in ends)
         return limit
 
     def find_limit(self, branch: Branch) -> tuple[FinishReason, int] | None:
         """Return the limit that leaves a branch no room for any token, as :meth:`spend` does."""
         if self.sequence.num_written >= self.tokens:
             return self.tokens_limit, ANSWER
-        return self._position_limit(branch, None)
+        return next((limit for end, limit in self._ends(branch, None) if branch.position >= end), None)
 
-    def _position_limit(self, branch: Branch, structure: Structure | None) -> tuple[FinishReason, int] | None:
-        """Return the limit on positions that leaves no room for one more.
+    def _ends(self, branch: Branch, structure: Structure | None) -> list[tuple[int, tuple[FinishReason, int]]]:
+        """Return for each limit on positions the first position that it has no room for, and the limit.
 
         Args:
             branch: the branch.
-            structure: its state after that token, which has to be closed too; None to leave that out.
+            structure: its state after its next token, which has to be closed too; None to leave that out.
         """
-        if not self.structured:
-            structure = None
+        found = []
         if self.path_positions is not None:
             for level, block in enumerate(branch.blocks):
-                left = block.branch.position + self.path_positions - branch.position - 1
-                if left < _positions_kept(structure, left, level):
-                    return FinishReason.PATH, level
-        left = self.sequence.prompt_length + self.positions - branch.position - 1
-        if left < _positions_kept(structure, left, ANSWER):
-            # siblings may have room left: only this path ends here, and what follows the block ends by itself
-            return FinishReason.LENGTH, len(branch.blocks) - 1
-        return None
+                found.append((block.branch.position + self.path_positions, (FinishReason.PATH, level), level))
+        # siblings may have room left: only this path ends here, and what follows the block ends by itself
+        limit = FinishReason.LENGTH, len(branch.blocks) - 1
+        found.append((self.sequence.prompt_length + self.positions, limit, ANSWER))
+        if structure is None or not self.structured:
+            return [(end, limit) for end, limit, _ in found]
+        return [(end - closing_positions(structure, keep), limit) for end, limit, keep in found]
 
 
 def _cost_after(event: Event, structure: Structure) -> int:
@@ -141,15 +141,8 @@ def _cost_after(event: Event, structure: Structure) -> int:
     return sum(len(structure.path_prefix(path)) + 1 for path in paths) + reduce_cost(structure, structure.depth - 1)
 
 
-def _positions_kept(structure: Structure | None, left: int, keep: int) -> int:
-    """Return the positions that have to be left for closing; 0 where far more than that are left."""
-    if structure is None or left >= 64 * (structure.depth + 2):
-        return 0
-    return closing_positions(structure, keep)
-
-
 def closing_cost(structure: Structure) -> tuple[int, int]:
-    """Return the (tokens, positions) that :meth:`~.interpreter.Structure.closing_tokens` and all that follows from
+    """Return the (tokens, positions) that :meth:`~.grammar.Structure.closing_tokens` and all that follows from
     them take, up to the end of this branch's own path, or outside every block of the answer."""
     own = len(structure.closing_tokens())
     if structure.stage not in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):

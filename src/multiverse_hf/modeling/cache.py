@@ -7,7 +7,6 @@ All logs live in one pool of slots that is allocated once. Each has an extent of
 which grows in place while it can, moves when it cannot, and is given back when its sequence ends or is preempted.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from .hooks import CACHE, evaluating
 
-COPIES = 3  # outside the pool there is room for one copy in so many slots
 SCRATCH = 1  # slots before the first extent: padding queries write there and read there
 
 
@@ -107,7 +105,7 @@ class LogCache(Cache):
         self.capacity = SCRATCH + capacity
         self.growable = growable
         self.extents: dict[int, Extent] = {}  # by the sequence's number
-        self.copies: dict[int, int] = {}  # entries that are held a second time, likewise
+        self.copies: Any = None  # what is held a second time (:class:`~.attention_copies.BranchCopies`), if it may be
         self.write: slice | torch.Tensor = slice(0, 0)  # slots of the next forward's queries
         self.read = slice(0, 0)  # slots the next forward gets to see
         super().__init__(layers=[LogLayer(self) for _ in range(num_layers)])
@@ -116,16 +114,6 @@ class LogCache(Cache):
     def num_used(self) -> int:
         """Log entries held."""
         return sum(extent.used for extent in list(self.extents.values()))  # a copy: other threads ask
-
-    @property
-    def max_copies(self) -> int:
-        """Log entries that may be held a second time, all logs together."""
-        return (self.capacity - SCRATCH) // COPIES
-
-    @property
-    def num_copies(self) -> int:
-        """Log entries that are."""
-        return sum(list(self.copies.values()))
 
     @property
     def num_free(self) -> int:
@@ -178,27 +166,16 @@ class LogCache(Cache):
         self.extents[owner] = Extent(base, wish, need)
         return True
 
-    def room_for_copies(self, owner: int) -> int:
-        """Give how many of a log's entries may be held a second time; beside a growable pool any number."""
-        if self.growable:
-            return sys.maxsize
-        return self.max_copies - sum(count for each, count in self.copies.items() if each != owner)
-
-    def count_copies(self, owner: int, count: int) -> None:
-        """Say how many of a log's entries are held a second time, instead of how many were."""
-        self.copies.pop(owner, None)
-        if count:
-            self.copies[owner] = count
-
     def release(self, owner: int) -> None:
         """Give a log's slots back."""
         self.extents.pop(owner, None)
-        self.copies.pop(owner, None)
+        if self.copies is not None:
+            self.copies.release(owner)
 
     def free(self) -> None:
         """Give the pool's memory back; a later forward allocates it again."""
-        self.extents.clear()
-        self.copies.clear()
+        for owner in list(self.extents):
+            self.release(owner)
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.is_initialized = False

@@ -1,12 +1,12 @@
 """The engine: all branches of all sequences take one step together.
 
 Every sequence has one append-only log. A step reads log entries that are new, whichever branches wrote them, as query
-positions of one forward pass; then every live branch chooses its next token; then the interpreter says what the token
+positions of one forward pass; then every live branch chooses its next token; then the grammar says what the token
 does. Fork and reduce only make rows of visibility and set positions. Sequences enter and leave at any step.
 """
 
-import bisect
 import itertools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
-from .agreement import Agreement
 from .budget import Budget
 from .cache import LogCache
-from .interpreter import Mask
-from .log import log_visibility
-from .runner import ModelRunner, Reading
-from .sampling import check_best, choose, mask_scores
-from .state import Branch, FinishReason, Request, Segment, Sequence
+from .cpu import packed_weights
+from .distributed import Broadcast
+from .grammar import TokenMask
+from .runner import make_runner
+from .sampling import choose, mask_scores, nothing_to_choose
+from .scheduler import Scheduler
+from .state import Branch, FinishReason, Reading, Request, Segment, Sequence
 from .tags import TagSet
 from .writing import Chosen, Writer
 
@@ -39,13 +40,11 @@ class Engine:
         model: a causal LM of transformers whose backbone takes positions, a 4-D mask and a cache.
         tags: the control tags.
         cache: the pool of logs.
-        max_num_seqs: sequences that may run at once; others wait, first come, first served.
-        prefill_chunk: prompt tokens read in one step, all sequences together, so that a long prompt does not hold up
-            those that are writing.
-        decoding: ``"packed"`` reads all sequences in one pass; ``"static"`` does so in fixed shapes, which a GPU
-            replays as CUDA graphs; ``"simple"`` reads each in a pass of its own, with the model's own attention:
-            slower, needs nothing of the model, and the oracle of the others.
+        max_num_seqs, prefill_chunk: as for :class:`~.scheduler.Scheduler`.
+        decoding: as for :func:`~.runner.make_runner`.
         on_step: called after every step.
+        pack_weights: use packed weights where a CPU can (:func:`~.cpu.packed_weights`). They are looked at whenever
+            nothing is running, so they must not change while answers are written.
     """
 
     def __init__(
@@ -57,65 +56,16 @@ class Engine:
         prefill_chunk: int = DEFAULT_CHUNK,
         decoding: str = "packed",
         on_step: Callable[[], None] | None = None,
+        pack_weights: bool = True,
     ) -> None:
-        self.model, self.cache = model, cache
-        self.max_num_seqs, self.prefill_chunk, self.on_step = max_num_seqs, prefill_chunk, on_step
+        self.model, self.cache, self.on_step, self.packs_weights = model, cache, on_step, pack_weights
         self.context = getattr(model.config, "max_position_embeddings", None)
-        self.runner = ModelRunner(model, cache, decoding)
-        self.agree = Agreement(model)
+        self.scheduler = Scheduler(cache, max_num_seqs, prefill_chunk)
+        self.runner = make_runner(model, cache, decoding)
+        self.broadcast = Broadcast(model)
         self.writer = Writer(tags, model.device)
-        self.waiting: list[Sequence] = []  # both in order of arrival
-        self.running: list[Sequence] = []
-        self.num_steps = self.num_preemptions = 0
+        self.num_steps = 0
         self._arrivals = itertools.count()
-
-    # Requests
-
-    def add(self, request: Request) -> Sequence:
-        """Put a request in the queue: :meth:`begin` and :meth:`enqueue`."""
-        sequence = self.begin(request)
-        self.enqueue(sequence)
-        return sequence
-
-    def enqueue(self, sequence: Sequence) -> None:
-        """Put a sequence in the queue, in its order of arrival."""
-        bisect.insort(self.waiting, sequence, key=lambda each: each.arrival)
-        early, sequence.early = sequence.early, None
-        try:
-            for event in early or ():
-                sequence.request.on_event(event)
-        except BaseException as err:
-            self._fail(sequence, err)
-
-    def cancel(self, sequence: Sequence) -> None:
-        """Have a sequence end at the next step, with its branches closed; what is written stays. Any thread may."""
-        sequence.is_cancelled = True
-
-    @property
-    def has_work(self) -> bool:
-        """Some sequence is not finished."""
-        return bool(self.waiting or self.running)
-
-    @torch.no_grad()
-    def step(self) -> list[Sequence]:
-        """Take one step: admit, prepare, forward, sample, interpret, release.
-
-        Returns:
-            The sequences that ended, those that failed among them: their ``error`` says why.
-        """
-        self._enforce()
-        done = self._release()
-        self._admit()
-        batch = self._schedule()
-        if batch:
-            queries, logits = self._forward(batch)
-            self._interpret(self._sample(queries, logits))
-            self.num_steps += 1
-        if self.on_step is not None:
-            self.on_step()
-        return done + self._release()
-
-    # Begin
 
     def begin(self, request: Request) -> Sequence:
         """Start a sequence, in any thread.
@@ -140,149 +90,150 @@ class Engine:
         self.writer.begin(sequence)
         return sequence
 
-    # Admit and schedule
+    def enqueue(self, sequence: Sequence) -> None:
+        """Put a sequence in the queue, in its order of arrival."""
+        self.scheduler.add(sequence)
+        early, sequence.early = sequence.early, None
+        try:
+            for event in early or ():
+                sequence.request.on_event(event)
+        except BaseException as err:
+            self._fail(sequence, err)
 
-    def _admit(self) -> None:
-        """Let waiting sequences in, in order of arrival, while there is room for what they have to read."""
-        for sequence in [each for each in self.waiting if each.live]:
-            if len(self.running) == self.max_num_seqs:
-                return
-            length = len(sequence.ids)
-            spare = 16 * len(self.running)  # so that those who run are not preempted at once
-            if self.running and not self.cache.growable and length + spare > self.cache.num_free:
-                return
-            if not self.cache.reserve(sequence.arrival, length, length + 256):
-                return
-            self.waiting.remove(sequence)
-            if len(sequence.pending) < length:  # it was preempted
-                sequence.pending = log_visibility(sequence)
-            sequence.is_reading = True
-            bisect.insort(self.running, sequence, key=lambda each: each.arrival)
+    def add(self, request: Request) -> Sequence:
+        """Put a request in the queue: :meth:`begin` and :meth:`enqueue`."""
+        sequence = self.begin(request)
+        self.enqueue(sequence)
+        return sequence
 
-    def _schedule(self) -> list[Reading]:
-        """Say which log entries of which sequences this step reads, with room in the cache for each."""
-        counts: dict[Sequence, int] = {}
-        chunk = self.prefill_chunk
-        for sequence in list(self.running):
-            if sequence not in self.running:  # preempted for the sake of one before it
-                continue
-            count = len(sequence.pending)
-            if sequence.is_reading:
-                # what the live branches choose their first tokens from is read in one step, the last one
-                before = min(branch.segment.entries[-1] for branch in sequence.live) - sequence.num_computed
-                if count > chunk and before > 0:
-                    count = min(chunk, before)
-                chunk = max(chunk - count, 0)
-            if count and self._reserve(sequence, sequence.num_computed + count):
-                counts[sequence] = count
-        batch, begin = [], 0
-        for sequence in self.running:
-            if count := counts.get(sequence, 0):
-                first = sequence.num_computed
-                queries = slice(begin, begin + count)
-                batch.append(Reading(sequence, sequence.pending[:count], queries, first, first + count))
-                begin += count
-        return batch
+    def cancel(self, sequence: Sequence) -> None:
+        """Have a sequence end at the next step, with its branches closed; what is written stays. Any thread may."""
+        sequence.is_cancelled = True
 
-    def _reserve(self, sequence: Sequence, length: int) -> bool:
-        """Make room in the cache, preempting the last come if need be; say no if that was this one itself."""
-        while not self.cache.reserve(sequence.arrival, length, length + length // 2 + 64):
-            victim = self.running.pop()
-            self.cache.release(victim.arrival)
-            victim.num_computed = 0
-            victim.pending.clear()
-            victim.pages, victim.num_weighed = None, 0
-            self.enqueue(victim)
-            self.num_preemptions += 1
-            if victim is sequence:
-                return False
-        return True
+    @property
+    def has_work(self) -> bool:
+        """Some sequence is not finished."""
+        return bool(self.scheduler.sequences)
 
-    # Forward
+    # The step
 
-    def _forward(self, batch: list[Reading]) -> tuple[list[tuple[Sequence, Branch]], torch.Tensor]:
-        """Read log entries.
+    @torch.no_grad()
+    def step(self) -> list[Sequence]:
+        """Take one step: admit, prepare, forward, sample, interpret, release.
 
         Returns:
-            The branches that choose a token now, N of them, and the (N, V) logits they choose it from.
+            The sequences that ended, those that failed among them: their ``error`` says why.
         """
-        logits = self.runner(batch)
+        self._stop_due()
+        done = self._release()
+        if self.packs_weights and not self.scheduler.running:
+            self.runner.packed = packed_weights(self.model)
+        batch = self.scheduler.schedule()
+        if batch:
+            logits = self.runner(batch)
+            self._interpret(self._sample(self._read(batch), logits))
+            self.num_steps += 1
+        if self.on_step is not None:
+            self.on_step()
+        return done + self._release()
+
+    def _stop_due(self) -> None:
+        """End what was cancelled or has had its time."""
+        now, reasons = time.monotonic(), {}
+        for sequence in self.scheduler.sequences:
+            if sequence.is_cancelled:
+                reasons[sequence.arrival] = FinishReason.CANCELLED
+            elif sequence.deadline is not None and now >= sequence.deadline:
+                reasons[sequence.arrival] = FinishReason.TIME
+        if self.broadcast.group is not None:
+            reasons = self.broadcast(reasons)
+        for sequence in self.scheduler.sequences if reasons else ():
+            if sequence.live and sequence.arrival in reasons:
+                try:
+                    self.writer.finish(sequence, reasons[sequence.arrival])
+                    self.writer.start_held(sequence)
+                except BaseException as err:
+                    self._fail(sequence, err)
+
+    def _read(self, batch: list[Reading]) -> list[tuple[Sequence, Branch]]:
+        """Note what was read, and return the branches that choose a token now, in the order of their logits."""
         queries: list[tuple[Sequence, Branch]] = []
         for reading in batch:
             sequence = reading.sequence
             sequence.num_computed = reading.end
+            del sequence.pending[: len(reading.entries)]
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
                 queries += [(sequence, branch) for branch in sequence.live]
-            del sequence.pending[: len(reading.entries)]
-        return queries, logits if logits.dtype == torch.float64 else logits.float()
-
-    # Sample and interpret
+        return queries
 
     def _sample(
         self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor
     ) -> list[tuple[Sequence, Branch, Chosen]]:
-        """Choose the next token of every branch, with one copy from the device."""
+        """Choose the next token of every branch, with one copy from the device.
+
+        Args:
+            queries: the branches, N of them.
+            logits: (N, V).
+        """
+        if not queries:
+            return []
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         masks = [self.writer.mask(sequence, branch) for sequence, branch in queries]
-        rows, scores = self._process(queries, masks, logits)
+        rows: list[int] = []
+        pieces: list[torch.Tensor] = []
+        for _, run in itertools.groupby(range(len(queries)), key=lambda row: queries[row][0].request.sampler.group):
+            for some, scores in self._process(list(run), queries, masks, logits):
+                rows += some
+                pieces.append(scores)
         if not rows:
             return []
+        scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         keys = [
             (s.request.sampler.seed, s.request.key, b.key, b.position) if s.request.sampler.do_sample else None
             for s, b in (queries[row] for row in rows)
         ]
         counts = [s.request.num_logprobs for s, _ in queries if s.request.num_logprobs is not None]
         read = logits if len(rows) == len(queries) else logits[rows]
-        chosen = choose(scores, keys, read, max(counts, default=None))
         choices = []
+        chosen = choose(scores, keys, read, max(counts, default=None))
         for row, after, (token, best, likelihood) in zip(rows, scores, chosen, strict=True):
-            sequence, branch = queries[row]
-            try:
-                check_best(best, masks[row])
-            except ValueError as err:
-                self._fail(sequence, err)
+            if not math.isfinite(best):
+                self._fail(queries[row][0], nothing_to_choose(best, masks[row]))
             else:
-                choices.append((sequence, branch, Chosen(token, after, logits[row], likelihood)))
+                choices.append((*queries[row], Chosen(token, after, logits[row], likelihood)))
         return choices
 
     def _process(
-        self, queries: list[tuple[Sequence, Branch]], masks: list[Mask | None], logits: torch.Tensor
-    ) -> tuple[list[int], torch.Tensor]:
-        """Mask the logits and run the requests' processors. What raises fails its own sequence only.
+        self,
+        some: list[int],
+        queries: list[tuple[Sequence, Branch]],
+        masks: list[TokenMask | None],
+        logits: torch.Tensor,
+    ) -> list[tuple[list[int], torch.Tensor]]:
+        """Mask the logits of some neighbouring rows, and run the requests' processors on them.
+
+        What raises fails its own sequence only.
 
         Returns:
-            The rows that are left, and their scores.
+            The rows that are left, in groups with their scores.
         """
-        rows: list[int] = []
-        pieces: list[torch.Tensor] = []
-
-        def process(some: list[int], scores: torch.Tensor) -> None:
-            sampler = queries[some[0]][0].request.sampler
-            contexts = [(len(s.request.prompt), b.context) for s, b in (queries[row] for row in some)]
-            try:
-                own = [queries[row] for row in some]
-                piece = sampler.process(scores, contexts, [masks[row] for row in some], own)
-            except BaseException as err:
-                sequences = list(dict.fromkeys(queries[row][0] for row in some))
-                if len(sequences) == 1 or sampler.calls is not None:  # the caller's own saw them all at once
-                    for sequence in sequences:
-                        self._fail(sequence, err)
-                else:
-                    for sequence in sequences:
-                        own = [row for row in some if queries[row][0] is sequence]
-                        process(own, masked(own))  # anew: a processor may have written to what it was given
-                return
-            rows.extend(some)
-            pieces.append(piece)
-
-        def masked(some: list[int]) -> torch.Tensor:
-            return mask_scores([masks[row] for row in some], logits[some[0] : some[-1] + 1].clone())
-
-        for _, run in itertools.groupby(range(len(queries)), key=lambda row: queries[row][0].request.sampler.group):
-            some = list(run)
-            process(some, masked(some))
-        return rows, pieces[0] if len(pieces) == 1 else torch.cat(pieces or [logits[:0]])
+        sampler, own = queries[some[0]][0].request.sampler, [queries[row] for row in some]
+        own_masks = [masks[row] for row in some]
+        scores = mask_scores(own_masks, logits[some[0] : some[-1] + 1].clone())
+        if not sampler.has_processors:
+            return [(some, scores)]
+        try:
+            return [(some, sampler.process(scores, own_masks, own))]
+        except BaseException as err:
+            sequences = list(dict.fromkeys(sequence for sequence, _ in own))
+            if len(sequences) == 1 or sampler.calls is not None:  # the caller's own saw them all at once
+                for sequence in sequences:
+                    self._fail(sequence, err)
+                return []
+        runs = [[row for row in some if queries[row][0] is sequence] for sequence in sequences]
+        return [each for run in runs for each in self._process(run, queries, masks, logits)]
 
     def _interpret(self, choices: list[tuple[Sequence, Branch, Chosen]]) -> None:
         """Do what the chosen tokens say. What a criterion or a streamer raises fails its own sequence only."""
@@ -293,8 +244,9 @@ class Engine:
                 self.writer.take(sequence, branch, chosen)
             except BaseException as err:
                 self._fail(sequence, err)
-        self._ask_callers(choices)
-        for sequence in dict.fromkeys(sequence for sequence, _, _ in choices):
+        if any(sequence.request.has_criteria for sequence, _, _ in choices):
+            self._ask_callers(choices)
+        for sequence in dict.fromkeys(sequence for sequence, _, _ in choices if sequence.held):
             try:
                 self.writer.start_held(sequence)
             except BaseException as err:
@@ -316,23 +268,6 @@ class Engine:
 
     # Release
 
-    def _enforce(self) -> None:
-        """End what was cancelled or has had its time."""
-        now, reasons = time.monotonic(), {}
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.is_cancelled:
-                reasons[sequence.arrival] = FinishReason.CANCELLED
-            elif sequence.deadline is not None and now >= sequence.deadline:
-                reasons[sequence.arrival] = FinishReason.TIME
-        reasons = self.agree(reasons)
-        for sequence in [*self.running, *self.waiting]:
-            if sequence.live and sequence.arrival in reasons:
-                try:
-                    self.writer.finish(sequence, reasons[sequence.arrival])
-                    self.writer.start_held(sequence)
-                except BaseException as err:
-                    self._fail(sequence, err)
-
     def _fail(self, sequence: Sequence, error: BaseException) -> None:
         """Take a sequence out of the way of the others; its caller gets the error."""
         sequence.error = error
@@ -343,31 +278,13 @@ class Engine:
 
     def fail_running(self, error: BaseException) -> list[Sequence]:
         """Give up what is running, after the model failed; what waits goes on. As :meth:`step` otherwise."""
-        for sequence in self.running:
+        for sequence in self.scheduler.running:
             self._fail(sequence, error)
         return self._release()
 
     def _release(self) -> list[Sequence]:
-        """Let finished sequences and their memory go."""
-        done = [sequence for sequence in [*self.running, *self.waiting] if not sequence.live]
+        """Let finished sequences and their memory go, and complete what is known of them."""
+        done = self.scheduler.release()
         for sequence in done:
-            self.cache.release(sequence.arrival)
-            sequence.pages = None
-            self.seal(sequence)
-        self.running = [sequence for sequence in self.running if sequence.live]
-        self.waiting = [sequence for sequence in self.waiting if sequence.live]
+            self.writer.complete(sequence)
         return done
-
-    def seal(self, sequence: Sequence) -> None:
-        """Complete what is known of a finished sequence."""
-        sequence.pending.clear()
-        stats = sequence.stats
-        stats.num_tokens = sequence.num_written
-        stats.length = max(sequence.max_position + 1 - sequence.prompt_length, 0)
-        stats.num_steps = max(stats.num_steps, 0)
-        stats.finish_reason = sequence.finish or FinishReason.STOP
-        if sequence.error is None:
-            try:
-                self.writer.emit(sequence, "finish", "", finish_reason=stats.finish_reason)
-            except BaseException as err:
-                sequence.error = err

@@ -26,9 +26,8 @@ from .callables import BatchCalls, is_callers
 from .engine import DEFAULT_CHUNK, Engine
 from .labels import IMPOSSIBLE
 from .layout import plain_layout
-from .log import document_entries
 from .sampling import Sampler, sequence_key
-from .state import FinishReason, GenerationStats, Request, Segment, Sequence
+from .state import FinishReason, GenerationStats, Request, Segment, Sequence, document_entries
 
 
 @dataclass

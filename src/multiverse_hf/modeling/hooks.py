@@ -11,7 +11,8 @@ import contextlib
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +20,11 @@ import torch
 from transformers import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .attention import SLIDING, document_masks, layer_kinds, pad_layouts, to_additive
-from .chunked import CHUNKED
+from .attention_chunked import CHUNKED
+from .cpu import PackedLinear, using
 from .labels import IGNORE, IMPOSSIBLE, forced_mask
 from .layout import build_layout, has_block, is_plain
+from .masks import SLIDING, document_masks, layer_kinds, pad_layouts, to_additive
 from .tags import TagSet
 from .traced import lay_out, refuse_blocks
 
@@ -333,7 +335,8 @@ class ForcedTokenHooks:
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Ignore the labels of forced tokens."""
-        args, kwargs = self._ignore_labels(args, kwargs, module)
+        if not getattr(kwargs.get(CACHE), "is_log", False):
+            args, kwargs = self._ignore_labels(args, kwargs, module)
         if "forward" not in vars(module):  # else somebody's own forward, which does not know the keyword
             kwargs[_HOOKED] = True
         return args, kwargs
@@ -358,7 +361,7 @@ class ForcedTokenHooks:
 
         Under a tracer the logits are copied instead.
         """
-        if module.raw_forced_logits:
+        if module.raw_forced_logits or getattr(kwargs.get(CACHE), "is_log", False):
             return
         values = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
         logits = next((each for each in values if isinstance(each, torch.Tensor) and each.ndim == 3), None)
@@ -388,7 +391,12 @@ def backbone_class(base: type[Any]) -> type[Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.forward(self, **self._layout_hook(self, args, kwargs))
+        if torch.compiler.is_compiling():
+            return base.forward(self, **self._layout_hook(self, args, kwargs))
+        with TURN:
+            if not getattr(kwargs.get(CACHE), "is_log", False):
+                args, kwargs = (), self._layout_hook(self, args, kwargs)
+            return base.forward(self, *args, **kwargs)
 
     def __reduce_ex__(self: Any, protocol: int) -> Any:  # a class that was made cannot be imported by its name
         if type(self) is not backbone_class(base):
@@ -440,16 +448,27 @@ def hooked_forward(base: type[Any]) -> Callable[..., Any]:
     return forward
 
 
-# The model's own mode, device and compiled code
+# The engine's own passes
+
+# The attention implementation is a setting of the model. An engine changes it for a pass, so it and whoever else calls
+# the model take turns: a backbone's forward holds this lock.
+TURN = threading.RLock()
+
+
+def needs_eager(model: Any) -> bool:
+    """Return whether a model attends as its own file has it, and not with torch's kernel."""
+    with TURN:
+        own = model.config._attn_implementation
+    # flash and flex kernels take no mask of single tokens
+    can_sdpa = model._supports_sdpa and getattr(model.config, "attn_logit_softcapping", None) is None
+    return own == "eager" or (own != "sdpa" and not can_sdpa)
 
 
 @contextlib.contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Put a model into evaluation mode for a pass: trainers generate between steps, and dropout or activation
     checkpointing, which keeps no cache, would spoil the answer."""
-    # the engine asks at each step, so it looks at two modules only
-    is_training = model.training or model.base_model.training
-    modules = [each for each in model.modules() if each.training] if is_training else []
+    modules = [each for each in model.modules() if each.training]
     for module in modules:
         module.training = False
     try:
@@ -459,15 +478,45 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def uncompiled(model: Any, is_static: bool) -> contextlib.AbstractContextManager[Any]:
-    """Leave out a ``forward`` that a user compiled: each step has other shapes, for which it would compile anew.
+@contextlib.contextmanager
+def engine_pass(
+    model: Any,
+    configs: list[Any],
+    attention: str,
+    packed: Sequence[PackedLinear] = (),
+    num_threads: int | None = None,
+    is_static: bool = False,
+) -> Iterator[None]:
+    """Change a model for a pass of the engine's, while nobody else uses it. It is in evaluation mode then.
 
-    Static decoding has fixed shapes, and compiles its own attention.
+    A ``forward`` that a user compiled is left out: each step has other shapes, for which it would compile anew.
+
+    Args:
+        model: a causal LM.
+        configs: of its modules.
+        attention: name of the implementation to attend with.
+        packed: linear layers with packed weights.
+        num_threads: torch's number for the pass; None leaves it.
+        is_static: decoding is static: it has fixed shapes, and compiles its own attention.
     """
-    is_compiled = any(
-        "forward" in vars(each) or each._compiled_call_impl is not None for each in (model, model.base_model)
-    )
-    return torch.compiler.set_stance("force_eager") if is_compiled and not is_static else contextlib.nullcontext()
+    parts = model, model.base_model
+    is_compiled = any("forward" in vars(each) or each._compiled_call_impl is not None for each in parts)
+    stance = torch.compiler.set_stance("force_eager") if is_compiled and not is_static else contextlib.nullcontext()
+    is_training = any(part.training for part in parts)
+    mode = evaluating(model) if is_training else contextlib.nullcontext()
+    with TURN, mode, stance, using(packed) if packed else contextlib.nullcontext():
+        own, own_threads = configs[0]._attn_implementation, torch.get_num_threads()
+        try:
+            for config in configs:
+                config._attn_implementation = attention
+            if num_threads is not None:
+                torch.set_num_threads(num_threads)
+            yield
+        finally:
+            for config in configs:
+                config._attn_implementation = own
+            if num_threads is not None:
+                torch.set_num_threads(own_threads)
 
 
 def execution_device(model: Any) -> torch.device | None:

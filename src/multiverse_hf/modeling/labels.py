@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from .attention import split_rows
-from .interpreter import Structure
-from .layout import Event
+from .grammar import Event, Structure
+from .masks import split_rows
 from .tags import TagSet
 
 IGNORE = -100  # label of a token that is not learnt, as everywhere in transformers
@@ -40,7 +39,7 @@ def find_forced(ids: Sequence[int], tags: TagSet) -> list[range]:
         if event is Event.REDUCE:
             prefix = tags.conclusion_prefix()
         else:
-            prefix = structure.path_prefix(structure.scanner.open_blocks[-1].path)
+            prefix = structure.path_prefix(structure.open_blocks[-1].path)
         length = 1
         while length < len(prefix) and list(ids[at : at + length + 1]) == prefix[: length + 1]:
             length += 1

@@ -9,98 +9,11 @@ import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import Enum, auto
 
 import torch
 
+from .grammar import IN_GOAL, Event, Scanner
 from .tags import TagSet
-
-
-class Event(Enum):
-    """What a token does to the structure around it."""
-
-    TEXT = auto()  # nothing: ordinary text, or a tag that fits no rule here
-    FORK = auto()  # </Goal> with outlines: the next token begins the first path
-    NEXT_PATH = auto()  # </Path>, more paths to come: the next token begins the next path
-    REDUCE = auto()  # the last </Path>: the next token sees all paths
-
-
-@dataclass(slots=True)
-class OpenBlock:
-    """A block whose goal is closed and whose last path is not."""
-
-    num_paths: int
-    path: int = 0  # paths closed so far
-
-
-@dataclass(slots=True)
-class Scanner:
-    """Follows the tags of a document from left to right. Total: any sequence of tokens is accepted.
-
-    The engine gives each branch its own scanner; :func:`build_layout` runs one over a whole document. Both ask
-    the same question, so they cannot disagree on what a tag means.
-    """
-
-    tags: TagSet
-    open_blocks: list[OpenBlock] = field(default_factory=list)
-    armed: bool = False  # after <Parallel>, before <Goal>
-    num_outlines: int | None = None  # inside a goal: outlines opened so far
-    in_outline: bool = False
-    turn_end: int | None = None  # in a turn of the user's or the system's: the token that ends it
-    recent: tuple[int, ...] = ()  # last tokens outside every block, among which such a turn may open
-
-    def hears(self, token: int) -> bool:
-        """Take any token, and return whether a tag acts here: not in a turn that is not the assistant's.
-
-        Such a turn opens outside every block only.
-        """
-        if self.turn_end is not None:
-            if token == self.turn_end:
-                self.turn_end = None
-            return False
-        turns = self.tags.turns
-        if turns and not self.open_blocks and self.num_outlines is None:
-            self.recent = (*self.recent[1 - max(len(opening) for opening, _ in turns) :], token)
-            self.open_turn(self.recent)
-        return True
-
-    def open_turn(self, ids: tuple[int, ...]) -> None:
-        """Note that a turn opens if ``ids`` end in what opens one."""
-        for opening, end in self.tags.turns:
-            if ids[-len(opening) :] == opening:
-                self.turn_end, self.armed = end, False
-
-    def feed(self, token: int) -> Event:
-        """Take the next token and say what it does."""
-        tags = self.tags
-        if self.num_outlines is not None:  # inside a goal only its own tags count
-            if token == tags.open("outline") and not self.in_outline:
-                self.num_outlines += 1
-                self.in_outline = True
-            elif token == tags.close("outline"):
-                self.in_outline = False
-            elif token == tags.close("goal"):
-                num_paths, self.num_outlines, self.in_outline = self.num_outlines, None, False
-                if num_paths:
-                    self.open_blocks.append(OpenBlock(num_paths))
-                    return Event.FORK
-            return Event.TEXT
-        if token == tags.open("parallel"):
-            self.armed = True
-        elif token == tags.open("goal"):
-            if self.armed or tags.names.parallel is None:
-                self.armed, self.num_outlines = False, 0
-        elif token == tags.close("parallel"):
-            self.armed = False
-        elif token == tags.close("path") and self.open_blocks:
-            self.armed = False
-            block = self.open_blocks[-1]
-            block.path += 1
-            if block.path < block.num_paths:
-                return Event.NEXT_PATH
-            self.open_blocks.pop()
-            return Event.REDUCE
-        return Event.TEXT
 
 
 def has_block(ids: torch.Tensor, tags: TagSet) -> bool:
@@ -130,8 +43,8 @@ def scan(ids: torch.Tensor, tags: TagSet) -> Iterator[tuple[int, Event]]:
             if token == scanner.turn_end:
                 scanner.turn_end = None
         elif token in tags.roles:
-            yield index, scanner.feed(token)
-        elif token in last and not scanner.open_blocks and scanner.num_outlines is None:
+            yield index, scanner.read_tag(token)
+        elif token in last and not scanner.open_blocks and scanner.stage not in IN_GOAL:
             scanner.open_turn(tuple(ids[max(index + 1 - longest, 0) : index + 1].tolist()))
 
 

@@ -25,16 +25,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .arguments import asked_structure, check_streamer, needs_base, read_callables, reject
-from .attention import layer_kinds
+from .attention_chunked import CHUNKED
 from .callables import is_callers
-from .chunked import CHUNKED
 from .configuration_multiverse import MultiverseConfig
-from .decoding import end_turn, take_turn
 from .generation import MultiverseGenerateOutput, generate, generate_plain
 from .hooks import ForcedTokenHooks, execution_device, follow_layout, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
-from .sharing import AUTO_MAP, replace_empty_card, state_structure, write_code
+from .masks import layer_kinds
+from .remote_code import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
 
 logger = logging.getLogger(__name__)
@@ -71,8 +70,6 @@ class MultiverseForCausalLM:
 
     def _follow_layouts(self) -> None:
         self.tags = TagSet.from_dict(getattr(self.config, "multiverse", None))
-        self.base_model.register_forward_pre_hook(take_turn)
-        self.base_model.register_forward_hook(end_turn, always_call=True)
         follow_layouts(self, self.tags)
 
     @property

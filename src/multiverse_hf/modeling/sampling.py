@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
 )
 
-from .interpreter import Mask
+from .grammar import TokenMask
 
 # Processors that do not look at the context may be run on all branches at once, whatever their lengths.
 _CONTEXT_FREE = (MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, TypicalLogitsWarper)
@@ -50,7 +50,7 @@ def argmax(scores: torch.Tensor) -> torch.Tensor:
     return scores.argmax(dim=-1)
 
 
-def mask_scores(masks: Sequence[Mask | None], scores: torch.Tensor) -> torch.Tensor:
+def mask_scores(masks: Sequence[TokenMask | None], scores: torch.Tensor) -> torch.Tensor:
     """Apply each row's mask, in place: neighbouring branches mostly share one."""
     begin = 0
     for mask, run in itertools.groupby(masks):
@@ -135,24 +135,20 @@ class Sampler:
     def process(
         self,
         scores: torch.Tensor,
-        contexts: Sequence[tuple[int, Sequence[int]]] | None,
-        masks: Sequence[Mask | None],
-        rows: Sequence[tuple[Any, Any]] = (),
+        masks: Sequence[TokenMask | None],
+        rows: Sequence[tuple[Any, Any]],
     ) -> torch.Tensor:
         """Run the processors.
 
         Args:
             scores: (N, V), float32 or float64, masked; may be written to.
-            contexts: for each row the length of its prompt, and its visible ids in document order; needed if
-                ``needs_context``.
             masks: for each row what may not be chosen, whatever the processors say.
-            rows: the answer and the branch of each row, for the caller's own processors.
+            rows: the answer and the branch of each row.
 
         Returns:
             (N, V) scores.
         """
-        if not self.has_processors:
-            return scores
+        contexts = [(len(answer.request.prompt), branch.context) for answer, branch in rows]
         if self.calls is not None and self.calls.processors:
             processed = self._process_in_order(scores, contexts, rows)
         elif self.needs_context:
@@ -225,7 +221,9 @@ def choose(
     columns = torch.stack([tokens.double(), best.double()], dim=-1)
     if num_top is not None:
         columns = torch.cat([columns, _likelihoods(logits, tokens, num_top)], dim=-1)
-    return [(int(token), greatest, _read_likelihood(rest)) for token, greatest, *rest in columns.tolist()]
+    return [
+        (int(token), greatest, _read_likelihood(rest) if rest else None) for token, greatest, *rest in columns.tolist()
+    ]
 
 
 def _likelihoods(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> torch.Tensor:
@@ -237,10 +235,8 @@ def _likelihoods(logits: torch.Tensor, tokens: torch.Tensor, num_top: int) -> to
     return torch.cat([logprobs.gather(1, tokens[:, None]), entropy, top, ids.double()], dim=-1)
 
 
-def _read_likelihood(row: list[float]) -> TokenScores | None:
-    """Read a row of :func:`_likelihoods`, if there is one."""
-    if not row:
-        return None
+def _read_likelihood(row: list[float]) -> TokenScores:
+    """Read a row of :func:`_likelihoods`."""
     logprob, entropy, *top = row
     count = len(top) // 2
     return TokenScores(logprob, entropy, tuple(zip(map(int, top[count:]), top[:count], strict=True)))
@@ -258,21 +254,20 @@ def _draw(scores: torch.Tensor, keys: Sequence[tuple[int, int, int, int]]) -> to
     return torch.minimum(tokens, last)
 
 
-def check_best(best: float, mask: Mask | None) -> None:
-    """Refuse to choose where the best score of a row is not a finite number.
+def nothing_to_choose(best: float, mask: TokenMask | None) -> ValueError:
+    """Return the error of a row whose best score is not a finite number.
 
-    Raises:
-        ValueError: then.
+    Args:
+        best: that score.
+        mask: what the structure forbids in the row.
     """
-    if math.isfinite(best):
-        return
     if best == -math.inf:
         rule = "all ids" if mask is None else f"{'only' if mask.only else 'all but'} {mask.ids}"
-        raise ValueError(
+        return ValueError(
             "no token is left to choose: the logits processors leave none, or only ids that the structure forbids "
             f"here (it allows {rule}); let them allow what the grammar does, or raise the temperature"
         )
-    raise ValueError(
+    return ValueError(
         f"the model's scores are not finite ({best}): the checkpoint is damaged, a logits processor "
         "gave NaN, or the dtype overflows; try dtype=float32"
     )

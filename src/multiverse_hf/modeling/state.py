@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from transformers import StoppingCriteriaList
 
-from .interpreter import Structure
-from .pages import Pages
+from .grammar import Structure
 from .sampling import Sampler, TokenScores
 
 
@@ -150,6 +149,7 @@ class Branch:
         context: visible ids in document order; kept only where something looks at them.
         until: the branch is being closed until this many blocks are open around it; -1 ends the answer.
         closed_by: the limit or criterion that closes it, if one does.
+        text_end: below this position its budget has room for text, as long as it has tokens; 0 if it has to be asked.
     """
 
     structure: Structure
@@ -165,6 +165,7 @@ class Branch:
     after: Block | None = None  # the block this branch follows, if it begins with a reduce
     own: int = 0  # where in the context the path it belongs to begins
     closed_by: FinishReason | None = None
+    text_end: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -186,6 +187,9 @@ class Request:
         on_event: called with every :class:`BranchEvent`, in the thread that steps the engine.
         index: number the events bear, and the row of its batch.
         calls: the caller's own processors and criteria of its batch (:mod:`~.callables`), None if there are none.
+        structured: tags are control, not text.
+        needs_context: something looks at the ids each branch sees.
+        has_criteria: the caller's own stopping criteria are asked.
     """
 
     prompt: Ids[int]
@@ -202,21 +206,14 @@ class Request:
     index: int = 0
     submitted: float = field(default_factory=time.monotonic)
     calls: Any | None = None
+    structured: bool = field(init=False)
+    needs_context: bool = field(init=False)
+    has_criteria: bool = field(init=False)
 
-    @property
-    def structured(self) -> bool:
-        """Tags are control, not text."""
-        return self.options.structure != "off"
-
-    @property
-    def needs_context(self) -> bool:
-        """Something looks at the ids each branch sees."""
-        return self.sampler.needs_context or bool(self.criteria) or self.calls is not None
-
-    @property
-    def has_criteria(self) -> bool:
-        """The caller's own stopping criteria are asked."""
-        return self.calls is not None and bool(self.calls.criteria)
+    def __post_init__(self) -> None:
+        self.structured = self.options.structure != "off"
+        self.needs_context = self.sampler.needs_context or bool(self.criteria) or self.calls is not None
+        self.has_criteria = self.calls is not None and bool(self.calls.criteria)
 
     @property
     def max_total_tokens(self) -> int:
@@ -236,8 +233,6 @@ class Sequence:
         held: paths that wait to be written, each as its block and its number in it, the next one last.
         pending: log entries the model has not read yet, each with the (entries,) bool of what it sees.
         num_computed: log entries the model has read.
-        pages: copies of what long branches see, on a CPU.
-        num_weighed: log entries there were when copies were last thought of.
         prompt_length: positions the prompt takes.
         budget: what the answer may still write (:class:`~.budget.Budget`).
         end: the end token the model chose while something was still open.
@@ -245,6 +240,7 @@ class Sequence:
         early: events from before it was in the queue, kept for the thread that steps the engine; None from then on.
         error: what made it fail.
         arrival: number in the order of submission.
+        deadline: when the answer is to be closed, by :func:`time.monotonic`.
     """
 
     request: Request
@@ -258,8 +254,6 @@ class Sequence:
     held: list[tuple[Block, int]] = field(default_factory=list)
     pending: list[tuple[int, np.ndarray]] = field(default_factory=list)
     num_computed: int = 0
-    pages: Pages | None = None
-    num_weighed: int = 0
     prompt_length: int = 0
     budget: Any = None
     max_position: int = 0
@@ -273,17 +267,35 @@ class Sequence:
     is_prompt: bool = True  # its prompt is being interpreted
     is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
     is_cancelled: bool = False
+    deadline: float | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        limit = self.request.max_time
+        self.deadline = None if limit is None else self.request.submitted + limit
 
     @property
     def num_written(self) -> int:
         """Tokens of the answer so far."""
         return len(self.ids) - len(self.request.prompt)
 
-    @property
-    def deadline(self) -> float | None:
-        """When the answer is to be closed, by :func:`time.monotonic`."""
-        request = self.request
-        return None if request.max_time is None else request.submitted + request.max_time
+
+@dataclass(slots=True)
+class Reading:
+    """Log entries of one sequence that a step reads.
+
+    Attributes:
+        entries: each with the (entries,) bool of what it sees.
+        queries: their place in the packed row of the step.
+        first, end: the first of them, and one past the last.
+        is_last: nothing is left to read then: the sequence's branches choose their next tokens.
+    """
+
+    sequence: Sequence
+    entries: list[tuple[int, np.ndarray]]
+    queries: slice
+    first: int
+    end: int
+    is_last: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,3 +324,44 @@ class BranchEvent:
     position: int = 0
     scores: TokenScores | None = None
     finish_reason: FinishReason | None = None
+
+
+def document_entries(root: Segment) -> list[int]:
+    """Return the log entries of an answer in document order: paths one after the other."""
+    entries: list[int] = []
+    stack: list[Segment] = [root]
+    while stack:
+        segment = stack.pop()
+        entries += segment.entries
+        if segment.block is not None:
+            if segment.block.reduced is not None:
+                stack.append(segment.block.reduced)
+            stack += reversed(segment.block.paths)
+    return entries
+
+
+def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
+    """Return every log entry with what it sees, to read a whole log again.
+
+    Returns:
+        For each entry its number and (entries,) bool, of which its own and later ones of its segment are to be left
+        out.
+    """
+    seen: list[tuple[int, np.ndarray] | None] = [None] * len(sequence.ids)
+
+    def walk(segment: Segment, sees: np.ndarray) -> np.ndarray:
+        while True:
+            sees = sees.copy()
+            sees[segment.entries] = True
+            for entry in segment.entries:
+                seen[entry] = entry, sees
+            block = segment.block
+            if block is None:
+                return sees
+            ends = [walk(path, sees) for path in block.paths]
+            if block.reduced is None:
+                return sees
+            segment, sees = block.reduced, np.logical_or.reduce(ends)
+
+    walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
+    return [each for each in seen if each is not None]

@@ -5,16 +5,15 @@ on a busy machine much longer. So for each width of a step the engine times pass
 number, once in a process, and takes the better. An answer depends on it only as far as floating point does.
 """
 
-import contextlib
 import os
 import statistics
 import time
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from .hooks import evaluating
 from .layout import plain_layout
 
 WIDTHS = (32, 512)  # tokens of a step; one of fewer goes by the next width
@@ -50,30 +49,25 @@ def step_threads(model: Any) -> int:
     return _chosen.get(model, {}).get(WIDTHS[0], torch.get_num_threads())
 
 
-@contextlib.contextmanager
-def chosen_threads(model: Any, num_parameters: int, num_tokens: int) -> Iterator[None]:
-    """Compute a step with the number of threads that is best for it.
-
-    torch's number holds for the process, so other threads may see it change. It is set back after the step.
+def best_threads(model: Any, width: int | None) -> int | None:
+    """Return the number of threads that is best for a step; None where torch's number shall stay.
 
     Args:
-        model: a causal LM, in evaluation mode.
-        num_parameters: of it.
-        num_tokens: that the step reads.
+        model: a causal LM.
+        width: of :data:`WIDTHS`, at least the tokens that the step reads; None for more.
     """
-    width = next((each for each in WIDTHS if num_tokens <= each), None)
-    if width is None or width * num_parameters > MAX_WORK or not may_choose(model):
-        yield
-        return
-    own = torch.get_num_threads()
+    if width is None or not may_choose(model):
+        return None
+    if width * sum(weight.numel() for weight in model.parameters()) > MAX_WORK:
+        return None
     numbers = _chosen.setdefault(model, {})
-    try:
-        if width not in numbers:
+    if width not in numbers:
+        own = torch.get_num_threads()
+        try:
             numbers[width] = _measure(model, width, own)
-        torch.set_num_threads(numbers[width])
-        yield
-    finally:
-        torch.set_num_threads(own)
+        finally:
+            torch.set_num_threads(own)
+    return numbers[width]
 
 
 def _measure(model: Any, width: int, own: int) -> int:
@@ -83,7 +77,7 @@ def _measure(model: Any, width: int, own: int) -> int:
     def one_pass(number: int) -> float:
         torch.set_num_threads(number)
         begin = time.perf_counter()
-        with torch.no_grad(), plain_layout():
+        with torch.no_grad(), plain_layout(), evaluating(model):
             model(input_ids=ids, use_cache=False)
         return time.perf_counter() - begin
 

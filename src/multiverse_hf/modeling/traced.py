@@ -10,9 +10,9 @@ import zlib
 
 import torch
 
-from .attention import dense_mask, pad_layouts
 from .labels import forced_mask
 from .layout import has_block, is_plain
+from .masks import dense_mask, pad_layouts
 from .tags import TagSet
 
 # Several copies of this code may be in a process, as they come with checkpoints; each needs names of its own.

@@ -1,6 +1,6 @@
 """Writing: what a token does to a branch, its block and its answer. Host data only.
 
-A token is appended to the log and fed to the interpreter. ``</Goal>`` forks: one branch for each outline, or as many
+A token is appended to the log and fed to the grammar. ``</Goal>`` forks: one branch for each outline, or as many
 as may be written at once. The last ``</Path>`` of a block reduces: one branch that sees all paths. What a limit ends
 is closed with the tokens that make it well formed.
 """
@@ -14,8 +14,7 @@ from transformers.generation.stopping_criteria import StopStringCriteria
 
 from .budget import ANSWER
 from .cache import LogCache
-from .interpreter import Mask, Stage, Structure
-from .layout import Event
+from .grammar import Event, Stage, Structure, TokenMask
 from .sampling import TokenScores, mix
 from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
 from .tags import TagSet
@@ -47,10 +46,10 @@ class Writer:
 
     def __init__(self, tags: TagSet, device: torch.device) -> None:
         self.tags, self.device = tags, device
-        self.masks: dict[Any, Mask] = {}
+        self.masks: dict[Any, TokenMask] = {}
 
     def read_prompt(self, sequence: Sequence) -> None:
-        """Feed the prompt to the interpreter like any other text, so that one which ends inside blocks leaves the
+        """Feed the prompt to the grammar like any other text, so that one which ends inside blocks leaves the
         branches it ends in: the open path, and its siblings still to come."""
         sees = np.zeros(len(sequence.positions), dtype=bool)
         sequence.live = [Branch(Structure(self.tags, masks=self.masks), sequence.root, 0, sees, [], mix(0), "", [])]
@@ -73,7 +72,7 @@ class Writer:
         self.start_held(sequence)
         sequence.budget.count()
 
-    def mask(self, sequence: Sequence, branch: Branch) -> Mask | None:
+    def mask(self, sequence: Sequence, branch: Branch) -> TokenMask | None:
         """Return what a branch may not choose now."""
         request, options = sequence.request, sequence.request.options
         if not request.structured:
@@ -101,8 +100,10 @@ class Writer:
                 sequence.finish, sequence.end = FinishReason.STOP, token
                 self._close(sequence, branch, ANSWER)
             return
-        limit = sequence.budget.spend(branch, token)
-        if limit is not None:
+        budget = sequence.budget
+        if branch.position < branch.text_end and budget.room > 0 and token not in self.tags.roles:
+            budget.room -= 1
+        elif (limit := budget.spend(branch, token)) is not None:
             self._stop(sequence, branch, *limit)
             return
         if request.keep_logits:
@@ -156,6 +157,8 @@ class Writer:
             self.emit(sequence, "token", branch.label, token, sampled, 0, branch.position - 1, scores)
         if not request.structured:
             return
+        if token in self.tags.roles:
+            branch.text_end = 0
         malformed = branch.structure.malformed
         event = branch.structure.feed(token)
         sequence.stats.malformed += branch.structure.malformed - malformed
@@ -178,7 +181,7 @@ class Writer:
     def _fork(self, sequence: Sequence, branch: Branch) -> None:
         """Make one branch per outline, each with its forced start."""
         request, structure = sequence.request, branch.structure
-        num_paths = structure.scanner.open_blocks[-1].num_paths
+        num_paths = structure.open_blocks[-1].num_paths
         block = Block(structure, branch, num_open=num_paths)
         branch.segment.block = block
         branch.segment.ended = True
@@ -279,7 +282,7 @@ class Writer:
             self._close(sequence, branch, branch.until)
         elif sequence.finish not in (None, FinishReason.STOP):
             self._cut(sequence, branch, sequence.finish, ANSWER)
-        else:
+        elif branch.position >= branch.text_end or sequence.budget.room <= 0:
             limit = sequence.budget.find_limit(branch)
             if limit is not None:
                 self._stop(sequence, branch, *limit)
@@ -317,6 +320,19 @@ class Writer:
             if sequence.end is not None and sequence.budget.spend(branch, sequence.end) is None:
                 self._append(sequence, branch, sequence.end)
             self._end(sequence, branch)
+
+    def complete(self, sequence: Sequence) -> None:
+        """Complete the account of a finished answer, and tell its listener."""
+        stats = sequence.stats
+        stats.num_tokens = sequence.num_written
+        stats.length = max(sequence.max_position + 1 - sequence.prompt_length, 0)
+        stats.num_steps = max(stats.num_steps, 0)
+        stats.finish_reason = sequence.finish or FinishReason.STOP
+        if sequence.error is None:
+            try:
+                self.emit(sequence, "finish", "", finish_reason=stats.finish_reason)
+            except BaseException as err:
+                sequence.error = err
 
     def _end(self, sequence: Sequence, branch: Branch) -> None:
         branch.segment.ended = True

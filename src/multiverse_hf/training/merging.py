@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from multiverse_hf.modeling.sharing import EMPTY_CARD
+from multiverse_hf.modeling.remote_code import EMPTY_CARD
 from multiverse_hf.modeling.tags import TagSet
 from multiverse_hf.training.models import load_base, load_tokens
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTr
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.modeling.chunked import CHUNKED
+from multiverse_hf.modeling.attention_chunked import CHUNKED
 from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
 from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset

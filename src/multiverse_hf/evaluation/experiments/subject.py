@@ -54,7 +54,7 @@ class Subject:
             CommandError: if the cache cannot be created, or is too small.
         """
         from multiverse_hf.evaluation.experiments.timing import time_answers
-        from multiverse_hf.modeling.continuous_batching import MultiverseEngine
+        from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 
         evaluation = self.evaluation
         sampling = evaluation.sampling

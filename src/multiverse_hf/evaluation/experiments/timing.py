@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from multiverse_hf.modeling.continuous_batching import MultiverseEngine
 from multiverse_hf.modeling.handles import MultiverseResult
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.state import BranchEvent
 
 Item = TypeVar("Item")

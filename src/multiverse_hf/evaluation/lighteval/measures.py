@@ -101,7 +101,7 @@ def measure(ids: Sequence[int], tags: TagSet | None) -> dict[str, Any]:
     """Return tokens, length, # parallel and forks of an answer."""
     if tags is None:
         return {"num_tokens": len(ids), "length": len(ids), "parallelism": 1.0, "num_forks": 0}
-    from multiverse_hf.modeling.layout import Event, Scanner
+    from multiverse_hf.modeling.grammar import Event, Scanner
 
     measures, scanner = measure_ids(ids, tags), Scanner(tags)
     forks = sum(scanner.feed(token) is Event.FORK for token in ids)

@@ -10,17 +10,19 @@ import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers.utils import logging
 
+from .attention_packed import PackedRunner
 from .cache import LogCache
 from .hooks import CACHE
+from .state import Reading
 
-if TYPE_CHECKING:
-    from .runner import Reading
+logger = logging.get_logger(__name__)
 
 BLOCK = 128  # keys that a block of the mask stands for
 MIN_WIDTH = 16  # queries of one sequence: fewer shapes; flex_attention computes 16 rows of a key head in any case
@@ -64,39 +66,38 @@ class StaticStep:
     queries: torch.Tensor
     block_mask: BlockMask
 
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
+        """Attend all sequences in one call.
 
-def attend_static(
-    step: StaticStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
-) -> torch.Tensor:
-    """Attend all sequences in one call.
+        Args:
+            query: (1, heads, Q, head_dim).
+            key, value: (1, kv_heads, slots, head_dim), the pool.
 
-    Args:
-        query: (1, heads, Q, head_dim).
-        key, value: (1, kv_heads, slots, head_dim), the pool.
-
-    Returns:
-        (1, Q, heads, head_dim).
-    """
-    kv_heads, num_seqs = key.shape[1], step.block_mask.kv_num_blocks.shape[0]
-    rows = query[0].index_select(1, step.places).unflatten(1, (num_seqs, -1)).unflatten(0, (kv_heads, -1))
-    # torch's kernel for few queries takes a power of two of query heads for each key head; the other one, made for
-    # prompts, does not share a long log out among the GPU's processors
-    groups = rows.shape[1]
-    if spare := round_up(groups) - groups:
-        rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, spare))
-    is_wide = rows.shape[1] * rows.shape[3] > MAX_ROWS
-    attend = _compiled() if query.is_cuda else flex_attention
-    output = attend(
-        rows.flatten(0, 1).transpose(0, 1),
-        key,
-        value,
-        block_mask=step.block_mask,
-        scale=scaling,
-        enable_gqa=True,
-        kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if is_wide else None,
-    )
-    output = output.unflatten(1, (kv_heads, -1))[:, :, :groups].flatten(1, 2)
-    return output.transpose(1, 2).flatten(0, 1).index_select(0, step.queries)[None]
+        Returns:
+            (1, Q, heads, head_dim).
+        """
+        kv_heads, num_seqs = key.shape[1], self.block_mask.kv_num_blocks.shape[0]
+        rows = query[0].index_select(1, self.places).unflatten(1, (num_seqs, -1)).unflatten(0, (kv_heads, -1))
+        # torch's kernel for few queries takes a power of two of query heads for each key head; the other one, made for
+        # prompts, does not share a long log out among the GPU's processors
+        groups = rows.shape[1]
+        if spare := round_up(groups) - groups:
+            rows = torch.nn.functional.pad(rows, (0, 0, 0, 0, 0, 0, 0, spare))
+        is_wide = rows.shape[1] * rows.shape[3] > MAX_ROWS
+        attend = _compiled() if query.is_cuda else flex_attention
+        output = attend(
+            rows.flatten(0, 1).transpose(0, 1),
+            key,
+            value,
+            block_mask=self.block_mask,
+            scale=scaling,
+            enable_gqa=True,
+            kernel_options={"FORCE_USE_FLEX_ATTENTION": True} if is_wide else None,
+        )
+        output = output.unflatten(1, (kv_heads, -1))[:, :, :groups].flatten(1, 2)
+        return output.transpose(1, 2).flatten(0, 1).index_select(0, self.queries)[None]
 
 
 class Visible:
@@ -114,7 +115,7 @@ class Visible:
     def size(self) -> int:
         return len(self.host)
 
-    def fill(self, batch: "list[Reading]", longest: int) -> None:
+    def fill(self, batch: list[Reading], longest: int) -> None:
         """Write a step, in one copy to the device: what is copied lies together."""
         count = batch[-1].queries.stop * longest
         rows = self.host[:count].view(-1, longest).numpy()
@@ -162,8 +163,8 @@ class StaticShape:
         self.graph: Any = None
         self.logits: torch.Tensor | None = None
 
-    def __call__(self, batch: "list[Reading]") -> torch.Tensor:
-        """Read log entries; as :class:`~.runner.ModelRunner`."""
+    def __call__(self, batch: list[Reading]) -> torch.Tensor:
+        """Read log entries; as :class:`~.attention_packed.PackedRunner`."""
         is_cuda = self.model.device.type == "cuda"
         if is_cuda:
             torch.cuda.current_stream().synchronize()  # the last step has read the host's side
@@ -176,7 +177,7 @@ class StaticShape:
         self.graph.replay()
         return self.logits[:num_rows]
 
-    def _fill(self, batch: "list[Reading]") -> int:
+    def _fill(self, batch: list[Reading]) -> int:
         """Write a step to the inputs; give its rows of logits."""
         self.host.zero_()  # padding reads token 0 at position 0 and writes to the scratch slot
         given, width, num_rows = self.given, self.shape[2], 0
@@ -263,21 +264,23 @@ def can_capture(model: Any) -> bool:
     return not any(kind == "longrope" or "dynamic" in kind for kind in kinds if isinstance(kind, str))
 
 
-class StaticRunner:
-    """Reads decoding steps in static shapes, each made when it is first met."""
+class StaticRunner(PackedRunner):
+    """Reads decoding steps in static shapes, each made when it is first met; reads all other steps packed."""
+
+    name = "static"
 
     def __init__(self, model: Any, cache: LogCache) -> None:
-        self.model, self.cache = model, cache
+        super().__init__(model, cache)
         self.shapes: dict[tuple[int, int, int], StaticShape] = {}
         self.visible: Visible | None = None
         self.max_visible = min(MAX_VISIBLE, 1024 * cache.capacity)
         is_cuda = model.device.type == "cuda"
-        self.device = torch.cuda.device(model.device) if is_cuda else contextlib.nullcontext()
+        self.context = torch.cuda.device(model.device) if is_cuda else contextlib.nullcontext()
         self.pool = torch.cuda.graph_pool_handle() if is_cuda else None
         self.stream = torch.cuda.Stream(model.device) if is_cuda else None
 
-    def fits(self, batch: "list[Reading]") -> bool:
-        """Say whether a step is one of decoding: no prompt in it, and no more queries of a sequence than is usual."""
+    def fits(self, batch: list[Reading]) -> bool:
+        """Return whether a step is one of decoding: no prompt in it, and no sequence with more queries than usual."""
         longest = max(reading.end for reading in batch)
         return (
             not self.cache.growable
@@ -289,14 +292,29 @@ class StaticRunner:
             )
         )
 
-    def __call__(self, batch: "list[Reading]") -> torch.Tensor:
-        """Read log entries; as :class:`~.runner.ModelRunner`, for a batch that :meth:`fits`."""
+    def read(self, batch: list[Reading]) -> torch.Tensor:
+        """Do what :class:`~.attention_packed.PackedRunner` does."""
+        if self.name == "static" and self.fits(batch):
+            try:
+                return self.read_static(batch)
+            # kernels that cannot be made here, no memory for another graph; torch's compiler raises errors of many
+            # classes, the one at its limit of shapes is a plain Exception
+            except Exception as err:
+                if self.device.type != "cuda":
+                    raise
+                logger.warning(f"static decoding fails on this device, packed decoding goes on: {err}")
+                self.name = "packed"
+                self.shapes.clear()
+        return super().read(batch)
+
+    def read_static(self, batch: list[Reading]) -> torch.Tensor:
+        """Read a batch that :meth:`fits`."""
         shape = (
             round_up(batch[-1].queries.stop),
             round_up(len(batch)),
             round_up(max(len(reading.entries) for reading in batch), MIN_WIDTH),
         )
-        with self.device:  # graphs are of the thread's current device, and an engine has a thread of its own
+        with self.context:  # graphs are of the thread's current device, and an engine has a thread of its own
             if self.visible is None:
                 self.visible = Visible(self.max_visible, self.model.device)
             if shape not in self.shapes:
@@ -304,6 +322,7 @@ class StaticRunner:
             return self.shapes[shape](batch)
 
     def free(self) -> None:
-        """Let go of the graphs, which hold the addresses of a pool that is given back, and of their memory."""
+        """Give back the cache's memory, and that of graphs, which know it by its address."""
+        super().free()
         self.shapes.clear()
         self.visible = None

@@ -1,14 +1,14 @@
-"""Decisions of processes that share one tensor-parallel model."""
+"""Decisions that the processes of one tensor-parallel model make together."""
 
 from typing import Any
 
 import torch
 
 
-class Agreement:
-    """Has the processes of a tensor-parallel model decide alike what the clock or a caller decides.
+class Broadcast:
+    """Sends the first process's decisions to all processes of a tensor-parallel model.
 
-    They must make the same forward passes, so the first of them decides for all.
+    They must make the same forward passes. So what depends on the clock or on a caller is decided once.
     """
 
     def __init__(self, model: Any) -> None:
@@ -24,7 +24,7 @@ class Agreement:
         return self.group is None or torch.distributed.get_rank(self.group) == 0
 
     def __call__(self, decision: Any) -> Any:
-        """Give the first process's decision, which must pickle; all have to ask."""
+        """Return the first process's decision, which must pickle; all processes have to call."""
         if self.group is None:
             return decision
         box = [decision]

@@ -6,8 +6,8 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from multiverse_hf.modeling.attention import to_additive
-from multiverse_hf.modeling.pages import ROUND, Pages, attend_paged, choose_pages
+from multiverse_hf.modeling.attention_copies import ROUND, Pages, attend_paged, choose_pages
+from multiverse_hf.modeling.masks import to_additive
 
 CPU = torch.device("cpu")
 BASE = 5  # where the log begins in the pool

@@ -4,27 +4,33 @@ The log interleaves branches that are written at the same time. A step that met 
 branch's queries with every branch's keys, only to mask most of the products: work that grows with the square of the
 branches. So now and then what each branch sees is copied, a page for each, in the order in which the processor
 multiplies fastest. A long beginning that all see is copied once; what came since is read from the log. Nothing hangs
-on a copy: where there is none, or none that fits what a step sees, the log is masked.
+on a copy: where there is none, or none that fits what a step sees, the log is masked. :class:`BranchCopies` owns them.
 
 Shapes: H key heads, G query heads of each, D head_dim, Q queries; P pages of N log entries, C common ones, T in tails.
 """
 
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from .cache import SCRATCH
+from .cache import SCRATCH, LogCache
+from .cpu import has_bfloat16_kernels
+from .hooks import needs_eager
+from .masks import SLIDING, layer_kinds
+from .state import Reading
 
 # Copies and tails have multiples of so many keys: rows of scores then lie at round addresses, and shapes are few, of
 # which oneDNN compiles a product for each, which takes longer than to do it.
 ROUND = 32
 MAX_GATHERED = 1 << 16  # log entries that a layer gathers for all tails: what else is a bound of its memory
-
-
-def has_bfloat16_kernels() -> bool:
-    """Say whether oneDNN multiplies bfloat16 matrices on this CPU."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+SHARE = 3  # beside the pool there is room for one copied entry in so many slots
+# When what branches see is copied
+MIN_WORK = 1 << 24  # multiplications that a layer's scores take; below, masking costs less
+MIN_NEW = 256  # log entries written since it was last looked at,
+MIN_TAIL = 64  # and so many by each branch
 
 
 class Products:
@@ -65,6 +71,81 @@ class Products:
         return output.permute(0, 2, 3, 1).view(len(rows), self.count, -1)
 
 
+def can_copy(model: Any) -> bool:
+    """Return whether long branches may read copies; a GPU reads keys no faster for meeting fewer queries."""
+    is_full = SLIDING not in layer_kinds(model.config)
+    is_packed = getattr(model, "_supports_attention_backend", False) and not needs_eager(model)
+    return model.device.type == "cpu" and is_full and is_packed
+
+
+def entries_beside_copies(entries: int) -> int:
+    """Return how many log entries fit, with their copies, into the memory of so many entries."""
+    return (SHARE * entries + SHARE - 1) // (SHARE + 1)
+
+
+@dataclass(slots=True)
+class CopiedLog:
+    """What is copied of one log: its pages if there are any, and the log's length when it was last looked at."""
+
+    pages: "Pages | None" = None
+    length: int = 0
+
+
+class BranchCopies:
+    """The copies of all logs: decides what is copied and when, and keeps it within its memory.
+
+    Args:
+        model: a causal LM for which :func:`can_copy`.
+        cache: the pool of logs.
+
+    Attributes:
+        min_scores: scores of live branches and log entries in a step, from which on copies may pay.
+    """
+
+    def __init__(self, model: Any, cache: LogCache) -> None:
+        self.cache, self.device = cache, model.device
+        # as many multiplications as the model is wide take the scores of a query and a key
+        self.min_scores = MIN_WORK / model.config.hidden_size
+        self.min_new, self.min_tail, self.min_page = MIN_NEW, MIN_TAIL, ROUND
+        self.logs: dict[int, CopiedLog] = {}  # by the sequence's number
+        cache.copies = self
+
+    @property
+    def num_entries(self) -> int:
+        """Log entries held a second time."""
+        return sum(log.pages.num_entries for log in list(self.logs.values()) if log.pages is not None)
+
+    @property
+    def max_entries(self) -> int:
+        """Log entries that may be held a second time, all logs together."""
+        return sys.maxsize if self.cache.growable else (self.cache.capacity - SCRATCH) // SHARE
+
+    def release(self, owner: int) -> None:
+        """Let the copies of a log go."""
+        self.logs.pop(owner, None)
+
+    def meet(self, reading: Reading, base: int) -> "Paged | None":
+        """Return how a step's queries meet copies, after copying what is due; None if they meet the log.
+
+        Args:
+            reading: what is read, in a step with :attr:`min_scores` scores of a query and a key or more.
+            base: where its log begins in the pool.
+        """
+        sequence = reading.sequence
+        log = self.logs.setdefault(sequence.arrival, CopiedLog())
+        end, views = sequence.num_computed, list({id(sees): sees for _, sees in sequence.pending}.values())
+        # of all that have something to read: paths that just closed do not see what the branch after them does
+        is_due = end - log.length >= max(self.min_new, self.min_tail * len(views), end // 16)
+        if log.pages is not None and not is_due:
+            owners = log.pages.owners(views)
+            is_due = owners is None or 2 * owners.count(-1) > len(owners)  # most paths of the copies are closed
+        if is_due:
+            log.length, log.pages = end, None  # copies go before others are made: they are not held at once
+            room = self.max_entries - self.num_entries
+            log.pages = choose_pages(np.stack([each[:end] for each in views]), room, self.min_page)
+        return None if log.pages is None else log.pages.meet(reading.entries, base, self.device)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Copies:
     """Products with keys and with values of one layer.
@@ -101,7 +182,7 @@ class Pages:
         return self.entries.size + len(self.common)
 
     def owners(self, sees: list[np.ndarray]) -> list[int] | None:
-        """Say which of several views each page belongs to.
+        """Return which of several views each page belongs to.
 
         Args:
             sees: what is seen in each, (entries,) bool.
@@ -121,7 +202,7 @@ class Pages:
         return np.where(on_pages.any(axis=0), on_pages.argmax(axis=0), -1).tolist()
 
     def meet(self, entries: list[tuple[int, np.ndarray]], base: int, device: torch.device) -> "Paged | None":
-        """Say how queries meet the pages in a step; None if the copies do not serve them.
+        """Return how queries meet the pages in a step; None if the copies do not serve them.
 
         Args:
             entries: the log entry of each query, in order, with what it sees, (entries,) bool, up to itself.
@@ -136,7 +217,7 @@ class Pages:
         for entry, sees in entries:
             known = rest[: np.searchsorted(rest, entry, side="right")]
             tails.append(base + known[sees[known]])
-        shape = len(tails), round_up(max(map(len, tails)))
+        shape = len(tails), round_to_tile(max(map(len, tails)))
         if not is_worth_gathering(*shape, entries[-1][0] + 1):
             return None
         tail = np.full(shape, SCRATCH - 1)
@@ -209,12 +290,12 @@ def choose_pages(sees: np.ndarray, room: int, least: int = ROUND) -> Pages | Non
 
 
 def is_worth_gathering(num_tails: int, longest: int, end: int) -> bool:
-    """Say whether tails cost less than to mask a log of ``end`` entries; a gathered key costs some masked ones."""
+    """Return whether tails cost less than to mask a log of ``end`` entries; a gathered key costs some masked ones."""
     return longest <= max(end // 4, ROUND) and num_tails * longest <= MAX_GATHERED
 
 
-def round_up(count: int) -> int:
-    """Give the first multiple of :data:`ROUND` that is no smaller."""
+def round_to_tile(count: int) -> int:
+    """Return the first multiple of :data:`ROUND` that is no smaller."""
     return -(-count // ROUND) * ROUND
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .chunked import CHUNKED, carry, chunk_rows, is_worthwhile
+from .attention_chunked import CHUNKED, carry, chunk_rows, is_worthwhile
 from .layout import Layout, build_layout
 from .tags import TagSet
 
@@ -250,9 +250,9 @@ def document_masks(
     """Give the ``attention_mask`` argument that makes a backbone follow a layout.
 
     Returns:
-        A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), chunks in the shape of a
-        tensor (multiverse_sdpa, see :mod:`~.chunked`), or, where a model has both full and sliding layers, a dict of
-        them by kind.
+        A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), or chunks in the shape of a
+        tensor (multiverse_sdpa, see :mod:`~.attention_chunked`). Where a model has both full and sliding layers, a
+        dict of them by kind.
 
     Raises:
         ValueError: if the model's attention implementation cannot follow a layout.

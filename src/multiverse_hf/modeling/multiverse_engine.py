@@ -1,8 +1,7 @@
 """``MultiverseEngine``: many requests at once, from many threads, each answered as if it were alone."""
 
 import collections
-import contextlib
-import os
+import dataclasses
 import threading
 import time
 import weakref
@@ -14,22 +13,19 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import logging
 
-from .agreement import Agreement
-from .cache import COPIES, LogCache, bytes_per_entry
-from .decoding import can_pack, packed_weights, release_workers
-from .engine import DEFAULT_CHUNK, Engine
+from .cache import LogCache
+from .cpu import release_workers
+from .distributed import Broadcast
+from .engine import Engine
+from .engine_config import EngineConfig
 from .generation import read_requests
 from .handles import MultiverseResult, RequestHandle
-from .log import document_entries
-from .runner import can_copy
 from .sampling import sequence_key
-from .state import BranchEvent, Sequence
+from .state import BranchEvent, Sequence, document_entries
 from .tags import encode_prompt
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_MEMORY = {"cpu": 0.25, "cuda": 0.8}  # share of the free memory that the cache takes by default
-CPU_MEMORY = 1 << 29  # bytes; more only if asked for
 PATIENCE = 60  # seconds that a process waits for a request that another one has
 
 
@@ -46,83 +42,29 @@ class MultiverseEngine:
     Args:
         model: a Multiverse model.
         tokenizer: for prompts that are text, and for answers as text.
-        max_num_seqs: answers written at once.
-        max_cache_tokens: tokens the cache holds, of all answers together, or
-        cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
-            512 MiB, and never more than ``max_num_seqs`` contexts. On a CPU a quarter of it is for copies of what long
-            branches see, in the order its instructions read them; that comes on top of ``max_cache_tokens``.
-        prefill_chunk: prompt tokens read in one step.
-        decoding: ``"packed"``, ``"static"`` or ``"simple"``, see :class:`~.engine.Engine`. By default static on a GPU
-            and packed elsewhere, or simple where the model cannot.
-        pack_weights: keep a second copy of bfloat16 weights on a CPU in the order its instructions read them. By
-            default where that is possible and the copy takes less than half of the free memory.
+        config: options of the engine.
+        **options: of :class:`~.engine_config.EngineConfig`, in place of those of ``config``.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an option is out of range, or the cache does not fit the free memory.
+        TypeError: if the model is no Multiverse model, or an option is unknown.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        max_num_seqs: int = 64,
-        max_cache_tokens: int | None = None,
-        cache_memory: int | None = None,
-        prefill_chunk: int = DEFAULT_CHUNK,
-        decoding: str | None = None,
-        pack_weights: bool | None = None,
-    ) -> None:
+    def __init__(self, model: Any, tokenizer: Any = None, config: EngineConfig | None = None, **options: Any) -> None:
         if not hasattr(model, "tags"):
             raise TypeError(
                 f"MultiverseEngine takes a Multiverse model, got {type(model).__name__}; "
                 "load it with MultiverseForCausalLM.from_pretrained"
             )
-        for name, value in (
-            ("max_num_seqs", max_num_seqs),
-            ("max_cache_tokens", max_cache_tokens),
-            ("cache_memory", cache_memory),
-            ("prefill_chunk", prefill_chunk),
-        ):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                unit = " (bytes)" if name == "cache_memory" else ""
-                raise ValueError(f"{name} must be an integer of at least 1{unit}, got {value!r}")
-        if max_cache_tokens is not None and cache_memory is not None:
-            raise ValueError("give max_cache_tokens or cache_memory, not both")
-        if decoding not in (None, "packed", "static", "simple"):
-            raise ValueError(f"decoding must be 'packed', 'static' or 'simple', got {decoding!r}")
-        if pack_weights and not can_pack(model):
-            raise ValueError(
-                "pack_weights=True needs bfloat16 weights on a CPU with bfloat16 instructions, and free memory of "
-                "twice their size; leave it out"
-            )
+        self.config = config = dataclasses.replace(config or EngineConfig(), **options)
         self.model, self.tokenizer = model, tokenizer
-        self.bytes_per_token = bytes_per_entry(model)
-        decoding = decoding or ("static" if model.device.type == "cuda" else "packed")
-        has_copies = can_copy(model, decoding)
-        if max_cache_tokens is None:
-            memory = cache_memory if cache_memory is not None else default_memory(model.device)
-            max_cache_tokens = memory // self.bytes_per_token
-            if has_copies:  # the most that fit with theirs
-                max_cache_tokens = (COPIES * max_cache_tokens + COPIES - 1) // (COPIES + 1)
-            if max_cache_tokens < 1:
-                raise ValueError(f"cache_memory={memory} holds no token: one takes {self.bytes_per_token} bytes")
-            context = getattr(model.config, "max_position_embeddings", None)
-            if cache_memory is None and context is not None:
-                max_cache_tokens = min(max_cache_tokens, max_num_seqs * context)
-            max_cache_tokens = Agreement(model)(max_cache_tokens)  # processes may have unlike free memory
-        self.max_cache_tokens = max_cache_tokens
-        num_copies = max_cache_tokens // COPIES if has_copies else 0
-        self.capacity_bytes = (max_cache_tokens + num_copies) * self.bytes_per_token
-        size, free = self.capacity_bytes, free_memory(model.device)
-        if free is not None and size > free:
-            raise ValueError(
-                f"a cache of {max_cache_tokens} tokens takes {size / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are "
-                "free; lower max_cache_tokens or cache_memory"
-            )
-        self.pack_weights = can_pack(model) if pack_weights is None else pack_weights
-        cache = LogCache(model.config.num_hidden_layers, max_cache_tokens)
-        self._engine = Engine(model, model.tags, cache, max_num_seqs, prefill_chunk, decoding)
+        self.pack_weights = config.packs(model)
+        self.max_cache_tokens, self.capacity_bytes, self.bytes_per_token = config.plan_cache(model)
+        cache = LogCache(model.config.num_hidden_layers, self.max_cache_tokens)
+        self._engine = Engine(
+            model, model.tags, cache, config.max_num_seqs, config.prefill_chunk, config.decoding_for(model),
+            pack_weights=self.pack_weights,
+        )  # fmt: skip
         self._handles: dict[Sequence, RequestHandle] = {}
         self._inbox: collections.deque[Sequence] = collections.deque()
         self._lock = threading.Lock()
@@ -132,14 +74,14 @@ class MultiverseEngine:
         logger.warning_once(self.describe())
 
     def describe(self) -> str:
-        """Say in a line how this engine decodes."""
-        kind = self._engine.runner.kind
-        attention = "eager" if self._engine.runner.is_eager else "flex" if kind == "static" else "sdpa"
+        """Return in a line how this engine decodes."""
+        runner = self._engine.runner
+        attention = "eager" if runner.is_eager else "flex" if runner.name == "static" else "sdpa"
         size = self.capacity_bytes / 2**30
         weights = ", packed weights" if self.pack_weights else ""
         return (
-            f"MultiverseEngine: {kind} decoding with {attention} attention on {self.model.device}{weights}; cache of "
-            f"{self.max_cache_tokens} tokens ({size:.2f} GiB)"
+            f"MultiverseEngine: {runner.name} decoding with {attention} attention on {self.model.device}{weights}; "
+            f"cache of {self.max_cache_tokens} tokens ({size:.2f} GiB)"
         )
 
     # What users call
@@ -231,9 +173,7 @@ class MultiverseEngine:
                 self._handles[handle._sequence] = handle
             self._inbox.extend(handle._sequence for handle in handles)
             if self._thread is None:
-                arguments = (
-                    weakref.ref(self), self.model, self.pack_weights, self._engine.agree, self._wake, self._stop
-                )  # fmt: skip
+                arguments = weakref.ref(self), self._engine.broadcast, self.model.device, self._wake, self._stop
                 self._thread = threading.Thread(target=_run, args=arguments, daemon=True)
                 self._thread.start()
                 # also at the interpreter's exit, which must not find the thread inside torch
@@ -266,7 +206,7 @@ class MultiverseEngine:
         seen: collections.Counter[tuple[int, ...]] = collections.Counter()
         handles: list[RequestHandle] = []
         try:
-            for some in batched(prompts, self._engine.max_num_seqs):  # these may begin while the next are read
+            for some in batched(prompts, self.config.max_num_seqs):  # these may begin while the next are read
                 new = [self._prepare(prompt, generation_config, **named, kwargs=kwargs) for prompt in some]
                 for handle in new:
                     request = handle._sequence.request
@@ -286,18 +226,19 @@ class MultiverseEngine:
         ``used_by`` gives the tokens that each running answer holds, in order of arrival; ``copied_tokens`` how many
         are held a second time, for long branches on a CPU. Bytes are of both.
         """
-        engine, cache = self._engine, self._engine.cache
+        scheduler, cache = self._engine.scheduler, self._engine.cache
         extents = dict(cache.extents)  # a copy: the engine's thread goes on
+        copied = 0 if cache.copies is None else cache.copies.num_entries
         return {
             "capacity_tokens": self.max_cache_tokens,
             "used_tokens": cache.num_used,
-            "copied_tokens": cache.num_copies,
+            "copied_tokens": copied,
             "capacity_bytes": self.capacity_bytes,
-            "used_bytes": (cache.num_used + cache.num_copies) * self.bytes_per_token,
+            "used_bytes": (cache.num_used + copied) * self.bytes_per_token,
             "used_by": [extent.used for _, extent in sorted(extents.items())],
-            "num_running": len(engine.running),
-            "num_waiting": len(engine.waiting) + len(self._inbox),
-            "num_preemptions": engine.num_preemptions,
+            "num_running": len(scheduler.running),
+            "num_waiting": len(scheduler.waiting) + len(self._inbox),
+            "num_preemptions": scheduler.num_preemptions,
         }
 
     def close(self) -> None:
@@ -351,7 +292,7 @@ class MultiverseEngine:
                 time.sleep(0.001)
             engine.enqueue(self._inbox.popleft())
         if closed:
-            for sequence in [*engine.running, *engine.waiting]:
+            for sequence in engine.scheduler.sequences:
                 engine.cancel(sequence)
         try:
             done = engine.step()
@@ -401,43 +342,36 @@ class MultiverseEngine:
 
 def _run(
     reference: "weakref.ref[MultiverseEngine]",
-    model: Any,
-    pack: bool,
-    agree: Agreement,
+    broadcast: Broadcast,
+    device: torch.device,
     wake: threading.Event,
     stop: threading.Event,
 ) -> None:
     """Step an engine as long as it is there and has work; the thread does not keep it alive."""
-    with contextlib.ExitStack() as stack:
-        if pack:
-            try:
-                stack.enter_context(packed_weights(model))
-            except Exception as err:
-                logger.warning(f"the weights stay unpacked: {err}")
-        while True:
-            wake.clear()
-            front = reference()
-            if front is not None:
-                front._closed = front._closed or stop.is_set()
-            # what is submitted before it is closed is still worked on
-            plan = agree(None if front is None else (front._closed, len(front._inbox)))
-            if front is None or plan is None:
-                return
-            closed, num_new = plan
-            try:
-                front._work(num_new, closed)
-            except BaseException as err:  # nobody may wait for a thread that is gone
-                front._give_up(err)
-                raise
-            has_work = front._engine.has_work
-            if closed and not num_new and not has_work:
-                return
-            is_idle = not has_work and not front._inbox
-            del front
-            if is_idle and model.device.type == "cpu":
-                release_workers()  # so that other threads compute at full speed
-            if is_idle and agree.leads:
-                wake.wait(timeout=1.0)
+    while True:
+        wake.clear()
+        front = reference()
+        if front is not None:
+            front._closed = front._closed or stop.is_set()
+        # what is submitted before it is closed is still worked on
+        plan = broadcast(None if front is None else (front._closed, len(front._inbox)))
+        if front is None or plan is None:
+            return
+        closed, num_new = plan
+        try:
+            front._work(num_new, closed)
+        except BaseException as err:  # nobody may wait for a thread that is gone
+            front._give_up(err)
+            raise
+        has_work = front._engine.has_work
+        if closed and not num_new and not has_work:
+            return
+        is_idle = not has_work and not front._inbox
+        del front
+        if is_idle and device.type == "cpu":
+            release_workers()  # so that other threads compute at full speed
+        if is_idle and broadcast.leads:
+            wake.wait(timeout=1.0)
 
 
 def _end(thread: threading.Thread, wake: threading.Event, stop: threading.Event) -> None:
@@ -450,22 +384,3 @@ def _end(thread: threading.Thread, wake: threading.Event, stop: threading.Event)
 def batched(items: list[Any], size: int) -> Iterator[list[Any]]:
     """Cut a list in pieces (itertools has it from Python 3.12 on)."""
     return (items[begin : begin + size] for begin in range(0, len(items), size))
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Give the bytes that are free on a device; None where the system does not say."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps for later, as of an engine that was closed, is free too
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def default_memory(device: torch.device) -> int:
-    """Give the bytes a cache takes where nothing is said."""
-    free = free_memory(device)
-    share = DEFAULT_MEMORY.get(device.type, DEFAULT_MEMORY["cpu"])
-    most = free if device.type == "cuda" else CPU_MEMORY
-    return most if free is None else min(int(free * share), most)
