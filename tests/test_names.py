@@ -1,6 +1,7 @@
-"""Names: a public name at the top of a module of src/ has one definition, so a reader finds one meaning for it."""
+"""What a reader of src/ may rely on: each public name has one meaning, and a step of the engine is short."""
 
 import ast
+import importlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ CONVENTIONAL = {
     "generate": "cli/generate.py modeling/generation.py",  # the command, and what it is named after
     "draw": "evaluation/experiments/",
     "summarize": "evaluation/experiments/",
-    "round_up": "modeling/pages.py modeling/static.py",  # one of them is to go
 }
 
 
@@ -51,6 +51,14 @@ def test_no_public_name_is_defined_in_two_modules():
     assert "documents.py" in modules
     repeated = repeated_names(modules)
     assert {name: found for name, found in repeated.items() if not is_conventional(name, found)} == {}
+
+
+def test_a_step_of_the_engine_is_short_to_read(monkeypatch):
+    monkeypatch.syspath_prepend(str(SRC.parents[1] / "benchmarks"))
+    files = importlib.import_module("trace_step").trace_step()
+    assert len(files) <= 8
+    assert sum(map(len, files.values())) <= 35
+    assert "Engine.step" in files["modeling/engine.py"]
 
 
 def test_a_name_of_two_modules_is_found_whatever_defines_it():

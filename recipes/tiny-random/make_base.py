@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from multiverse_hf.errors import CommandError, ScriptParser, one_line
-from multiverse_hf.modeling.modeling_multiverse import base_class
+from multiverse_hf.modeling.loading import base_class
 from multiverse_hf.outputs import check_output, output_folder
 
 SIZES = {

@@ -181,7 +181,7 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
     from transformers import AutoTokenizer, GenerationConfig
 
     from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
-    from multiverse_hf.modeling.modeling_multiverse import base_class
+    from multiverse_hf.modeling.loading import base_class
 
     source = str(path) if is_local else shown
     try:

@@ -243,11 +243,7 @@ class PackedRunner:
             keys, columns, paged = slice(base, base + end), slice(0, end), None
             if sequence.root.block is None and (self.window is None or end <= self.window):
                 columns = None
-            elif (
-                copies is not None
-                and not sequence.is_reading
-                and len(sequence.live) * first * copies.width >= copies.min_work
-            ):
+            elif copies is not None and not sequence.is_reading and len(sequence.live) * first >= copies.min_scores:
                 paged = copies.meet(reading, base)
                 columns = columns if paged is None else slice(0, paged.num_tail)
             pieces.append(Piece(reading.queries, keys, columns, paged))

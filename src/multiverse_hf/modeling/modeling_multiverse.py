@@ -3,11 +3,7 @@
 from .requirements import TRANSFORMERS  # noqa: F401 - first: what an older transformers lacks, others import
 
 # isort: split
-import copy
 import functools
-import importlib
-import json
-import logging
 import os
 from typing import Any
 
@@ -21,8 +17,6 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .arguments import asked_structure, check_streamer, needs_base, read_callables, reject
 from .attention_chunked import CHUNKED
@@ -32,15 +26,20 @@ from .generation import MultiverseGenerateOutput, generate, generate_plain
 from .hooks import ForcedTokenHooks, execution_device, follow_layout, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
-from .masks import layer_kinds
+from .loading import (
+    HUB,
+    adapter_base,
+    base_class,
+    check_tokenizer,
+    load_with_peft,
+    read_config,
+    spelled_tags,
+    spells_tags,
+    warn_of_missing_code,
+    with_tags,
+)
 from .remote_code import AUTO_MAP, replace_empty_card, state_structure, write_code
 from .tags import PRESETS, TagNames, TagSet
-
-logger = logging.getLogger(__name__)
-
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder")  # where to read a file from
-# Arguments that loading a model needs, though reading its config takes them too.
-_LOADING = (*_HUB, "force_download", "proxies", "trust_remote_code", "gguf_file", "dtype", "torch_dtype")
 
 
 class MultiverseForCausalLM:
@@ -168,7 +167,7 @@ class MultiverseForCausalLM:
         model_class = multiverse_class(base_class(config))
         if tags is None and getattr(config, "multiverse", None) is None:
             raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
-        return model_class._from_config(_with_tags(config, tags), **kwargs)
+        return model_class._from_config(with_tags(config, tags), **kwargs)
 
     @classmethod
     def recognizes(cls, path: str | os.PathLike[str]) -> bool:
@@ -180,7 +179,7 @@ class MultiverseForCausalLM:
             config = MultiverseConfig.from_pretrained(path)
             if getattr(config, "multiverse", None) is not None:
                 return True
-            return _spells_tags(config, path, {})
+            return spells_tags(config, path, {})
         except Exception:  # transformers raises errors of many kinds here
             return False
 
@@ -193,7 +192,7 @@ class MultiverseForCausalLM:
             path: folder or repository of a tokenizer, such as that of an adapter for the model.
             **hub: where to read it: ``revision``, ``token``, ...
         """
-        if not _spells_tags(model.config, path, hub):
+        if not spells_tags(model.config, path, hub):
             return model
         model.config.multiverse = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(path, **hub)).to_dict()
         return cls.adopt(model)
@@ -231,22 +230,22 @@ class MultiverseForCausalLM:
         is_made = cls is not MultiverseForCausalLM
         if is_made and tags is None and names is None:  # its base knows how
             return super().from_pretrained(path, *args, config=config, **kwargs)
-        hub = {name: kwargs[name] for name in _HUB if name in kwargs}
+        hub = {name: kwargs[name] for name in HUB if name in kwargs}
         is_given = isinstance(config, PretrainedConfig)
-        base = path if path is None and is_given else _adapted(path, hub) or path
+        base = path if path is None and is_given else adapter_base(path, hub) or path
         if not is_given:
-            config, kwargs = _read_config(base if config is None else config, hub, kwargs)
+            config, kwargs = read_config(base if config is None else config, hub, kwargs)
         model_class = cls if is_made else multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
-            tags = _spelled_tags(path, base, hub, names, kwargs.get("gguf_file"))
-        _say_what_is_lacking(base, config)
-        config = _with_tags(config, tags)
+            tags = spelled_tags(path, base, hub, names, kwargs.get("gguf_file"))
+        warn_of_missing_code(base, config)
+        config = with_tags(config, tags)
         used = TagSet.from_dict(config.multiverse)
         if names is not None and used.names != PRESETS.get(names, names):
             raise ValueError(f"the checkpoint's tags are {', '.join(used.names.tokens)}, not {names}; leave names out")
         if config.multiverse == stored and base is not None:
-            _check_tokenizer(used, base, hub)
+            check_tokenizer(used, base, hub)
         wants_info = kwargs.pop("output_loading_info", False)
         try:
             model, info = model_class.from_pretrained(path, *args, config=config, output_loading_info=True, **kwargs)
@@ -258,7 +257,7 @@ class MultiverseForCausalLM:
                 "peft.AutoPeftModelForCausalLM.from_pretrained, which loads its base as a Multiverse model"
             ) from err
         if base != path and info["missing_keys"]:
-            info["missing_keys"] = _load_with_peft(model, path, hub, info["missing_keys"])
+            info["missing_keys"] = load_with_peft(model, path, hub, info["missing_keys"])
         if wants_info:
             return model, info
         if (missing := sorted(info["missing_keys"])) and "state_dict" not in kwargs:
@@ -388,202 +387,6 @@ def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
     """Give an instance without state, for pickle to fill."""
     made = multiverse_class(base)
     return made.__new__(made)
-
-
-def base_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """Give the causal-LM class of transformers that a config names.
-
-    Raises:
-        ValueError: if Multiverse cannot serve that architecture, with the reason.
-    """
-    name = config.model_type
-    if config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder; Multiverse needs a decoder-only model such as qwen3 or llama")
-    base = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if base is None:
-        raise ValueError(f"transformers has no causal language model for {name}; choose a decoder-only text model")
-    if getattr(base, "_is_stateful", False):
-        raise ValueError(
-            f"{name} keeps a recurrent state, which paths cannot share and merge; choose a softmax decoder"
-        )
-    layer_kinds(config)
-    has_rotary = (
-        getattr(config, "rope_parameters", None) is not None or getattr(config, "rope_theta", None) is not None
-    )
-    if not has_rotary or getattr(config, "alibi", False):
-        raise ValueError(
-            f"{name} has no rotary positions; Multiverse lets several tokens stand at one position, which needs them"
-        )
-    return base
-
-
-def _adapted(path: str | os.PathLike[str], hub: dict[str, Any]) -> str | None:
-    """Give the base that an adapter names; None if ``path`` holds a model of its own.
-
-    Raises:
-        ImportError: if it is an adapter and peft, which transformers loads it with, is not installed.
-        TypeError: if ``path`` is no path.
-    """
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"a checkpoint is a folder or a repository id, got {path!r}")
-    try:
-        file = find_adapter_config_file(str(path), **hub)
-    except OSError:  # there is no such repository: whoever reads its config says so
-        return None
-    if file is None or os.path.isfile(os.path.join(path, "config.json")):
-        return None
-    if not is_peft_available():
-        raise ImportError(f"{path} is a LoRA adapter; pip install peft")
-    with open(file, encoding="utf-8") as stream:
-        return json.load(stream)["base_model_name_or_path"]
-
-
-def _load_with_peft(
-    model: PreTrainedModel, path: str | os.PathLike[str], hub: dict[str, Any], missing: set[str]
-) -> set[str]:
-    """Load an adapter's weights by peft itself: transformers leaves out some, such as DoRA's magnitudes.
-
-    Returns:
-        Names of the weights that are still missing.
-    """
-    peft = importlib.import_module("peft")  # named here, it would be taken for a requirement of every checkpoint
-    (name,) = model.peft_config
-    where = {key: value for key, value in hub.items() if value is not None}
-    weights = peft.load_peft_weights(str(path), device="cpu", **where)
-    weights = {key.removeprefix("base_model.model."): weight for key, weight in weights.items()}
-    peft.set_peft_model_state_dict(model, weights, name)
-    wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    of_base = {key for key in missing if name not in key.split(".")}
-    return of_base | (set(wanted) - set(weights))
-
-
-def _read_config(
-    path: str | os.PathLike[str], hub: dict[str, Any], kwargs: dict[str, Any]
-) -> tuple[PretrainedConfig, dict[str, Any]]:
-    """Return a checkpoint's config, with the arguments that it has a place for, and those left for the model.
-
-    Raises:
-        OSError: if there is none; where ``path`` is no folder, it may be meant as either.
-    """
-    apart = {"config", "dtype", "torch_dtype", "quantization_config", "trust_remote_code"}  # as AutoModel does
-    overrides = {name: value for name, value in kwargs.items() if name not in apart}
-    try:
-        config, unused = MultiverseConfig.from_pretrained(path, return_unused_kwargs=True, **overrides)
-    except (OSError, ValueError) as err:
-        if os.path.isdir(path):
-            files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
-            if files and not kwargs.get("gguf_file") and not os.path.isfile(os.path.join(path, "config.json")):
-                raise OSError(f"{path} holds no config.json but a GGUF file; pass gguf_file={files[0]!r}") from err
-        if os.path.isdir(path) or isinstance(err, ValueError):
-            raise
-        reason = " ".join(str(err).split())
-        raise OSError(f"no checkpoint {str(path)!r}: there is no such folder, and on the Hub: {reason}") from err
-    return config, {name: kwargs[name] for name in kwargs if name in unused or name in apart or name in _LOADING}
-
-
-def _spelled_tags(
-    path: str | os.PathLike[str] | None,
-    base: str | os.PathLike[str] | None,
-    hub: dict[str, Any],
-    names: TagNames | str | None,
-    gguf_file: str | None,
-) -> TagSet:
-    """Read the tags from a base's tokenizer.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    if base is None:
-        raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
-    try:
-        gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(base, **hub, **gguf), names)
-    except ValueError as err:
-        if base == path:
-            raise
-        raise ValueError(
-            f"{path} is an adapter, and its base {base} has no tags ({err}); where training added them, put the two "
-            f"together: multiverse merge --adapter {path} --output FOLDER"
-        ) from err
-    logger.warning(f"{base}: the config holds no control tags; they are those of the tokenizer")
-    return tags
-
-
-def _say_what_is_lacking(path: str | os.PathLike[str] | None, config: PretrainedConfig) -> None:
-    """Warn of a folder whose config names code that is not there: tools that merge or convert copy the config only."""
-    if path is None or not os.path.isdir(path):
-        return
-    named = {str(value).split(".")[0] for value in (getattr(config, "auto_map", None) or {}).values()}
-    code = {value.split(".")[0] for value in AUTO_MAP.values()} & named
-    if lacking := sorted(name for name in code if not os.path.isfile(os.path.join(path, f"{name}.py"))):
-        logger.warning(
-            f"{path}: the config names {lacking[0]}.py, which is not there, so trust_remote_code=True fails; "
-            f"save the model again, or: multiverse export --model {path} --output FOLDER"
-        )
-
-
-def _check_tokenizer(tags: TagSet, path: str | os.PathLike[str], hub: dict[str, Any]) -> None:
-    """Check that the tokenizer beside a checkpoint has the ids its config has. Reads one file, and builds nothing.
-
-    Raises:
-        ValueError: if they differ: the model would write tags that the tokenizer takes for something else.
-    """
-    added = _added_tokens(path, hub)
-    for tag in tags.names.tokens:
-        if added.get(tag, tags.ids[tag]) != tags.ids[tag]:
-            raise ValueError(
-                f"{path}: {tag} is token {added[tag]} of the tokenizer and {tags.ids[tag]} in config.multiverse; keep "
-                "config and tokenizer of one model together, or pass tags=TagSet.from_tokenizer(tokenizer)"
-            )
-
-
-def _added_tokens(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str, int]:
-    """Return the ids of the tokens added to a fast tokenizer's vocabulary; none where it cannot be read."""
-    file = cached_file(
-        path,
-        "tokenizer.json",
-        **hub,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if file is None:  # no fast tokenizer: loading a slow one only to look would cost too much
-        return {}
-    try:
-        with open(file, encoding="utf-8") as stream:
-            return {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
-    except ValueError:  # damaged: whoever loads the tokenizer is told
-        return {}
-
-
-def _spells_tags(config: PretrainedConfig, path: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
-    """Return whether the tokenizer at ``path`` has all tags of a preset, and a model of this config can use them."""
-    added, size = _added_tokens(path, hub), config.vocab_size
-    if not any(max(added.get(tag, size) for tag in preset.tokens) < size for preset in PRESETS.values()):
-        return False
-    try:
-        base_class(config)
-    except ValueError:
-        return False
-    return True
-
-
-def _with_tags(config: PretrainedConfig, tags: TagSet | None) -> PretrainedConfig:
-    """Give a copy of a config that holds the tags.
-
-    Raises:
-        ValueError: if the model has no embeddings for them.
-    """
-    config = copy.deepcopy(config)
-    if tags is not None:
-        config.multiverse = tags.to_dict()
-    highest = max(TagSet.from_dict(config.multiverse).control_ids)
-    if highest >= config.vocab_size:
-        raise ValueError(
-            f"the tags go up to id {highest} and the embeddings to {config.vocab_size - 1}; "
-            "resize the embeddings and train the model on tags"
-        )
-    return config
 
 
 integrate(MultiverseForCausalLM)

@@ -13,7 +13,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.attention_chunked import CHUNKED
 from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
-from multiverse_hf.modeling.modeling_multiverse import base_class, multiverse_class
+from multiverse_hf.modeling.loading import base_class
+from multiverse_hf.modeling.modeling_multiverse import multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
 
 logger = logging.getLogger(__name__)
