@@ -369,7 +369,7 @@ def read_prompts(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, v
 
 
 def bound_length(config: GenerationConfig, longest: int, has_default_max_length: bool) -> int:
-    """Give ``max_new_tokens``, from ``max_length`` where only that was said. Warns where transformers does.
+    """Return ``max_new_tokens``, from ``max_length`` where only that was said. Warns where transformers does.
 
     Raises:
         ValueError: if the prompt leaves no room.

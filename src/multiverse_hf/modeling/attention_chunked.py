@@ -65,7 +65,7 @@ class ChunkedMask:
     added: dict[torch.dtype, list[torch.Tensor]] = field(default_factory=dict)
 
     def masks(self, query: torch.Tensor) -> list[torch.Tensor]:
-        """Give the mask of each chunk, (1, 1, C, K) in the dtype of the queries and on their device."""
+        """Return the mask of each chunk, (1, 1, C, K) in the dtype of the queries and on their device."""
         if query.dtype not in self.added:
             least = torch.zeros((), dtype=query.dtype, device=query.device)
             whole = [chunk for chunk in self.chunks if chunk.mask is None]
@@ -87,7 +87,7 @@ class ChunkedMask:
 
 
 def is_worthwhile(length: int) -> bool:
-    """Say whether rows of so many tokens are read faster in chunks than all at once under one mask."""
+    """Return whether rows of so many tokens are read faster in chunks than all at once under one mask."""
     return length > QUERIES
 
 
@@ -120,7 +120,7 @@ def chunk_rows(
 
 
 def _runs(where: torch.Tensor) -> list[slice]:
-    """Give the runs of True in a (N,) bool tensor."""
+    """Return the runs of True in a (N,) bool tensor."""
     edges = torch.nn.functional.pad(where.to(torch.int8), (1, 1)).diff().nonzero().flatten().tolist()
     return [slice(begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -150,7 +150,7 @@ def _spans(segments: torch.Tensor, real: torch.Tensor) -> list[tuple[int, int, b
 
 
 def carry(mask: ChunkedMask, device: torch.device) -> torch.Tensor:
-    """Give a mask the form in which a model of transformers hands it on unread: a tensor of four dimensions.
+    """Return a mask the form in which a model of transformers hands it on unread: a tensor of four dimensions.
 
     It has no elements, so that nothing else than :func:`chunked_attention` can take it for a mask.
     """
@@ -222,7 +222,7 @@ def chunked_attention(
 
 
 def _nothing(like: torch.Tensor, length: int) -> torch.Tensor:
-    """Give what padding reads: (1, length, heads, head_dim) of zeros."""
+    """Return what padding reads: (1, length, heads, head_dim) of zeros."""
     return like.new_zeros(1, length, like.shape[1], like.shape[3])
 
 

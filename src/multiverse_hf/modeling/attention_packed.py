@@ -227,7 +227,7 @@ class PackedRunner:
             return self.read(batch)
 
     def free(self) -> None:
-        """Give the cache's memory back."""
+        """Free the cache's memory."""
         self.cache.free()
 
     def read(self, batch: list[Reading]) -> torch.Tensor:

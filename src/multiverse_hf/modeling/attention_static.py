@@ -45,7 +45,7 @@ def _compiled() -> Callable[..., torch.Tensor]:
 
 
 def round_up(count: int, least: int = 1) -> int:
-    """Give the first of ``least``, ``2 * least``, ``4 * least``, ... that is no smaller than ``count``."""
+    """Return the first of ``least``, ``2 * least``, ``4 * least``, ... that is no smaller than ``count``."""
     size = least
     while size < count:
         size *= 2
@@ -252,7 +252,7 @@ class StaticShape:
 
 
 def can_capture(model: Any) -> bool:
-    """Say whether a graph can hold a model's pass: nothing in it is decided on the host.
+    """Return whether a graph can hold a model's pass: nothing in it is decided on the host.
 
     Rotary embeddings of these kinds look at the greatest position to choose their frequencies. For longrope, which
     Phi has, the host no longer does so in transformers 5.23, but it does in 5.17.
@@ -322,7 +322,7 @@ class StaticRunner(PackedRunner):
             return self.shapes[shape](batch)
 
     def free(self) -> None:
-        """Give back the cache's memory, and that of graphs, which know it by its address."""
+        """Free the memory of the cache and of the graphs, which know the cache by its address."""
         super().free()
         self.shapes.clear()
         self.visible = None

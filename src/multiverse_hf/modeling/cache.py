@@ -96,7 +96,7 @@ class LogCache(Cache):
     Args:
         num_layers: layers of the model.
         capacity: log entries to make room for, of all sequences together.
-        growable: allocate a larger pool when this one is full; otherwise :meth:`reserve` says no.
+        growable: allocate a larger pool when this one is full; otherwise :meth:`reserve` returns False.
     """
 
     is_log = True  # tells the hooks that the engine made a call, whichever copy of this code it is from
@@ -121,7 +121,7 @@ class LogCache(Cache):
         return self.capacity - SCRATCH - self.num_used
 
     def prepare(self, slots: list[tuple[int, int]], device: torch.device, read: slice | None = None) -> None:
-        """Say where the next forward's queries go.
+        """Set where the next forward's queries go.
 
         Args:
             slots: the first slot and the one past the last, of each run of queries.
@@ -167,13 +167,13 @@ class LogCache(Cache):
         return True
 
     def release(self, owner: int) -> None:
-        """Give a log's slots back."""
+        """Return a log's slots back."""
         self.extents.pop(owner, None)
         if self.copies is not None:
             self.copies.release(owner)
 
     def free(self) -> None:
-        """Give the pool's memory back; a later forward allocates it again."""
+        """Return the pool's memory back; a later forward allocates it again."""
         for owner in list(self.extents):
             self.release(owner)
         for layer in self.layers:
@@ -181,7 +181,7 @@ class LogCache(Cache):
             layer.is_initialized = False
 
     def _gaps(self) -> list[tuple[int, int]]:
-        """Give (first slot, length) of what no log has, in order."""
+        """Return (first slot, length) of what no log has, in order."""
         gaps, at = [], SCRATCH
         for extent in sorted(self.extents.values(), key=lambda extent: extent.base):
             if extent.base > at:

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 MIN_PACKED = 1 << 16  # weights; smaller layers gain nothing
@@ -56,10 +57,16 @@ class PackedLinear:
         return functools.partial, (torch.nn.Linear.forward, self.module)
 
 
-def mark_of(module: torch.nn.Linear) -> tuple[int, int, int]:
-    """Return what changes with a layer's weight: the parameter, its storage, and how often it was written to."""
+def mark_of(module: torch.nn.Linear) -> tuple[int, int, int, int]:
+    """Return what changes with a layer's weight: the parameter, its storage, its version counter, and its bits.
+
+    The version counter misses what is written to ``weight.data``, as PEFT merges an adapter. So all bits are read, at
+    the beginning of an answer: about the memory traffic of one decoding step.
+    """
     weight = module.weight
-    return id(weight), weight.data_ptr(), weight._version
+    bits = weight.detach().contiguous().view(torch.uint8).numpy().reshape(-1)
+    words = bits[: len(bits) // 8 * 8].view(np.int64)
+    return id(weight), weight.data_ptr(), weight._version, int(np.bitwise_xor.reduce(words))
 
 
 _packed: "weakref.WeakKeyDictionary[torch.nn.Module, dict[torch.nn.Linear, PackedLinear]]" = (

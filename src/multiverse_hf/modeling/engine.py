@@ -277,7 +277,7 @@ class Engine:
         sequence.held.clear()
 
     def fail_running(self, error: BaseException) -> list[Sequence]:
-        """Give up what is running, after the model failed; what waits goes on. As :meth:`step` otherwise."""
+        """Fail what is running, after the model failed; what waits continues. Return what :meth:`step` does."""
         for sequence in self.scheduler.running:
             self._fail(sequence, error)
         return self._release()

@@ -71,7 +71,7 @@ class DocumentStreamer:
 
 
 def _settled(segment: Segment) -> Iterator[int | None]:
-    """Give the log entries of an answer in document order, None whenever the next one is not written yet."""
+    """Return the log entries of an answer in document order, None whenever the next one is not written yet."""
     at = 0
     while True:
         while at < len(segment.entries):

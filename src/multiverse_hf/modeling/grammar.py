@@ -218,7 +218,7 @@ class Structure(Scanner):
         return event
 
     def path_labels(self) -> list[list[int]]:
-        """Give the label of every path that the outlines written so far ask for."""
+        """Return the label of every path that the outlines written so far ask for."""
         tags = self.tags
         labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
         labels = [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
@@ -227,11 +227,11 @@ class Structure(Scanner):
         return labels
 
     def path_prefix(self, path: int) -> list[int]:
-        """Give what the engine writes at the start of a path of the innermost open block."""
+        """Return what the engine writes at the start of a path of the innermost open block."""
         return self.tags.path_prefix(self.labels[-1][path])
 
     def for_path(self, path: int) -> "Structure":
-        """Give the state of a path of the innermost open block, ready for its first token."""
+        """Return the state of a path of the innermost open block, ready for its first token."""
         other = self.copy()
         other.open_blocks[-1].path = path
         other.stage = Stage.FORKED
@@ -239,7 +239,7 @@ class Structure(Scanner):
         return other
 
     def after_reduce(self) -> "Structure":
-        """Give the state that follows the last path of the innermost open block."""
+        """Return the state that follows the last path of the innermost open block."""
         other = self.copy()
         other.open_blocks.pop()
         other.labels.pop()
@@ -248,7 +248,7 @@ class Structure(Scanner):
         return other
 
     def copy(self) -> "Structure":
-        """Give an independent copy; label lists are shared, none is written to once it is stored."""
+        """Return an independent copy; label lists are shared, none is written to once it is stored."""
         other = copy.copy(self)
         other.open_blocks = [copy.copy(block) for block in self.open_blocks]
         other.outlines, other.labels = [list(outline) for outline in self.outlines], list(self.labels)
@@ -319,7 +319,7 @@ class Structure(Scanner):
         return self.masks[ids] if ids else None
 
     def _allowed(self, may_open: bool = True, may_outline: bool = True) -> set[int]:
-        """Give the control tags the grammar allows as the next token."""
+        """Return the control tags the grammar allows as the next token."""
         tags, stage = self.tags, self.stage
         allowed: list[int | None] = []
         if stage is Stage.TEXT:
@@ -353,7 +353,7 @@ class Structure(Scanner):
     # Closing what is open
 
     def closing_tokens(self) -> list[int]:
-        """Give the tokens that end what this branch is in the middle of: a goal (it then forks), a conclusion, its
+        """Return the tokens that end what this branch is in the middle of: a goal (it then forks), a conclusion, its
         path, or, outside every block, the thinking. As few as will do. Empty when nothing is open."""
         tags = self.tags
         if self.stage in (Stage.ARMED, Stage.GOAL, Stage.OUTLINE):

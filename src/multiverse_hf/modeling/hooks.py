@@ -76,7 +76,7 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
 
     Raises:
         ValueError: if a row with a block comes with a mask, packing or cache that the layout cannot follow, or a cache
-            with laid-out rows is gone on with.
+            with laid-out rows is continued.
     """
     mask, cache, positions = kwargs.get("attention_mask"), kwargs.get(CACHE), kwargs.get("position_ids")
     if getattr(cache, "is_log", False) or kwargs.get("segment_ids") is not None:  # the engine, or a layout as given
@@ -450,7 +450,7 @@ def hooked_forward(base: type[Any]) -> Callable[..., Any]:
 
 # The engine's own passes
 
-# The attention implementation is a setting of the model. An engine changes it for a pass, so it and whoever else calls
+# The attention implementation is a setting of the model. An engine changes it for a pass, so it and other callers of
 # the model take turns: a backbone's forward holds this lock.
 TURN = threading.RLock()
 

@@ -63,7 +63,7 @@ class Layout:
     visible: torch.Tensor
 
     def mask(self) -> torch.Tensor:
-        """Give the dense mask, (L, L) bool, True where the row's token may attend to the column's."""
+        """Return the dense mask, (L, L) bool, True where the row's token may attend to the column's."""
         causal = torch.ones(len(self.segment_ids), len(self.segment_ids), dtype=torch.bool).tril_()
         return causal.to(self.visible.device) & self.visible[self.segment_ids[:, None], self.segment_ids[None, :]]
 

@@ -61,7 +61,7 @@ def adapter_base(path: str | os.PathLike[str], hub: dict[str, Any]) -> str | Non
         raise TypeError(f"a checkpoint is a folder or a repository id, got {path!r}")
     try:
         file = find_adapter_config_file(str(path), **hub)
-    except OSError:  # there is no such repository: whoever reads its config says so
+    except OSError:  # no such repository: reading its config raises
         return None
     if file is None or os.path.isfile(os.path.join(path, "config.json")):
         return None
@@ -185,7 +185,7 @@ def _added_tokens(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str
     try:
         with open(file, encoding="utf-8") as stream:
             return {token["content"]: token["id"] for token in json.load(stream).get("added_tokens", [])}
-    except ValueError:  # damaged: whoever loads the tokenizer is told
+    except ValueError:  # damaged: loading the tokenizer raises
         return {}
 
 

@@ -15,7 +15,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def layer_kinds(config: Any) -> set[str]:
-    """Give the kinds of attention layer a model has, as :data:`FULL` and :data:`SLIDING`.
+    """Return the kinds of attention layer a model has, as :data:`FULL` and :data:`SLIDING`.
 
     Raises:
         ValueError: if a layer is of another kind: its state cannot hold paths side by side and merge them.
@@ -135,7 +135,7 @@ def dense_mask(
     attention_mask: torch.Tensor | None = None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Give the mask of whole documents, (B, 1, L, L) bool, True where the row's token attends to the column's.
+    """Return the mask of whole documents, (B, 1, L, L) bool, True where the row's token attends to the column's.
 
     A padding token attends to itself, so that no row is empty. ``window`` counts positions, not tokens.
     """
@@ -167,7 +167,7 @@ def block_mask(
     attention_mask: torch.Tensor | None = None,
     window: int | None = None,
 ) -> Any:
-    """Give the same mask as :func:`dense_mask` as a flex_attention BlockMask, on the device of ``segment_ids``.
+    """Return the same mask as :func:`dense_mask` as a flex_attention BlockMask, on the device of ``segment_ids``.
 
     Which tiles are empty, full or partial follows from the segments that begin and end in them: no L x L tensor is
     made, as torch's ``create_block_mask`` makes unless it is compiled. Memory O(L + S^2).
@@ -191,7 +191,7 @@ def block_mask(
     tiles = -(-length // size)
 
     def ends(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Give the least and greatest value at the real tokens of each tile, (B, tiles), and how many they are."""
+        """Return the least and greatest value at the real tokens of each tile, (B, tiles), and how many they are."""
         pad = (0, tiles * size - length)
         values = torch.nn.functional.pad(values, pad).view(batch, tiles, size)
         here = torch.nn.functional.pad(real, pad).view(batch, tiles, size)
@@ -221,7 +221,7 @@ def block_mask(
     has_any = (has_any & (here[:, None] > here[None, :])) | (here[:, None] == here[None, :])  # each meets itself
 
     def listed(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give for each tile of queries how many tiles of keys it meets, and which, those first."""
+        """Return for each tile of queries how many tiles of keys it meets, and which, those first."""
         order = mask.int().argsort(dim=-1, descending=True, stable=True)
         return mask.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
@@ -247,7 +247,7 @@ def document_masks(
     visible: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
 ) -> Any:
-    """Give the ``attention_mask`` argument that makes a backbone follow a layout.
+    """Return the ``attention_mask`` argument that makes a backbone follow a layout.
 
     Returns:
         A bool (sdpa) or float (eager) tensor (B, 1, L, L), a BlockMask (flex_attention), or chunks in the shape of a

@@ -112,7 +112,7 @@ class MultiverseForCausalLM:
         return view
 
     def load_custom_generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Say that the checkpoint's ``custom_generate`` is not needed: this class has its own ``generate``."""
+        """Refuse the checkpoint's ``custom_generate``: this class has its own ``generate``."""
         raise OSError("this model branches by itself")
 
     @classmethod
@@ -173,7 +173,7 @@ class MultiverseForCausalLM:
     def recognizes(cls, path: str | os.PathLike[str]) -> bool:
         """Return whether a checkpoint is a Multiverse model: its config or its tokenizer holds the control tags.
 
-        Reads no weights. False for what cannot be read: whoever loads it says why.
+        Reads no weights. False for what cannot be read: loading it raises.
         """
         try:
             config = MultiverseConfig.from_pretrained(path)
@@ -366,7 +366,7 @@ class MultiverseModel:
 
 @functools.cache
 def multiverse_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """Give the Multiverse class of a causal-LM class. Made once per base.
+    """Return the Multiverse class of a causal-LM class. Made once per base.
 
     It bears the base's own name: ``save_pretrained`` writes the class's name into ``architectures``, and a checkpoint
     must stay one of its base architecture for every loader that does not know Multiverse.
@@ -376,7 +376,7 @@ def multiverse_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def __getattr__(name: str) -> type[PreTrainedModel]:
-    """Give the class that was made of a causal LM, by its name: an adapter's config names the class of its base so."""
+    """Return the Multiverse class of a causal LM by its name: an adapter's config names the class of its base so."""
     base = getattr(transformers, name, None) if name.endswith("ForCausalLM") else None
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -384,7 +384,7 @@ def __getattr__(name: str) -> type[PreTrainedModel]:
 
 
 def _blank(base: type[PreTrainedModel]) -> PreTrainedModel:
-    """Give an instance without state, for pickle to fill."""
+    """Return an instance without state, for pickle to fill."""
     made = multiverse_class(base)
     return made.__new__(made)
 

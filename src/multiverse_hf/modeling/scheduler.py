@@ -39,7 +39,7 @@ class Scheduler:
         bisect.insort(self.waiting, sequence, key=lambda each: each.arrival)
 
     def release(self) -> list[Sequence]:
-        """Give back the memory of answers without live branches, and return these."""
+        """Free the memory of answers without live branches, and return these answers."""
         done = [sequence for sequence in self.sequences if not sequence.live]
         if done:
             for sequence in done:

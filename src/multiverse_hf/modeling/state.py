@@ -173,7 +173,7 @@ class Request:
     """What is asked of the engine: one prompt, and how to answer it.
 
     Attributes:
-        prompt: token ids; one that contains or ends inside a block is gone on with.
+        prompt: token ids; may contain blocks, and may end inside one.
         key: of the sampling noise, with the sampler's seed.
         options: structure and limits.
         sampler: chooses tokens.
@@ -182,8 +182,8 @@ class Request:
         criteria: transformers' stopping criteria, asked with each branch's own visible ids.
         max_time: seconds from its submission after which the answer is closed.
         keep_logits: keep the logits each token was chosen from.
-        num_logprobs: keep each sampled token's log-probability and the entropy, and those of so many likeliest tokens
-            besides; None keeps none. Of the model's own distribution, before any processor.
+        num_logprobs: keep each sampled token's log-probability and the entropy, and those of this many likeliest
+            tokens; None keeps none. Of the model's own distribution, before any processor.
         on_event: called with every :class:`BranchEvent`, in the thread that steps the engine.
         index: number the events bear, and the row of its batch.
         calls: the caller's own processors and criteria of its batch (:mod:`~.callables`), None if there are none.

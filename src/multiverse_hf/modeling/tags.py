@@ -37,18 +37,18 @@ class TagNames:
             raise ValueError(f"tag names must differ from each other, got {names}")
 
     def items(self) -> Iterator[tuple[str, str]]:
-        """Give (role, name) for every tag this family has, in :data:`ROLES` order."""
+        """Return (role, name) for every tag this family has, in :data:`ROLES` order."""
         for role in ROLES:
             name = getattr(self, role)
             if name is not None:
                 yield role, name
 
     def open(self, role: str) -> str:
-        """Give the open tag of a role, e.g. ``<Goal>``."""
+        """Return the open tag of a role, e.g. ``<Goal>``."""
         return f"<{getattr(self, role)}>"
 
     def close(self, role: str) -> str:
-        """Give the close tag of a role, e.g. ``</Goal>``."""
+        """Return the close tag of a role, e.g. ``</Goal>``."""
         return f"</{getattr(self, role)}>"
 
     @property
@@ -63,7 +63,7 @@ PRESETS = {"multiverse": MULTIVERSE, "npr": NPR}
 
 
 def find_preset(vocab: Collection[str]) -> TagNames:
-    """Give the first preset all of whose tags are tokens, :data:`MULTIVERSE` if there is none."""
+    """Return the first preset all of whose tags are tokens, :data:`MULTIVERSE` if there is none."""
     return next((preset for preset in PRESETS.values() if all(tag in vocab for tag in preset.tokens)), MULTIVERSE)
 
 
@@ -106,11 +106,11 @@ class TagSet:
         object.__setattr__(self, "roles", roles)
 
     def open(self, role: str) -> int | None:
-        """Give the token id of a role's open tag, None where the family has no such tag."""
+        """Return the token id of a role's open tag, None where the family has no such tag."""
         return self.ids.get(self.names.open(role))
 
     def close(self, role: str) -> int | None:
-        """Give the token id of a role's close tag, None where the family has no such tag."""
+        """Return the token id of a role's close tag, None where the family has no such tag."""
         return self.ids.get(self.names.close(role))
 
     @property
@@ -123,7 +123,7 @@ class TagSet:
         return [i for digit in str(number) for i in self.digits[digit]] + self.colon
 
     def label(self, outline: Sequence[int], ordinal: int) -> list[int]:
-        """Give the label a path is started with: its outline's own, else its ordinal.
+        """Return the label a path is started with: its outline's own, else its ordinal.
 
         Args:
             outline: token ids between ``<Outline>`` and ``</Outline>``.
@@ -149,11 +149,11 @@ class TagSet:
         return self.ordinal(ordinal)
 
     def path_prefix(self, label: Sequence[int]) -> list[int]:
-        """Give the forced start of a path, e.g. ``\\n<Path>\\n1:``."""
+        """Return the forced start of a path, e.g. ``\\n<Path>\\n1:``."""
         return [*self.newline, self.ids[self.names.open("path")], *self.newline, *label]
 
     def conclusion_prefix(self) -> list[int]:
-        """Give the forced start of a reduce, ``\\n<Conclusion>\\n``."""
+        """Return the forced start of a reduce, ``\\n<Conclusion>\\n``."""
         return [*self.newline, self.ids[self.names.open("conclusion")], *self.newline]
 
     @classmethod
@@ -217,7 +217,7 @@ class TagSet:
         return cls.from_tokenizer(tokenizer, names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give the JSON form that ``config.multiverse`` holds."""
+        """Return the JSON form that ``config.multiverse`` holds."""
         return {
             "names": {role: getattr(self.names, role) for role in ROLES},
             "ids": dict(self.ids),

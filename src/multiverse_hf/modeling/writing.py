@@ -168,7 +168,7 @@ class Writer:
             self._path_closed(sequence, branch)
 
     def emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
-        """Tell the request's listener, but not of its own prompt."""
+        """Send an event to the request's listener, but none of its own prompt."""
         request = sequence.request
         if request.on_event is None or sequence.is_prompt:
             return
