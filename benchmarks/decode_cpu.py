@@ -1,12 +1,12 @@
 """Decoding speed on a CPU: p paths at once, against one token after the other, and against the model calls alone.
 
-A random Qwen2 of 0.24 B parameters in bfloat16 continues a prompt of 256 tokens that ends inside a goal with p
+A random Qwen2 of 0.24 B parameters continues a prompt of 256 tokens that ends inside a goal with p
 outlines. The model writes ``</Goal>``, p paths of 64 tokens each (forced start and ``</Path>`` included) and the
 conclusion. What it writes is random, the structure is forced by a logits processor. All sides run in one process, in
 turns, on the same weights:
 
-- engine: :class:`MultiverseEngine`, which packs the weights where the CPU gains by it.
-- generate: ``model.generate`` of multiverse_hf, which leaves the weights as they are.
+- engine: :class:`MultiverseEngine`, which packs bfloat16 weights where the CPU gains by it, as ``generate`` does.
+- generate: ``model.generate`` of multiverse_hf.
 - transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
 - bare: the engine's forward passes in a loop without engine and grammar: the same weights, queries, mask shapes,
   cache and copies of long branches, which it finds made, and the argmax of every row.
@@ -39,7 +39,7 @@ from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
 from multiverse_hf.modeling.attention_packed import PACKED, Step, attend_sdpa
 from multiverse_hf.modeling.cache import LogCache
-from multiverse_hf.modeling.cpu import can_pack
+from multiverse_hf.modeling.cpu import can_pack, packed_weights, using
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.sampling import argmax
@@ -52,12 +52,12 @@ VOCAB = GEOMETRIES[GEOMETRY]["vocab_size"]
 LONGEST = 16_384  # positions an answer may take
 
 
-def make_models(tags: TagSet, seed: int) -> tuple[PreTrainedModel, PreTrainedModel]:
+def make_models(tags: TagSet, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Make the model with and without branches, over one set of weights."""
     config = make_config(GEOMETRY)
     torch.manual_seed(seed)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    parallel = MultiverseForCausalLM.from_config(config, tags, dtype=torch.bfloat16).eval()
+    plain = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    parallel = MultiverseForCausalLM.from_config(config, tags, dtype=dtype).eval()
     parallel.load_state_dict(plain.state_dict(), assign=True)
     return parallel, plain
 
@@ -191,11 +191,12 @@ def run_bare(model: PreTrainedModel, work: Workload) -> int:
     """Make the engine's model calls again, with nothing around them but what a loop needs."""
     own, model.config._attn_implementation = model.config._attn_implementation, PACKED
     cache = LogCache(model.config.num_hidden_layers, capacity(work))
-    for arguments, cache.write in work.calls:
-        step = Step(arguments["multiverse_step"].pieces, attend_sdpa)
-        cache.read = slice(0, max(piece.keys.stop for piece in step.pieces))
-        output = model(**arguments | {"multiverse_step": step}, past_key_values=cache, use_cache=True)
-        argmax(output.logits[0].float()).tolist()  # a loop has to look at what it wrote
+    with using(packed_weights(model)):
+        for arguments, cache.write in work.calls:
+            step = Step(arguments["multiverse_step"].pieces, attend_sdpa)
+            cache.read = slice(0, max(piece.keys.stop for piece in step.pieces))
+            output = model(**arguments | {"multiverse_step": step}, past_key_values=cache, use_cache=True)
+            argmax(output.logits[0].float()).tolist()  # a loop has to look at what it wrote
     model.config._attn_implementation = own
     return work.num_tokens * len(work.prompts)
 
@@ -227,6 +228,7 @@ def measure(
         calls = {
             "transformers": (plain, lambda: run_transformers(plain, work, work.num_tokens)),
             "engine": (parallel, lambda: run_engine(engine, work)),
+            "generate": (parallel, lambda: run_generate(parallel, work)),
             "bare": (parallel, lambda: run_bare(parallel, work)),
         }
         calls = {side: call for side, call in calls.items() if side not in args.skip}
@@ -239,8 +241,6 @@ def measure(
             for side in order:
                 runs[side].append(timed(*calls[side]))
             order = order[1:] + order[:1]
-    if "generate" not in args.skip:  # the engine's weights are packed as long as it lives
-        runs["generate"] = [timed(parallel, lambda: run_generate(parallel, work)) for _ in range(args.repeats)]
     return runs
 
 
@@ -268,6 +268,8 @@ def summarize(runs: dict[str, list[Run]], work: Workload) -> dict[str, Any]:
             plain = runs["transformers"]
             result[f"{side}_speedup"] = round(median(plain) / median(runs[side]), 2)
             result[f"{side}_decode_speedup"] = round(median(plain, True) / median(runs[side], True), 2)
+    if "engine" in runs and "generate" in runs:
+        result["generate_of_engine"] = round(median(runs["engine"]) / median(runs["generate"]), 3)
     if "engine" in runs and "bare" in runs:
         if result["engine"]["forward_passes"] != result["bare"]["forward_passes"]:
             raise RuntimeError("the bare loop has to make the engine's forward passes")
@@ -301,6 +303,8 @@ def print_result(result: dict[str, Any]) -> None:
             f"  engine over bare loop {result['overhead_percent']} % "
             f"(least time of each {result['least_overhead_percent']} %)"
         )
+    if "generate_of_engine" in result:
+        print(f"  generate {result['generate_of_engine']} of the engine's speed")
     if "bare_speedup" in result:
         print(f"  bare loop {result['bare_speedup']:.2f}x as fast as transformers")
 
@@ -311,6 +315,7 @@ def main() -> None:
     parser.add_argument("--batch", type=count, nargs="+", default=[1], help="prompts at once (default: 1)")
     parser.add_argument("--path-tokens", type=count, default=64, help="tokens a path (default: %(default)s)")
     parser.add_argument("--prompt", type=count, default=256, help="tokens of the prompt (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--write-goal", action="store_true", help="have the outlines written instead of given")
     parser.add_argument("--skip", nargs="+", choices=SIDES, default=[], help="sides to leave out")
     args = parser.parse_args()
@@ -318,13 +323,13 @@ def main() -> None:
         set_threads(args.threads)
 
     tags = make_tags()
-    models = make_models(tags, args.seed)
+    models = make_models(tags, args.seed, getattr(torch, args.dtype))
     result = {"benchmark": "decode_cpu", **environment()}
     num_parameters = sum(parameter.numel() for parameter in models[0].parameters())
-    result |= {"parameters": num_parameters, "dtype": "bfloat16", "weights_packed": can_pack(models[0])}
+    result |= {"parameters": num_parameters, "dtype": args.dtype, "weights_packed": can_pack(models[0])}
     result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "goal_written": args.write_goal}
     show_environment(result)
-    print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, bfloat16, prompt of {args.prompt} tokens")
+    print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, {args.dtype}, prompt of {args.prompt} tokens")
     result["results"] = []
     for batch, num_paths in shown(list(itertools.product(args.batch, args.paths)), "workload"):
         work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multiverse_hf.documents import DocumentError, parse_document
+    from multiverse_hf.modeling.engine_config import EngineConfig
     from multiverse_hf.modeling.labels import labels_for
     from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
     from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
@@ -18,6 +19,7 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "DocumentError",
+    "EngineConfig",
     "MultiverseEngine",
     "MultiverseForCausalLM",
     "TagSet",
@@ -31,6 +33,7 @@ __all__ = [
 # public name -> module that defines it
 _LAZY_EXPORTS = {
     "DocumentError": "multiverse_hf.documents",
+    "EngineConfig": "multiverse_hf.modeling.engine_config",
     "MultiverseEngine": "multiverse_hf.modeling.multiverse_engine",
     "MultiverseForCausalLM": "multiverse_hf.modeling.modeling_multiverse",
     "TagSet": "multiverse_hf.modeling.tags",
