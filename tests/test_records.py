@@ -7,7 +7,7 @@ import pytest
 from test_tags import plain_tokenizer_with_tags, tiny_tokenizer
 
 from multiverse_hf.data.building import build_rows
-from multiverse_hf.data.records import Form, Reason, Record, RowError, load_rows, number_rows, read_record
+from multiverse_hf.data.records import Form, Reason, Record, RowError, number_rows, read_record
 from multiverse_hf.data.rows import IGNORE, RowEncoder, TokenKind, token_kinds
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from multiverse_hf.modeling.tags import TagSet
@@ -111,9 +111,9 @@ def test_an_answer_column_is_read_as_it_was_meant(given, read):
 
 def test_a_table_of_text_keeps_its_text(tmp_path):
     (tmp_path / "rows.csv").write_text('prompt,document,answer\nq,"a\nb",007\nq,c,\n')
-    assert [row["answer"] for row in load_rows(str(tmp_path / "rows.csv"))] == ["007", None]
+    assert [row["answer"] for _, row in number_rows(str(tmp_path / "rows.csv"))] == ["007", None]
     (tmp_path / "rows.json").write_text('[{"prompt": "q", "document": "d", "answer": "2026-01-01"}]')
-    assert [row["answer"] for row in load_rows(str(tmp_path / "rows.json"))] == ["2026-01-01"]
+    assert [row["answer"] for _, row in number_rows(str(tmp_path / "rows.json"))] == ["2026-01-01"]
 
 
 def test_an_end_token_ends_a_document_and_stands_nowhere_else():
@@ -126,11 +126,11 @@ def test_an_end_token_ends_a_document_and_stands_nowhere_else():
 
 def test_lines_that_no_parser_can_follow_and_files_that_cannot_be_read_say_so(tmp_path):
     (tmp_path / "deep.jsonl").write_text("[" * 200_000 + "\n")
-    (row,) = load_rows(str(tmp_path / "deep.jsonl"))
+    ((_, row),) = number_rows(str(tmp_path / "deep.jsonl"))
     assert row.reason is Reason.UNREADABLE
     (tmp_path / "rows.txt").write_text("x")
     with pytest.raises(ValueError, match=r"none of these: a \.jsonl"):
-        list(load_rows(str(tmp_path / "rows.txt")))
+        list(number_rows(str(tmp_path / "rows.txt")))
 
 
 def test_rows_that_were_cut_are_counted():
@@ -326,7 +326,7 @@ def test_rows_come_from_files_and_folders_of_every_kind(tmp_path, kind):
         path.write_text(json.dumps(rows))
     else:
         {"jsonl": dataset.to_json, "parquet": dataset.to_parquet, "csv": dataset.to_csv}[kind](path)
-    assert [row["prompt"] for row in load_rows(str(path))] == ["Where?", "Why?"]
+    assert [row["prompt"] for _, row in number_rows(str(path))] == ["Where?", "Why?"]
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch, name, words
     monkeypatch.chdir(tmp_path)
     (tmp_path / "damaged.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match="cannot read the dataset") as caught:
-        list(load_rows(name))
+        list(number_rows(name))
     assert all(word in str(caught.value) for word in words)
 
 

@@ -15,9 +15,9 @@ from multiverse_hf.batch.rows import Folder, check_input, merge_answers, summari
 from multiverse_hf.begun import explain_option, name_option
 from multiverse_hf.checkpoints import fingerprint, open_checkpoint, quiet
 from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
+from multiverse_hf.jobs.folders import begin_or_resume
 from multiverse_hf.jobs.options import Executor, JobOutcome
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
 _PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.multiverse_engine")
@@ -84,7 +84,7 @@ def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, A
             return f"with another model ({stored.get('model')})"
         return explain_option(name, stored, value, _flag)
 
-    packages, draws = ("torch", "transformers", "datatrove"), {"seed": secrets.randbits(31)}
+    packages, draws = ("datatrove",), {"seed": secrets.randbits(31)}
     return begin_or_resume(folder, batch.output, asked, _MAY_DIFFER, explain, packages, draws, batch.cluster.dry_run)
 
 

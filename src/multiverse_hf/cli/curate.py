@@ -102,8 +102,7 @@ def curate(
     if source is not None:
         options = {"model": model, "base_url": base_url, "concurrency": concurrency, "seed": seed, "judge": judge}
         options |= {"max_attempts": max_attempts, "max_outage_s": max_outage, "subset": subset, "split": split}
-        cluster = {"partition": partition, "time": time, "sbatch": sbatch, "dry_run": dry_run or None}
-        cluster |= {"cpus_per_task": cpus_per_task, "mem_per_cpu": mem_per_cpu}
+        cluster = Cluster(partition, time, sbatch or [], cpus_per_task, None, mem_per_cpu, dry_run)
         outcome = run_curation(
             Curation(
                 source,
@@ -112,7 +111,7 @@ def curate(
                 tasks=tasks,
                 workers=workers,
                 executor=executor,
-                cluster=Cluster(**{name: value for name, value in cluster.items() if value is not None}),
+                cluster=cluster,
             )
         )
         print_curation(outcome, output, as_json)

@@ -16,10 +16,9 @@ from multiverse_hf.checkpoints import quiet
 from multiverse_hf.curator.options import ANSWERS_AGAIN, Curation, Settings
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
-from multiverse_hf.jobs.folders import count_lines
+from multiverse_hf.jobs.folders import begin_or_resume, count_lines
 from multiverse_hf.jobs.options import JobOutcome
 from multiverse_hf.jobs.processes import stopping_at_sigterm
-from multiverse_hf.jobs.settings import begin_or_resume
 from multiverse_hf.outputs import check_output
 
 if TYPE_CHECKING:

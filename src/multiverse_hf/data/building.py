@@ -58,9 +58,10 @@ class RowReport:
         """Return the counts, by reason."""
         reasons = Counter(entry["reason"] for entry in self.dropped)
         counts = {"rows": self.num_rows, "kept": self.num_kept, "dropped": dict(reasons.most_common())}
-        return counts | {
-            name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count
-        }
+        return counts | self._others()
+
+    def _others(self) -> dict[str, int]:
+        return {name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count}
 
     def lines(self, entries: Sequence[Mapping[str, Any]]) -> str:
         """Return entries as JSON lines."""
@@ -68,8 +69,7 @@ class RowReport:
 
     def describe(self) -> str:
         """Return the counts and the first dropped and doubtful rows, one per line."""
-        counts = {"kept": self.num_kept, "dropped": len(self.dropped)}
-        counts |= {name: count for name, count in (("cut", self.num_cut), ("doubtful", len(self.doubtful))) if count}
+        counts = {"kept": self.num_kept, "dropped": len(self.dropped)} | self._others()
         lines = [", ".join([f"{self.num_rows} rows read", *(f"{count} {what}" for what, count in counts.items())])]
         for entries, what in ((self.dropped, "dropped"), (self.doubtful, "doubtful")):
             lines += [f"  {self.name(entry)}: {_shorten(entry)}" for entry in entries[:_SHOWN]]

@@ -212,12 +212,6 @@ def _value(text: str) -> Fraction | None:
         return None
 
 
-def load_rows(source: str, config: str | None = None, split: str = "train") -> Iterator[Any]:
-    """Yield the rows of a file or dataset, as :func:`number_rows` does, without their numbers."""
-    for _, row in number_rows(source, config, split):
-        yield row
-
-
 def number_rows(
     source: str, config: str | None = None, split: str = "train", rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[int, Any]]:

@@ -4,27 +4,24 @@ import contextlib
 import errno
 import json
 import os
-import platform
 import re
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
-from multiverse_hf import __version__
 from multiverse_hf.data.rows import RowEncoder
 from multiverse_hf.errors import FAILURE, INTERRUPTED, CommandError, one_line
 from multiverse_hf.outputs import lock_file
+from multiverse_hf.provenance import versions
 from multiverse_hf.training.arguments import OF_CHAINS
 from multiverse_hf.training.splits import Splits
 
-_PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "peft")
 # Options that may differ in a resumed run, as they do not change the computation; likewise those with a prefix below.
 MAY_CHANGE = {
     "check_rows", "strict", "output_dir", "resume_from_checkpoint", "report_to", "run_name", "project", "disable_tqdm",
@@ -187,9 +184,7 @@ def describe_run(
             "model_type": config.get_text_config().model_type,
         },
         "processes": training.world_size,
-        "versions": {"multiverse_hf": __version__}
-        | {name: version(name) for name in _PACKAGES}
-        | {"python": platform.python_version()},
+        "versions": versions("trl", "accelerate", "datasets", "peft"),
     }
 
 
