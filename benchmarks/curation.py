@@ -13,6 +13,7 @@ With 64 in flight the last rows are 320 calls, so a tenth of all has to be more 
 
 import asyncio
 import json
+import math
 import os
 import random
 import statistics
@@ -63,6 +64,14 @@ def main() -> None:
         help="rows that wait, for the memory; from 500",
     )
     args = parser.parse_args()
+    if args.rows < PROBLEMS:
+        parser.error(f"--rows must be at least {PROBLEMS}, the number of problems; got {args.rows}")
+    if not args.delay > 0 or math.isinf(args.delay):
+        parser.error(f"--delay takes a number of seconds above 0, got {args.delay}")
+    if args.in_flight < args.tasks:
+        parser.error(f"--in-flight {args.in_flight} gives {args.tasks} tasks no call each; raise it")
+    if args.queued and min(args.queued) < 500:
+        parser.error(f"--queued takes numbers from 500 on, got {min(args.queued)}")
     calls = 2 * args.repeats * 5 * args.rows + 10 * PROBLEMS
     announce(calls * args.delay / args.in_flight / GOAL + MEMORY_S * len(args.queued))
     with tempfile.TemporaryDirectory() as folder:

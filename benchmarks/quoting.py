@@ -28,6 +28,7 @@ from multiverse_hf.curator.stages import STAGES
 from multiverse_hf.curator.traces import Trace
 from multiverse_hf.data.chains import document, sample_problem
 from multiverse_hf.documents import Document, parse_document
+from multiverse_hf.errors import one_line
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import rule_server
@@ -58,7 +59,8 @@ def main() -> None:
     measure = open_tokenizer(args.tokenizer, parser)
     sources = {"chains": list(chains(args.chains, args.seed))}
     if args.documents is not None:
-        paths = sorted(args.documents.glob("*.xml"))
+        if not (paths := sorted(args.documents.glob("*.xml"))):
+            parser.error(f"--documents {args.documents}: no folder with .xml files")
         sources["published"] = [parse_document(path.read_text(encoding="utf-8").strip()) for path in paths]
     result: dict[str, Any] = {"benchmark": "quoting", **environment(), "tokenizer": args.tokenizer or "o200k"}
     result["results"] = [compare(name, found, measure) for name, found in sources.items() if found]
@@ -73,7 +75,10 @@ def open_tokenizer(name: str | None, parser: argparse.ArgumentParser) -> Callabl
     if name is not None:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except Exception as err:  # transformers and the Hub raise errors of their own
+            parser.error(f"--tokenizer {name}: {one_line(err, 160)}")
         return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     try:
         from bpe_openai import get_encoding

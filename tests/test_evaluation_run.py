@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -310,6 +311,30 @@ def test_rows_of_ones_own_that_cannot_be_asked_are_told_with_file_line_and_value
     line = error_of(capfd, "eval", "--task", "my.jsonl")
     assert all(word in line for word in words), line
     assert not Path("runs/eval/run.json").exists()
+
+
+def test_what_is_wrong_with_a_file_of_ones_own_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "my.jsonl").write_text("{}")
+    script = (
+        "import sys; from multiverse_hf import cli; code = cli.run(['eval', '--task', 'my.jsonl']); "
+        "print(code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, "my.jsonl, line 1: " in done.stderr) == ("2 False\n", True), done.stderr
+
+
+def test_a_log_says_now_and_then_how_far_a_run_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from multiverse_hf.evaluation import commands
+    from multiverse_hf.evaluation.run import RunProgress
+
+    clock = iter([0.0, 4.0, 6.0, 7.0, 37.0])  # the first one begins
+    monkeypatch.setattr(commands, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with commands.progress_bar("model") as (advance, _):
+        for done in range(4):
+            advance(RunProgress(done, 4, done))
+    assert capsys.readouterr().err == "1 of 4 answers after 6 s\n3 of 4 answers after 37 s\n"
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,8 @@ BAD = {
     "no such line": ("rows.jsonl", ["--line", "9"], ["rows.jsonl has no line 9", "the last row is line 4"]),
     "a blank line": ("rows.jsonl", ["--line", "3"], ["rows.jsonl, line 3 is blank", "the next row is line 4"]),
     "a bad line": ("rows.jsonl", ["--line", "2"], ["rows.jsonl, line 2: unreadable: line 2 is no JSON"]),
+    "no name": ("", [], ["the name of the file or dataset is empty", "give a file of rows"]),
+    "a list": ("[1]", [], ["the row: "]),
     "an empty file": ("empty.jsonl", [], ["empty.jsonl holds no rows"]),
     "no model": (str(OWN), ["--model", "./none"], ["no model folder ./none", "give an existing one"]),
     "no such form": (str(OWN), ["--form", "serial"], ["serial", "parallel"]),

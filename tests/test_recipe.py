@@ -324,6 +324,7 @@ def test_two_runs_do_not_write_to_one_folder(base: Path, tmp_path: Path, monkeyp
 
 
 SFT, BASE, EVALUATE = "recipes/sft.py", "recipes/multiverse-tiny/make_base.py", "recipes/multiverse-tiny/evaluate.py"
+CURATION, QUOTING = "benchmarks/curation.py", "benchmarks/quoting.py"
 EMBED, CHAINS, PARSE = (
     "recipes/multiverse-tiny/embed.py",
     "benchmarks/chains_wallclock.py",
@@ -588,6 +589,12 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([EMBED, "--run", "unfinished", "--name", "x"], ["no finished run"]),
         ([EMBED, "--run", "finished", "--name", "../x"], ["--name"]),
         ([CHAINS, "--problems", "0"], ["--problems", "at least 1"]),
+        ([CURATION, "--rows", "10"], ["--rows", "at least 40", "10"]),
+        ([CURATION, "--delay", "-1"], ["--delay", "above 0", "-1"]),
+        ([CURATION, "--in-flight", "1", "--tasks", "4"], ["--in-flight 1", "4 tasks"]),
+        ([CURATION, "--queued", "9"], ["--queued", "500", "9"]),
+        ([QUOTING, "--tokenizer", "./none"], ["--tokenizer ./none"]),
+        ([QUOTING, "--tokenizer", "base", "--documents", "none"], ["--documents none", ".xml"]),
         ([CHAINS, "--threads", "0"], ["--threads", "at least 1"]),
         ([CHAINS, "--max-new-tokens", "-1"], ["--max-new-tokens", "at least 1"]),
         ([CHAINS, "--chains", "9"], ["--chains", "from 2 to 8"]),

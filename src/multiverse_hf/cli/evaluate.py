@@ -28,6 +28,7 @@ from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, TEMPERATURE, TOP_P, Mode
+from multiverse_hf.outputs import check_output
 
 SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per problem.")]
 SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")]
@@ -157,6 +158,7 @@ def evaluate(
     """
     from multiverse_hf.evaluation import commands
     from multiverse_hf.evaluation.settings import Evaluation
+    from multiverse_hf.evaluation.tasks import load_problems
 
     check_sampling(temperature or None, top_p, "--temperature 0")
     asked = Evaluation(
@@ -178,6 +180,10 @@ def evaluate(
         raise CommandError(
             f"--{'base' if base is not None else 'autoregressive'} is a row of a table; add --suite paper"
         )
+    check_output(output, is_folder=True)
+    for each in asked.read_tasks():
+        if each.file is not None:
+            load_problems(each, limit=limit)  # what is wrong with a file is found before seconds of loading
     with waiting("loading torch and transformers"):
         import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - takes seconds, before there is a progress bar
     results = commands.evaluate_and_report(asked, output)

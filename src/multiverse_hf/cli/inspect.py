@@ -85,7 +85,7 @@ def find_row(source: str, line: int | None) -> tuple[str, Any]:
     Raises:
         CommandError: if there is no such row.
     """
-    if source == "-" or source.lstrip().startswith("{"):
+    if source == "-" or source.lstrip().startswith(("{", "[")):
         text = sys.stdin.read() if source == "-" else source
         if line is not None:
             raise CommandError(f"--line {line} is of a file, and a row was given; leave it out")

@@ -94,7 +94,7 @@ def _open_source(curation: Curation) -> tuple[str, int, str]:
 
     source, settings = curation.source, curation.settings
     path = Path(source).expanduser()
-    if path.exists():
+    if source.strip() and path.exists():
         source = str(path.absolute())
     try:
         first = next(read_traces(source, settings.columns, settings.subset, settings.split), None)
@@ -103,7 +103,8 @@ def _open_source(curation: Curation) -> tuple[str, int, str]:
                 f"{curation.source} holds no rows; write one JSON object with a prompt and reasoning a line"
             )
         if isinstance(first[1], Exception):
-            raise CommandError(f"{curation.source}, row {first[0]}: {one_line(first[1])}")
+            unit = "line" if source.endswith(".jsonl") else "row"
+            raise CommandError(f"{curation.source}, {unit} {first[0]}: {one_line(first[1])}")
         return source, *count_rows(source, settings.subset, settings.split)
     except ValueError as err:
         raise CommandError(one_line(err)) from err

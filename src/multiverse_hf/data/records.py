@@ -258,6 +258,8 @@ def open_table(source: str, config: str | None = None, split: str = "train") -> 
     """
     import datasets
 
+    if not source.strip():
+        raise ValueError("the name of the file or dataset is empty")
     path = Path(source).expanduser()
     try:
         is_file = path.is_file()
@@ -269,7 +271,7 @@ def open_table(source: str, config: str | None = None, split: str = "train") -> 
             raise ValueError(f"it is none of these: {known}" if is_file else f"no file {source}")
         if path.is_dir() and glob.has_magic(str(path.resolve())):
             raise ValueError("the folder's path holds [, * or ?, which datasets takes for a pattern; rename it")
-        return datasets.load_dataset(str(path) if path.exists() else source, config, split=split)
+        return datasets.load_dataset(str(path.resolve()) if path.exists() else source, config, split=split)
     except Exception as err:  # datasets, pyarrow and the Hub's client raise errors of their own
         raise _unreadable(source, err) from err
 

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.judging.checker import get_checker
 from multiverse_hf.outputs import check_output, json_text, write_output
+
+FIRST_S, EVERY_S = 5, 30  # for a log without a bar: times of lines about the progress
 
 
 def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:
@@ -90,20 +93,30 @@ def command_line() -> str:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None], list[run.RunProgress]]]:
-    """Show a run's progress in a terminal. Yield the function to call, and a list with the last progress."""
+    """Show a run's progress: a bar in a terminal, a line now and then in a log.
+
+    Yields:
+        The function to call, and a list with the last progress.
+    """
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[right]}"),
         TimeRemainingColumn(),
     )  # fmt: skip
     state: list[run.RunProgress] = []
     console = Console(stderr=True)
+    begin, due = time.monotonic(), FIRST_S
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None, right="")
 
         def advance(progress: run.RunProgress) -> None:
+            nonlocal due
             state[:] = [progress]
             share = f"{100 * progress.correct / progress.done:.1f} % right" if progress.done else ""
             bar.update(task, completed=progress.done, total=progress.total, right=share)
+            seconds = time.monotonic() - begin
+            if bar.disable and seconds >= due:
+                due = seconds + EVERY_S
+                print(f"{progress.done} of {progress.total} answers after {seconds:.0f} s", file=sys.stderr)
 
         yield advance, state
 
