@@ -16,6 +16,7 @@ import json
 import math
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from multiverse_hf.errors import CommandError, install_line, one_line
@@ -33,7 +34,7 @@ except ModuleNotFoundError as err:
 from multiverse_hf.data.collation import DocumentCollator
 from multiverse_hf.data.curriculum import CurriculumSampler
 from multiverse_hf.data.rows import RowEncoder
-from multiverse_hf.modeling.threads import WIDTHS, chosen_threads
+from multiverse_hf.modeling.threads import WIDTHS, best_threads
 from multiverse_hf.outputs import write_output
 from multiverse_hf.training.generations import GenerationCallback
 from multiverse_hf.training.models import load_for_training, trainable_tokens
@@ -111,8 +112,12 @@ def train(data: DataArguments, training: SFTConfig, model_args: ModelConfig) -> 
     check_same_run(training.resume_from_checkpoint, record)
     if trainer.is_world_process_zero() and not (output / "begun.json").exists():
         write_output(output / "begun.json", json.dumps(record, indent=1, default=str) + "\n")
-    with chosen_threads(base.model, base.model.num_parameters(), WIDTHS[-1]):  # a tiny model trains best on one
+    own = torch.get_num_threads()
+    torch.set_num_threads(best_threads(base.model, WIDTHS[-1]) or own)  # a tiny model trains best on one
+    try:
         result = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    finally:
+        torch.set_num_threads(own)
     base.model.config.use_cache = True  # the trainer turned it off
 
     # Save

@@ -114,7 +114,7 @@ def _names(ids: Sequence[int], encoder: RowEncoder) -> list[str]:
             closed = [_label(label, encoder.tokenizer) for label in open_labels]
             names.append(f"after {closed[0]} to {closed[-1]}" if len(closed) > 1 else f"after {closed[0]}")
         elif event is not Event.TEXT:
-            at = structure.scanner.open_blocks[-1].path
+            at = structure.open_blocks[-1].path
             names.append(f"path {_label(structure.labels[-1][at], encoder.tokenizer)}")
     return names
 

@@ -110,7 +110,7 @@ def with_forced_starts(ids: list[int], text: str, tokenizer: Any, tags: TagSet) 
         token, rest = ids[index], ids[index + 1 : end]
         forced: list[int] = []
         if token == tags.open("path") and structure.stage is Stage.FORKED:
-            prefix = structure.path_prefix(structure.scanner.open_blocks[-1].path)
+            prefix = structure.path_prefix(structure.open_blocks[-1].path)
             forced = prefix[prefix.index(token) + 1 :]
         elif token == tags.open("conclusion") and structure.stage is Stage.REDUCED:
             forced = list(tags.newline)
