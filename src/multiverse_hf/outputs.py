@@ -12,6 +12,8 @@ from typing import Any
 
 from multiverse_hf.errors import CommandError
 
+FIRST_S, EVERY_S = 5, 30  # seconds to a log's first line about the progress, and between lines
+
 
 def check_output(path: Path, is_folder: bool = False) -> None:
     """Check that a file, or files in a folder, can be written, so that long work does not fail at its end.

@@ -23,9 +23,7 @@ from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.judging.checker import get_checker
-from multiverse_hf.outputs import check_output, json_text, write_output
-
-FIRST_S, EVERY_S = 5, 30  # for a log without a bar: times of lines about the progress
+from multiverse_hf.outputs import EVERY_S, FIRST_S, check_output, json_text, write_output
 
 
 def evaluate_and_report(evaluation: Evaluation, output: Path) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from multiverse_hf.jobs.folders import JobFolder, count_lines
+from multiverse_hf.outputs import EVERY_S, FIRST_S
 
 WATCH_S = 0.5
-FIRST_S, EVERY_S = 5, 30  # for a log without a bar: times of lines about the progress
 FIGURES, NARROW = 48, 110  # characters of the shortest bar with its figures, and of everything else
 
 
