@@ -596,8 +596,7 @@ def test_a_missing_package_is_told_with_the_line_that_installs_it(
 def test_workers_of_a_machine_share_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     import torch
 
-    from multiverse_hf.batch.launch import _make_step, num_threads, num_workers
-    from multiverse_hf.batch.options import Batch
+    from multiverse_hf.batch.launch import Batch, _make_step, num_threads, num_workers
     from multiverse_hf.checkpoints import Attention, Dtype
 
     def step(device: str, local_rank: int, **options: Any) -> str:

@@ -7,22 +7,48 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multiverse_hf.batch.options import Batch
 from multiverse_hf.batch.rows import Folder, check_input, merge_answers, summarize_answers
 from multiverse_hf.begun import explain_option, name_option
-from multiverse_hf.checkpoints import fingerprint, open_checkpoint, quiet
+from multiverse_hf.checkpoints import MAX_NUM_SEQS, Attention, Dtype, fingerprint, open_checkpoint, quiet
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.folders import begin_or_resume
-from multiverse_hf.jobs.options import Executor, JobOutcome
+from multiverse_hf.jobs.options import Executor, Job, JobOutcome
 from multiverse_hf.jobs.processes import stopping_at_sigterm
 from multiverse_hf.outputs import check_output
 
 _PRELOAD = ("multiverse_hf.batch.task", "multiverse_hf.modeling.multiverse_engine")
 # Settings that do not change the answers; they may differ when a run is continued.
 _MAY_DIFFER = ("input", "model", "rows", "versions")
+
+
+@dataclass(frozen=True, slots=True)
+class Batch(Job):
+    """Settings of a batch.
+
+    Attributes:
+        source: the input, JSONL.
+        output: output folder.
+        model, dtype, attention, device, threads, suffix, options: as for one prompt; None in ``options`` is the
+            default.
+        max_num_seqs, max_cache_tokens: limits of each task's engine.
+    """
+
+    source: Path
+    output: Path
+    model: str | None
+    suffix: Suffix
+    options: dict[str, Any]
+    dtype: Dtype
+    attention: Attention
+    device: str
+    threads: int | None
+    max_num_seqs: int = MAX_NUM_SEQS
+    max_cache_tokens: int | None = None
 
 
 def run_batch(batch: Batch) -> JobOutcome:

@@ -10,8 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from multiverse_hf.batch.launch import run_batch
-from multiverse_hf.batch.options import Batch
+from multiverse_hf.batch.launch import Batch, run_batch
 from multiverse_hf.checkpoints import (
     MAX_NUM_SEQS,
     Answer,
