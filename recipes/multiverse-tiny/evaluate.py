@@ -16,7 +16,7 @@ from pathlib import Path
 
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, is_correct
-from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.documents import is_well_formed
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser, one_line
 from multiverse_hf.evaluation.chains import training_problems, unseen_chains
 from multiverse_hf.modeling.tags import encode_prompt
@@ -40,12 +40,7 @@ def measure(model, tokenizer, problems: list[ChainsProblem], suffix: str, batch_
         batch = problems[at : at + batch_size]
         prompts = [problem.prompt(parallel=suffix == "parallel") for problem in batch]
         for problem, text, stats in zip(batch, *answer(model, tokenizer, prompts, **options), strict=True):
-            try:
-                parse_document(text)
-                parses = True
-            except DocumentError:
-                parses = False
-            rows.append((problem, is_correct(problem, text), parses, stats))
+            rows.append((problem, is_correct(problem, text), is_well_formed(text), stats))
         print(f"\r{sum(r[1] for r in rows)}/{len(rows)} right", end="", flush=True)
     print("\r", end="")
 

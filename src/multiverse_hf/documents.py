@@ -354,6 +354,15 @@ def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
     return Document(tuple(root.children), tags)
 
 
+def is_well_formed(text: str, tags: TagNames = MULTIVERSE) -> bool:
+    """Return whether a text parses: its tags fit the grammar and are closed (paper, MapReduce structure)."""
+    try:
+        parse_document(text, tags)
+    except DocumentError:
+        return False
+    return True
+
+
 def _unexpected(text: str, offset: int, found: str, current: _Open, tags: TagNames) -> DocumentError:
     """Return the error for a tag, or an end of the text, that does not fit into the innermost open element."""
     expected = " or ".join(_moves(tags)[1][current.state])

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, TagSet
+from multiverse_hf.documents import is_well_formed as is_well_formed
+from multiverse_hf.modeling.tags import TagSet
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000  # the ends of a 95 % interval then vary by about a twentieth of its width between seeds
@@ -65,18 +65,6 @@ def measure_ids(ids: Sequence[int], tags: TagSet) -> AnswerMeasures:
     from multiverse_hf.modeling.layout import build_layout
 
     return AnswerMeasures(len(ids), build_layout(list(ids), tags).length if len(ids) else 0)
-
-
-def is_well_formed(document: str, names: TagNames = MULTIVERSE) -> bool:
-    """Return whether an answer parses: its tags fit the grammar and are closed (paper, MapReduce structure).
-
-    Text without tags is well formed.
-    """
-    try:
-        parse_document(document, names)
-    except DocumentError:
-        return False
-    return True
 
 
 def speedup(autoregressive_seconds: float, parallel_seconds: float) -> float:

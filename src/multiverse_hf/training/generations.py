@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from multiverse_hf.data.records import Form, Record, read_answer
 from multiverse_hf.data.rows import RowEncoder
-from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.documents import is_well_formed
 from multiverse_hf.modeling.tags import encode_prompt
 
 
@@ -52,15 +52,10 @@ def write_answers(
         answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
         for record, prompt, ids, stats in zip(part, prompts, answers, output.stats, strict=True):
             text = tokenizer.decode([i for i in ids[: stats.num_tokens] if i not in hidden], skip_special_tokens=False)
-            try:
-                parse_document(text, names)
-                is_well_formed = True
-            except DocumentError:
-                is_well_formed = False
             samples.append(
                 Generation(
                     prompt, text, read_answer(record.document.render()), stats.parallelism, stats.length,
-                    stats.num_tokens, stats.num_forks, str(stats.finish_reason), is_well_formed,
+                    stats.num_tokens, stats.num_forks, str(stats.finish_reason), is_well_formed(text, names),
                 )
             )  # fmt: skip
     return samples

@@ -77,7 +77,7 @@ def _newest_whole(checkpoints: list[Path]) -> str:
         damaged = damaged_file(checkpoint)
         if damaged is None:
             return str(checkpoint)
-        print(f"{damaged} is damaged; the run goes on from the checkpoint before, if there is one")
+        print(f"{damaged} is damaged; the run continues from the checkpoint before it, if there is one")
     raise CommandError(f"no checkpoint in {checkpoints[0].parent} is whole; move the folder away, and begin anew")
 
 
