@@ -1,5 +1,6 @@
 """What the README and the pages beside it show is run as it stands."""
 
+import importlib
 import json
 import os
 import pkgutil
@@ -121,3 +122,19 @@ def test_make_takes_the_first_python_that_runs_and_is_new_enough(tmp_path: Path,
         assert done.returncode != 0
         assert "needs Python 3.11 or newer" in done.stderr
         assert "PYTHON=/path/to/python3.11" in done.stderr
+
+
+def test_the_functions_that_how_it_works_names_are_there():
+    """A rename must not leave the page behind."""
+    page = (ROOT / "docs/how-it-works.md").read_text(encoding="utf-8")
+    table = page.split("## Where this is in the code")[1].split("\n## ")[0]
+    modules = {
+        name: importlib.import_module(f"multiverse_hf.modeling.{name}") for name in re.findall(r"`(\w+)\.py`", table)
+    }
+    names = [name for name in re.findall(r"`([\w.]+)`", table) if not name.endswith(".py") and name != "Branch.sees"]
+    assert len(modules) > 8 < len(names)
+    for name in names:
+        owner, *parts = name.split(".")
+        found = [getattr(module, owner) for module in modules.values() if hasattr(module, owner)]
+        assert found, name
+        assert all(hasattr(found[0], part) for part in parts), name

@@ -207,7 +207,7 @@ class PackedRunner:
         self.is_eager = needs_eager(model)
         self.configs = list({id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values())
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
-        self.packed: list[PackedLinear] = []  # layers with packed weights
+        self.packed_layers: list[PackedLinear] = []  # layers with packed weights
         self.threads: dict[int | None, int | None] = {}  # by the width of a step
         has_copies = self.name == "packed" and can_copy(model)
         self.copies = BranchCopies(model, cache) if has_copies else None
@@ -223,7 +223,7 @@ class PackedRunner:
         if width not in self.threads:
             self.threads[width] = best_threads(self.model, width)
         is_static = self.name == "static"
-        with engine_pass(self.model, self.configs, self.attention, self.packed, self.threads[width], is_static):
+        with engine_pass(self.model, self.configs, self.attention, self.packed_layers, self.threads[width], is_static):
             return self.read(batch)
 
     def free(self) -> None:
@@ -231,7 +231,11 @@ class PackedRunner:
         self.cache.free()
 
     def read(self, batch: list[Reading]) -> torch.Tensor:
-        """Do what ``__call__`` says, during a pass of the engine."""
+        """Do what ``__call__`` says, during a pass of the engine.
+
+        The new log entries of all sequences become one row of ids and positions. For each sequence there are the slots
+        they are written to, and a piece for attention. Logits are wanted of the last entry of each live branch.
+        """
         ids, positions, slots, pieces, rows = [], [], [], [], []
         copies = self.copies
         for reading in batch:

@@ -167,13 +167,13 @@ class LogCache(Cache):
         return True
 
     def release(self, owner: int) -> None:
-        """Return a log's slots back."""
+        """Free a log's slots."""
         self.extents.pop(owner, None)
         if self.copies is not None:
             self.copies.release(owner)
 
     def free(self) -> None:
-        """Return the pool's memory back; a later forward allocates it again."""
+        """Free the pool's memory; a later forward allocates it again."""
         for owner in list(self.extents):
             self.release(owner)
         for layer in self.layers:

@@ -59,7 +59,7 @@ class Engine:
         pack_weights: bool = True,
     ) -> None:
         self.model, self.cache, self.on_step, self.packs_weights = model, cache, on_step, pack_weights
-        self.context = getattr(model.config, "max_position_embeddings", None)
+        self.max_positions = getattr(model.config, "max_position_embeddings", None)
         self.scheduler = Scheduler(cache, max_num_seqs, prefill_chunk)
         self.runner = make_runner(model, cache, decoding)
         self.broadcast = Broadcast(model)
@@ -78,7 +78,7 @@ class Engine:
         if request.calls is not None:
             request.calls.answers[request.index] = sequence
         self.writer.read_prompt(sequence)
-        sequence.budget = Budget(sequence, self.context, self.cache)
+        sequence.budget = Budget(sequence, self.max_positions, self.cache)
         if not sequence.budget.can_close():
             opened = f"prompt {request.index} ends inside blocks that its budget cannot close"
             if sequence.root.block is None:
@@ -125,20 +125,22 @@ class Engine:
             The sequences that ended, those that failed among them: their ``error`` says why.
         """
         self._stop_due()
-        done = self._release()
+        done = self._release()  # what was stopped gives its memory to what is scheduled
         if self.packs_weights and not self.scheduler.running:
-            self.runner.packed = packed_weights(self.model)
+            self.runner.packed_layers = packed_weights(self.model)
         batch = self.scheduler.schedule()
         if batch:
             logits = self.runner(batch)
-            self._interpret(self._sample(self._read(batch), logits))
+            queries = self._advance(batch)
+            choices = self._sample(queries, logits)
+            self._interpret(choices)
             self.num_steps += 1
         if self.on_step is not None:
             self.on_step()
         return done + self._release()
 
     def _stop_due(self) -> None:
-        """End what was cancelled or has had its time."""
+        """Close what was cancelled or has had its time: write its closing tags, which may start held paths."""
         now, reasons = time.monotonic(), {}
         for sequence in self.scheduler.sequences:
             if sequence.is_cancelled:
@@ -155,7 +157,7 @@ class Engine:
                 except BaseException as err:
                     self._fail(sequence, err)
 
-    def _read(self, batch: list[Reading]) -> list[tuple[Sequence, Branch]]:
+    def _advance(self, batch: list[Reading]) -> list[tuple[Sequence, Branch]]:
         """Note what was read, and return the branches that choose a token now, in the order of their logits."""
         queries: list[tuple[Sequence, Branch]] = []
         for reading in batch:

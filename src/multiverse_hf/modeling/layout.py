@@ -1,8 +1,9 @@
 """The layout contract: position id, segment id and visibility for the tokens of a document (Multiverse Attention).
 
-The one definition that training, generation, evaluation and RL share. A block is cut right after ``</Goal>`` and
-right after each ``</Path>``; all its paths start at one position and never see each other; what follows the last path
-starts one past the greatest position any path reached and sees them all. It nests and repeats without special cases.
+Training, evaluation and RL lay documents out here. Generation follows the same rules step by step
+(:mod:`~.writing`), and tests hold the two to be equal. A block is cut right after ``</Goal>`` and right after each
+``</Path>``. All its paths start at one position and never see each other. What follows the last path starts one past
+the greatest position that any path reached, and sees them all. It nests and repeats without special cases.
 """
 
 import contextlib

@@ -61,9 +61,9 @@ class Scheduler:
             count = len(sequence.pending)
             if sequence.is_reading:
                 # what the live branches choose their first tokens from is read in one step, the last one
-                before = min(branch.segment.entries[-1] for branch in sequence.live) - sequence.num_computed
-                if count > chunk and before > 0:
-                    count = min(chunk, before)
+                num_before = min(branch.segment.entries[-1] for branch in sequence.live) - sequence.num_computed
+                if count > chunk and num_before > 0:
+                    count = min(chunk, num_before)
                 chunk = max(chunk - count, 0)
             length = sequence.num_computed + count
             while count and not self.cache.reserve(sequence.arrival, length, length + length // 2 + 64):

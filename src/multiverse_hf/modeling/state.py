@@ -16,13 +16,24 @@ from .sampling import Sampler, TokenScores
 
 
 class FinishReason(StrEnum):
-    """Why a sequence ended."""
+    """Why a sequence or a path ended.
 
-    STOP = "stop"  # an end token
-    LENGTH = "length"  # max_new_tokens, or the model's context
-    PATH = "max_path_tokens"  # of a path; no answer ends by it
+    Attributes:
+        STOP: an end token.
+        LENGTH: ``max_new_tokens``, or the model's context.
+        PATH: ``max_path_tokens`` of a path; no answer ends by it.
+        TOTAL: ``max_total_tokens``.
+        CACHE: the engine's whole cache is full.
+        TIME: ``max_time``.
+        CRITERIA: a stop string or another stopping criterion.
+        CANCELLED: the request was cancelled.
+    """
+
+    STOP = "stop"
+    LENGTH = "length"
+    PATH = "max_path_tokens"
     TOTAL = "max_total_tokens"
-    CACHE = "max_cache_tokens"  # the engine's whole cache is full
+    CACHE = "max_cache_tokens"
     TIME = "max_time"
     CRITERIA = "stopping_criteria"
     CANCELLED = "cancelled"

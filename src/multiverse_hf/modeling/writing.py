@@ -39,6 +39,10 @@ class Chosen:
 class Writer:
     """Writes tokens to answers.
 
+    A branch that a limit or a criterion ends goes through ``_stop``, which closes the path or the whole answer, then
+    ``_cut``, which keeps account of it, and ``_close``, which writes the closing tags. A branch that ends by itself
+    goes through ``_close`` or ``_end`` alone.
+
     Args:
         tags: the control tags.
         device: where stopping criteria expect the ids they are given.
@@ -164,7 +168,7 @@ class Writer:
         sequence.stats.malformed += branch.structure.malformed - malformed
         if event is Event.FORK:
             self._fork(sequence, branch)
-        elif event is not Event.TEXT:
+        elif event is not Event.TEXT:  # whichever path closes last reduces, not the last one of the document
             self._path_closed(sequence, branch)
 
     def emit(self, sequence: Sequence, kind: str, *args: Any, **kwargs: Any) -> None:
@@ -205,10 +209,18 @@ class Writer:
         """Make the branch of a path, which sees what the branch saw that forked."""
         fork = block.branch
         return Branch(
-            block.structure.for_path(path), block.paths[path], fork.position, LogCache.fork(fork.sees),
-            list(fork.context), mix(fork.key, path + 1), f"{fork.label}.{path + 1}".lstrip("."),
-            [*fork.blocks, block], path, fork.until, own=len(fork.context),
-        )  # fmt: skip
+            block.structure.for_path(path),
+            block.paths[path],
+            position=fork.position,  # all paths begin at one position
+            sees=LogCache.fork(fork.sees),
+            context=list(fork.context),
+            key=mix(fork.key, path + 1),
+            label=f"{fork.label}.{path + 1}".lstrip("."),
+            blocks=[*fork.blocks, block],
+            path=path,
+            until=fork.until,
+            own=len(fork.context),
+        )
 
     def start_held(self, sequence: Sequence) -> None:
         """Start paths that wait while there is room, those of the latest block first: so few blocks stay open."""
@@ -238,9 +250,19 @@ class Writer:
         sees = LogCache.reduce([*block.sees, np.zeros(len(sequence.positions), dtype=bool)])
         context = fork.context + [token for tail in block.tails for token in tail]
         reduced = Branch(
-            block.structure.after_reduce(), block.reduced, block.max_position + 1, sees, context,
-            fork.key, fork.label, fork.blocks, fork.path, fork.until, block, fork.own,
-        )  # fmt: skip
+            block.structure.after_reduce(),
+            block.reduced,
+            position=block.max_position + 1,  # one past the longest path
+            sees=sees,
+            context=context,
+            key=fork.key,
+            label=fork.label,
+            blocks=fork.blocks,
+            path=fork.path,
+            until=fork.until,
+            after=block,
+            own=fork.own,
+        )
         block.sees, block.tails = [], []
         sequence.live[at] = reduced
         self.emit(sequence, "reduce", fork.label)
