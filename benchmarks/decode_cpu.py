@@ -33,7 +33,19 @@ from typing import Any
 
 import torch
 from geometry import GEOMETRIES, make_config
-from report import count, environment, finish, make_parser, show, show_environment, shown, spread, store
+from report import (
+    announce,
+    count,
+    environment,
+    finish,
+    make_parser,
+    seconds_of_passes,
+    show,
+    show_environment,
+    shown,
+    spread,
+    store,
+)
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from workload import EOS, TEXT, make_goal, make_prompts, make_tags
 
@@ -331,6 +343,14 @@ def main() -> None:
     show_environment(result)
     print(f"random Qwen2, {num_parameters / 1e9:.2f} B parameters, {args.dtype}, prompt of {args.prompt} tokens")
     result["results"] = []
+    works = [
+        make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
+        for batch, num_paths in itertools.product(args.batch, args.paths)
+    ]
+    sizes = [(work.num_tokens, len(work.prompts) * (args.prompt + work.num_tokens)) for work in works]
+    passes = [(args.path_tokens, num_tokens) for _, num_tokens in sizes] * (2 + 3 * args.repeats)
+    passes += [] if "transformers" in args.skip else sizes * args.repeats
+    announce(seconds_of_passes(models[1], passes))
     for batch, num_paths in shown(list(itertools.product(args.batch, args.paths)), "workload"):
         work = make_workload(tags, args.prompt, num_paths, args.path_tokens, args.write_goal, batch)
         row = summarize(measure(models, work, args), work)

@@ -31,7 +31,18 @@ from geometry import (
     plan_cache,
 )
 from plots import make_axes, plot_file, save
-from report import count, environment, finish, make_parser, show, show_environment, spread, store
+from report import (
+    announce,
+    count,
+    environment,
+    finish,
+    make_parser,
+    seconds_of_passes,
+    show,
+    show_environment,
+    spread,
+    store,
+)
 from tqdm import tqdm
 from workload import make_goal, make_prompts, make_tags, plan_block, steps_in_turns
 
@@ -167,6 +178,8 @@ def main() -> None:
     model = make_model(args.geometry, args.device, tags, args.seed)
     result |= describe_model(args.geometry, model, num_parameters)
     result |= {"prompt_tokens": args.prompt, "path_tokens": args.path_tokens, "repeats": args.repeats, "results": []}
+    written = [plan_block(tags, 1, args.path_tokens), *answers] * args.repeats
+    announce(seconds_of_passes(model, [(each.length, args.prompt + each.num_tokens) for each in written]))
     for num_paths in args.paths:
         runs = measure(model, tags, num_paths, cache_tokens // 2, args)
         row = summarize(runs, num_paths, args.prompt + 1)
