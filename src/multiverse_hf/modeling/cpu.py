@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MIN_PACKED = 1 << 16  # weights; smaller layers gain nothing
 
@@ -90,9 +93,13 @@ def packed_weights(model: Any) -> list[PackedLinear]:
         _packed.pop(model.base_model, None)
         return []
     old, kept = _packed.get(model.base_model, {}), {}
-    for module in _packable(model):
-        packed = old.get(module)
-        kept[module] = packed if packed is not None and packed.mark == mark_of(module) else PackedLinear(module)
+    try:
+        for module in _packable(model):
+            packed = old.get(module)
+            kept[module] = packed if packed is not None and packed.mark == mark_of(module) else PackedLinear(module)
+    except RuntimeError as err:  # of torch's operators on this CPU; answers are the same without, only slower
+        logger.warning_once(f"the weights stay unpacked: {err}")
+        kept = {}
     _packed[model.base_model] = kept
     return list(kept.values())
 
