@@ -1055,6 +1055,19 @@ def test_packed_weights_are_kept_until_a_weight_changes(change):
             assert (each(rows) - each.module(rows)).abs().max() < 0.1
 
 
+def test_weights_are_looked_at_when_answers_begin_and_not_while_nothing_is_to_do(monkeypatch):
+    looks = []
+    monkeypatch.setattr(engine_module, "packed_weights", lambda model: looks.append(model) or [])
+    engine = new_engine("qwen2", 200)
+    for expected in (0, 1, 2):
+        assert len(looks) == expected
+        for _ in range(3):
+            engine.step()  # nothing to do
+        assert len(looks) == expected
+        engine.add(request_of("qwen2", [60], max_new_tokens=5))
+        drain(engine)
+
+
 @pytest.mark.skipif(not BF16, reason="needs a CPU with bfloat16 instructions")
 def test_generate_packs_once_and_again_after_training():
     model = packable_model()

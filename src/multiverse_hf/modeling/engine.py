@@ -43,8 +43,8 @@ class Engine:
         max_num_seqs, prefill_chunk: as for :class:`~.scheduler.Scheduler`.
         decoding: as for :func:`~.runner.make_runner`.
         on_step: called after every step.
-        pack_weights: use packed weights where a CPU can (:func:`~.cpu.packed_weights`). They are looked at whenever
-            nothing is running, so they must not change while answers are written.
+        pack_weights: use packed weights where a CPU can (:func:`~.cpu.packed_weights`). They are looked at when
+            answers begin after a pause, so they must not change while answers are written.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Engine:
         """
         self._stop_due()
         done = self._release()  # what was stopped gives its memory to what is scheduled
-        if self.packs_weights and not self.scheduler.running:
+        if self.packs_weights and self.scheduler.waiting and not self.scheduler.running:
             self.runner.packed_layers = packed_weights(self.model)
         batch = self.scheduler.schedule()
         if batch:
