@@ -17,6 +17,7 @@ from geometry import make_model
 from workload import make_goal, make_prompts, make_tags, plan_block
 
 import multiverse_hf
+from multiverse_hf.errors import ScriptParser
 from multiverse_hf.modeling.cache import LogCache
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.generation import read_requests
@@ -58,6 +59,8 @@ def trace_step() -> dict[str, dict[str, int]]:
 
 
 def main() -> None:
+    description, _, examples = __doc__.partition("\n\n    python")
+    ScriptParser(description=description, epilog="example:\n    python" + examples).parse_args()
     files = trace_step()
     for file, functions in files.items():
         print(f"{file}: {len(functions)}")
