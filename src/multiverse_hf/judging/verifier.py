@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from multiverse_hf.errors import CommandError
 from multiverse_hf.judging.checker import get_checker
@@ -26,52 +26,53 @@ class VerifierTimeout(VerifierError):
     """A comparison that took too long; its process was killed."""
 
 
-class Verifier:
-    """Compares answers in a process, one at a time. A stuck process is killed and replaced.
+class Worker:
+    """A script in a process that answers one request at a time. A stuck process is killed and replaced.
 
     Args:
-        timeout_s: time limit of a comparison.
+        script: a worker beside this file, which runs ``serve`` of ``verifier_worker.py``.
+        module: the module that it needs, for messages.
+        timeout_s: time limit of a request.
     """
 
-    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
-        self.timeout_s = timeout_s
+    def __init__(self, script: Path, module: str, timeout_s: float = TIMEOUT_S) -> None:
+        self.script, self.module, self.timeout_s = script, module, timeout_s
         self._process: subprocess.Popen[str] | None = None
         self._lock = threading.Lock()
 
-    def is_same(self, gold: str, answer: str, *, search: bool = False) -> bool:
-        """Return whether math-verify finds an answer equal to the gold one.
-
-        Args:
-            gold: one expression.
-            answer: another.
-            search: both are prose; compare the expressions found in them.
+    def ask(self, *request: Any, timeout_s: float | None = None) -> Any:
+        """Return the reply to a request.
 
         Raises:
             VerifierTimeout: if it takes too long.
-            VerifierError: if it cannot read one of them, or fails.
-            CommandError: if math-verify is missing and cannot be installed.
+            VerifierError: if there is no reply, with the reason.
+            CommandError: if the process does not start.
         """
         with self._lock:
             process = self._start()
             try:
-                process.stdin.write(json.dumps([gold, answer, search]) + "\n")
+                process.stdin.write(json.dumps(request) + "\n")
                 process.stdin.flush()
-                same, reason = self._read(process, self.timeout_s)
+                reply, reason = self._read(process, timeout_s or self.timeout_s)
             except (OSError, ValueError) as err:  # it died, usually for lack of memory
                 self._stop()
                 raise VerifierError("the process that compares answers died") from err
         if reason is not None:
             raise VerifierError(reason)
-        return same
+        return reply
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment of the process."""
+        return dict(os.environ)
 
     def close(self) -> None:
-        """End the process, even during a comparison."""
+        """End the process, even during a request."""
         if (process := self._process) is not None:
             process.kill()  # a thread that waits for it holds the lock
         with self._lock:
             self._stop()
 
-    def __enter__(self) -> "Verifier":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,20 +81,16 @@ class Verifier:
     def _start(self) -> "subprocess.Popen[str]":
         if self._process is not None and self._process.poll() is None:
             return self._process
-        environment = dict(os.environ)
-        if (folder := get_checker()) is not None:
-            paths = [str(folder), environment.get("PYTHONPATH", "")]
-            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         # -P: modules beside the worker must not shadow others of the same names
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, bufsize=1, env=environment,
+            [sys.executable, "-P", str(self.script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, bufsize=1, env=self.environment(),
         )  # fmt: skip
         try:
             self._read(self._process, START_S)
         except (OSError, ValueError, VerifierTimeout) as err:
             self._stop()
-            raise CommandError(f"math-verify does not start ({err}); try: python -c 'import math_verify'") from err
+            raise CommandError(f"{self.module} does not start ({err}); try: python -c 'import {self.module}'") from err
         return self._process
 
     def _read(self, process: "subprocess.Popen[str]", timeout_s: float) -> Any:
@@ -118,3 +115,37 @@ class Verifier:
                 with contextlib.suppress(OSError):  # its buffer has no reader any more
                     stream.close()
             self._process = None
+
+
+class Verifier(Worker):
+    """Compares answers with math-verify.
+
+    Args:
+        timeout_s: time limit of a comparison.
+    """
+
+    def __init__(self, timeout_s: float = TIMEOUT_S) -> None:
+        super().__init__(WORKER, "math_verify", timeout_s)
+
+    def is_same(self, gold: str, answer: str, *, search: bool = False) -> bool:
+        """Return whether math-verify finds an answer equal to the gold one.
+
+        Args:
+            gold: one expression.
+            answer: another.
+            search: both are prose; compare the expressions found in them.
+
+        Raises:
+            VerifierTimeout: if it takes too long.
+            VerifierError: if it cannot read one of them, or fails.
+            CommandError: if math-verify is missing and cannot be installed.
+        """
+        return self.ask(gold, answer, search)
+
+    def environment(self) -> dict[str, str]:
+        """Return the environment, in which math-verify is the version that judges."""
+        environment = super().environment()
+        if (folder := get_checker()) is not None:
+            paths = [str(folder), environment.get("PYTHONPATH", "")]
+            environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        return environment

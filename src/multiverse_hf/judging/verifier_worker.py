@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 # math-verify's own timeouts are signals, which long computations in C ignore, and a cut-off comparison counts as
@@ -132,23 +133,36 @@ def limit(name: str, value: int) -> None:
         pass
 
 
-def main() -> None:
-    import logging
+def serve(reply: Callable[..., tuple[Any, str | None]], start: Callable[[], Any]) -> None:
+    """Answer each line of standard input, a JSON list of arguments, with a line of JSON: value, reason of none.
 
+    Args:
+        reply: answers a request.
+        start: imports what is needed, before the first clock runs.
+    """
     limit("RLIMIT_AS", MEMORY)
-
-    logging.disable(logging.WARNING)  # math-verify warns at each call without a timeout
-    out, sys.stdout = sys.stdout, sys.stderr
-    compare_expressions("x", "1")  # imports, before the first clock runs
+    out, sys.stdout = sys.stdout, sys.stderr  # printed lines must not look like replies
+    start()
     print(json.dumps("ready"), file=out, flush=True)
     for line in sys.stdin:
         limit("RLIMIT_CPU", int(time.process_time()) + CPU_S)
         try:
-            gold, answer, search = json.loads(line)
-            reply = compare_prose(gold, answer) if search else compare_expressions(gold, answer)
+            answer = json.dumps(reply(*json.loads(line)))
         except (Exception, RecursionError) as err:
-            reply = (False, f"{type(err).__name__}: {err}"[:200])
-        print(json.dumps(reply), file=out, flush=True)
+            answer = json.dumps((None, f"{type(err).__name__}: {err}"[:200]))
+        print(answer, file=out, flush=True)
+
+
+def answer_request(gold: str, answer: str, search: bool) -> tuple[bool, str | None]:
+    """Return whether two answers are equal, and the reason if there is no verdict."""
+    return compare_prose(gold, answer) if search else compare_expressions(gold, answer)
+
+
+def main() -> None:
+    import logging
+
+    logging.disable(logging.WARNING)  # math-verify warns at each call without a timeout
+    serve(answer_request, lambda: compare_expressions("x", "1"))
 
 
 if __name__ == "__main__":
