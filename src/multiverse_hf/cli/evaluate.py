@@ -42,7 +42,7 @@ TopPOption = Annotated[
 MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent answers.")]
 
 TaskOption = Annotated[
-    str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; or FILE.jsonl.")
+    str, typer.Option("--task", "-t", metavar="NAME", help=f"One of: {', '.join(TASKS)}; rg:GENERATOR; or FILE.jsonl.")
 ]
 DataDirOption = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Local rows, such as aime25.jsonl, instead of the Hub's.")
@@ -91,7 +91,8 @@ def evaluate(
             "--task",
             "-t",
             metavar="NAME",
-            help=f"Any number of: {', '.join(TASKS)}; your own rows as FILE.jsonl, with problem and answer.",
+            help=f"Any number of: {', '.join(TASKS)}; a generator of reasoning-gym as rg:NAME, with options as "
+            "rg:NAME,seed=7,size=50,OPTION=VALUE; your own rows as FILE.jsonl, with problem and answer.",
         ),
     ] = None,
     rule: RuleOption = None,
@@ -154,6 +155,7 @@ def evaluate(
       multiverse eval --task mv:aime24 --task mv:math_500 --model OWNER/NAME --n 4 --output runs/mine
       multiverse eval --task mv:aime25 --data-dir ./rows --mode zero --output runs/zero
       multiverse eval --task my.jsonl --rule exact --output runs/my
+      multiverse eval --task rg:leg_counting,size=50,max_animals=4 --task rg:products --output runs/gym
       multiverse eval --suite paper --limit 30 --output runs/table
     """
     from multiverse_hf.evaluation import commands
@@ -182,8 +184,8 @@ def evaluate(
         )
     check_output(output, is_folder=True)
     for each in asked.read_tasks():
-        if each.file is not None:
-            load_problems(each, limit=limit)  # what is wrong with a file is found before seconds of loading
+        if each.file is not None or each.generator is not None:
+            load_problems(each, limit=limit)  # what is wrong with it is found before seconds of loading
     with waiting("loading torch and transformers"):
         import multiverse_hf.modeling.modeling_multiverse  # noqa: F401 - takes seconds, before there is a progress bar
     results = commands.evaluate_and_report(asked, output)

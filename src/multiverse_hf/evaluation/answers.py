@@ -35,9 +35,15 @@ joined only by "or" are a hedge; boxes joined only by "and" or a comma are one l
 A letter is right if it is the only letter that is boxed or follows ``Answer:``, alone or before the option's text
 (rule ``letter``). Chains are right if the last line is ``Answer:`` and exactly the number (rule ``last line``). Exact
 answers are right as the same text, apart from spaces (rule ``text``).
+
+An answer to a problem of reasoning-gym is scored by the generator's ``score_answer``. It is right if the score is 1
+(rule ``reasoning-gym``). If the right answer has several lines, all lines after ``Answer:`` are read. ``\\text{}``
+around the whole answer is removed. The score is 0 by the rules ``no answer``, ``timeout``, and ``unreadable``, which
+means that ``score_answer`` fails.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -45,7 +51,7 @@ from multiverse_hf.data.chains import read_chains_answer
 from multiverse_hf.judging.boxes import last_boxed
 from multiverse_hf.judging.equality import Rule, compare_answers
 from multiverse_hf.judging.letters import read_letters
-from multiverse_hf.judging.verifier import Verifier
+from multiverse_hf.judging.verifier import Verifier, VerifierError, VerifierTimeout
 
 # Raised when verdicts change, and recorded with every run. Version 1 was math-verify 0.5.2 on whole answers.
 RULES_VERSION = 2
@@ -58,6 +64,7 @@ class AnswerKind(StrEnum):
     LETTER = "letter"
     CHAINS = "chains"
     EXACT = "exact"
+    REASONING_GYM = "reasoning-gym"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +75,18 @@ class Verdict:
         correct: whether the answer is right.
         rule: the rule that decided.
         answer: the answer as it was read; None if there is none.
+        score: score from 0 to 1; None by rules that give none.
     """
 
     correct: bool
     rule: Rule
     answer: str | None
+    score: float | None = None
 
 
-def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Verdict:
+def judge(
+    kind: AnswerKind, gold: str, document: str, verifier: Verifier, score: Callable[[str], float] | None = None
+) -> Verdict:
     """Judge an answer.
 
     Args:
@@ -83,7 +94,10 @@ def judge(kind: AnswerKind, gold: str, document: str, verifier: Verifier) -> Ver
         gold: the right answer.
         document: the answer as generated, with tags.
         verifier: compares mathematical answers.
+        score: scores answers of the kind ``reasoning-gym``.
     """
+    if kind is AnswerKind.REASONING_GYM:
+        return _score(final_answer(document, all_lines="\n" in gold.strip()), score)
     if kind is AnswerKind.CHAINS:
         said = None if after_thinking(document) is None else read_chains_answer(document)
         if said is None:
@@ -113,8 +127,13 @@ _THINKING = re.compile(
 )
 
 
-def final_answer(document: str) -> str | None:
-    """Return a document's final answer, None if it has none; see this module's docstring."""
+def final_answer(document: str, all_lines: bool = False) -> str | None:
+    """Return a document's final answer, None if it has none; see this module's docstring.
+
+    Args:
+        document: the document.
+        all_lines: all lines after ``Answer:`` are the answer, not only the first.
+    """
     text = after_thinking(document)
     if text is None:
         return None
@@ -122,6 +141,8 @@ def final_answer(document: str) -> str | None:
         return boxed or None
     if not (lines := list(_ANSWER_LINE.finditer(text))):
         return None
+    if all_lines:
+        return text[lines[-1].end() :].strip("\n").rstrip() or None
     rest = text[lines[-1].end() :].strip()
     return rest.splitlines()[0].strip().strip("*").strip() or None if rest else None
 
@@ -150,3 +171,16 @@ def _compare_letters(gold: str, answer: str) -> tuple[bool, Rule]:
     if not letters:
         return False, Rule.UNREADABLE
     return (True, Rule.LETTER) if letters == {gold.upper()} else (False, Rule.DIFFERENT)
+
+
+def _score(answer: str | None, score: Callable[[str], float]) -> Verdict:
+    """Return the verdict of reasoning-gym on an answer."""
+    if answer is None:
+        return Verdict(False, Rule.NO_ANSWER, None, 0.0)
+    if wrapped := re.fullmatch(r"\\text\s*\{([^{}]*)\}", answer):
+        answer = wrapped[1]
+    try:
+        value = score(answer)
+    except VerifierError as err:
+        return Verdict(False, Rule.TIMEOUT if isinstance(err, VerifierTimeout) else Rule.UNREADABLE, answer, 0.0)
+    return Verdict(value == 1, Rule.REASONING_GYM, answer, value)

@@ -18,7 +18,7 @@ from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.evaluation import compare as comparing
 from multiverse_hf.evaluation import run
 from multiverse_hf.evaluation.answers import RULES_VERSION, AnswerKind
-from multiverse_hf.evaluation.report import describe_sampling, show, write_report
+from multiverse_hf.evaluation.report import describe_sampling, show_metric, write_report
 from multiverse_hf.evaluation.results import make_results, read_results
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
@@ -122,9 +122,11 @@ def progress_bar(title: str) -> Iterator[tuple[Callable[[run.RunProgress], None]
 def print_results(results: dict[str, Any], output: Path) -> None:
     """Print a run's results for people."""
     print(f"{results['model']['name']}, {results['mode']}: {describe_sampling(results)}")
-    names = {"pass@1": "pass@1", "parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
+    has_scores = any("score" in task["metrics"] for task in results["tasks"].values())
+    names = {"pass@1": "pass@1"} | ({"score": "score"} if has_scores else {})
+    names |= {"parallelism": "# parallel", "length": "length", "well_formed": "well formed"}
     rows = [
-        [title, str(of["problems"]), *(show(metric, of["metrics"][metric]) for metric in names)]
+        [title, str(of["problems"]), *(show_metric(metric, of["metrics"]) for metric in names)]
         for name, task in results["tasks"].items()
         for title, of in ((name, task), *((f"  {group}", of) for group, of in task["groups"].items()))
     ]
@@ -158,10 +160,10 @@ def print_comparison(comparison: dict[str, Any], output: Path) -> None:
         print(f"{side.upper()}: {run_of['model']['name']}, {run_of['mode']}, {describe_sampling(run_of)}")
     print("B - A, paired by problem")
     tasks = {name: task for name, task in comparison["tasks"].items() if task["problems"]}
-    rows = [
-        [name, *comparing.compared_cells(task, ("pass@1", "parallelism", "length"))] for name, task in tasks.items()
-    ]
-    _print_table(["task", "problems", "pass@1, points", "# parallel", "length", "helped", "hurt"], rows)
+    metrics = {"pass@1": "pass@1, points"} | ({"score": "score"} if comparing.has_scores(comparison) else {})
+    metrics |= {"parallelism": "# parallel", "length": "length"}
+    rows = [[name, *comparing.compared_cells(task, tuple(metrics))] for name, task in tasks.items()]
+    _print_table(["task", "problems", *metrics.values(), "helped", "hurt"], rows)
     print(output / "comparison.html")
 
 

@@ -12,11 +12,18 @@ from multiverse_hf.evaluation.metrics import avg_at_n, bootstrap
 from multiverse_hf.evaluation.report import describe_sampling, markdown_table, to_html
 from multiverse_hf.evaluation.results import by_problem, metrics_of, read_results
 from multiverse_hf.evaluation.samples import Sample, read_samples
-from multiverse_hf.evaluation.tasks import TASKS
+from multiverse_hf.evaluation.task_files import find_task
+from multiverse_hf.evaluation.tasks import TASKS, load_problems
 from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import json_text, output_folder
 
-COMPARED = ("pass@1", "parallelism", "length", "tokens", "well_formed")
+COMPARED = {
+    "pass@1": "pass@1, points",
+    "parallelism": "# parallel",
+    "length": "length",
+    "tokens": "tokens",
+    "well_formed": "well formed, points",
+}
 MAX_FLIPS = 20  # flips shown per task; comparison.json has all
 
 
@@ -76,15 +83,32 @@ def compare_runs(first: Path, second: Path) -> dict[str, Any]:
 
 
 def judge_again(samples: Sequence[Sample], results: Mapping[str, Any]) -> list[Sample]:
-    """Return a run's samples with verdicts by this version's rules. Samples of unknown tasks are unchanged."""
+    """Return a run's samples with verdicts by this version's rules. Samples of unknown tasks are unchanged.
+
+    Raises:
+        CommandError: if a generator of reasoning-gym is missing, or makes other problems now.
+    """
     rules = {name: task.kind for name, task in TASKS.items()}
     rules |= {name: AnswerKind(task["rule"]) for name, task in results["tasks"].items() if "rule" in task}
+    generated = {name: find_task(name) for name, rule in rules.items() if rule is AnswerKind.REASONING_GYM}
+    made = {
+        name: {problem.id for problem in load_problems(task, limit=results["tasks"][name]["limit"]).problems}
+        for name, task in generated.items()
+    }
     judged = []
     with Verifier() as verifier:
         for sample in samples:
             if sample.task in rules and sample.error is None:
-                verdict = judge(rules[sample.task], sample.gold, sample.document, verifier)
-                sample = replace(sample, answer=verdict.answer, correct=verdict.correct, rule=verdict.rule.value)
+                score = None
+                if sample.task in generated:
+                    if sample.id not in made[sample.task]:
+                        raise CommandError(f"{sample.task} has other problems in this version; evaluate again")
+                    score = generated[sample.task].scorer(sample.id)
+                verdict = judge(rules[sample.task], sample.gold, sample.document, verifier, score)
+                sample = replace(
+                    sample, answer=verdict.answer, correct=verdict.correct, rule=verdict.rule.value,
+                    score=verdict.score,
+                )  # fmt: skip
             judged.append(sample)
     return judged
 
@@ -106,10 +130,11 @@ def _compare_task(name: str, samples_a: Sequence[Sample], samples_b: Sequence[Sa
     }
     if not shared:
         return task
-    metrics = metrics_of(1)  # means do not depend on the number of samples
+    has_scores = all(sample.score is not None for id in shared for sample in (*of_a[id], *of_b[id]))
+    metrics = metrics_of(1, has_scores)  # means do not depend on the number of samples
     task["differences"] = {
         metric: asdict(bootstrap([metrics[metric](of_b[id]) - metrics[metric](of_a[id]) for id in shared], seed))
-        for metric in COMPARED
+        for metric in (*COMPARED, *(["score"] if has_scores else []))
     }
     flips = [flip for id in shared if (flip := _flip(of_a[id], of_b[id])).before != flip.after]
     task["helped"] = [asdict(flip) for flip in flips if flip.after > flip.before]
@@ -141,13 +166,20 @@ def _flip(of_a: Sequence[Sample], of_b: Sequence[Sample]) -> Flip:
 
 def show_difference(metric: str, of: Mapping[str, float]) -> str:
     """Return a difference with its sign and interval; shares are in percentage points."""
-    scale, digits = (100, 1) if metric in ("pass@1", "well_formed") else (1, 2 if metric == "parallelism" else 0)
+    scale = 100 if metric in ("pass@1", "well_formed") else 1
+    digits = {"pass@1": 1, "well_formed": 1, "parallelism": 2, "score": 3}.get(metric, 0)
     return f"{scale * of['value']:+.{digits}f} [{scale * of['low']:+.{digits}f}, {scale * of['high']:+.{digits}f}]"
+
+
+def has_scores(comparison: Mapping[str, Any]) -> bool:
+    """Return whether a task has scores in both runs."""
+    return any("score" in task.get("differences", ()) for task in comparison["tasks"].values())
 
 
 def compared_cells(task: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     """Return a task's cells of a table: problems, differences, problems helped and hurt."""
-    differences = [show_difference(metric, task["differences"][metric]) for metric in metrics]
+    found = task["differences"]
+    differences = [show_difference(metric, found[metric]) if metric in found else "" for metric in metrics]
     return [str(task["problems"]), *differences, str(len(task["helped"])), str(len(task["hurt"]))]
 
 
@@ -164,9 +196,11 @@ def comparison_page(comparison: Mapping[str, Any]) -> str:
         lines.append(f"- {side.upper()} was judged again, by version {RULES_VERSION} of the rules for answers")
     lines += ["", "Differences are B - A, paired by problem; in brackets 95 % intervals, bootstrap over problems.", ""]
     lines += ["![Shares of right answers, and where parallel writing helped or hurt](comparison.svg)", ""]
-    header = ["pass@1, points", "# parallel", "length", "tokens", "well formed, points"]
-    cells = [[name, *compared_cells(task, COMPARED)] for name, task in comparison["tasks"].items() if task["problems"]]
-    lines += markdown_table(["task", "problems", *header, "helped", "hurt"], cells)
+    metrics = COMPARED | ({"score": "score"} if has_scores(comparison) else {})
+    cells = [
+        [name, *compared_cells(task, tuple(metrics))] for name, task in comparison["tasks"].items() if task["problems"]
+    ]
+    lines += markdown_table(["task", "problems", *metrics.values(), "helped", "hurt"], cells)
     for name, task in comparison["tasks"].items():
         if not task["problems"]:
             lines += ["", f"{name}: no problem in common."]

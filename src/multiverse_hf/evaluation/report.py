@@ -92,6 +92,7 @@ def _wrong(sample: Sample, suffix: str) -> list[str]:
     """Return the lines about a wrong answer: problem, answer and verdict."""
     said = "none" if sample.answer is None else _code(sample.answer)
     verdict = f"refused: {sample.error}" if sample.error else f"{sample.rule}, ended by {sample.finish_reason}"
+    verdict += f", score {sample.score:g}" if sample.score else ""
     group = f" ({sample.group})" if sample.group else ""
     lines = [f"### {sample.id}{group}, answer {sample.sample + 1}", "", *_block(sample.prompt.removesuffix(suffix))]
     lines += ["", f"- Right answer: {_code(sample.gold)}", f"- Answer: {said}", f"- Verdict: {verdict}"]
@@ -158,8 +159,13 @@ def show(name: str, of: Mapping[str, float]) -> str:
     """Return a metric with its interval."""
     if name.startswith(("pass@", "avg@")) or name in SHARES:
         return f"{100 * of['value']:.1f} % [{100 * of['low']:.1f}, {100 * of['high']:.1f}]"
-    digits = 2 if name == "parallelism" else 0
+    digits = {"parallelism": 2, "score": 3}.get(name, 0)
     return f"{of['value']:.{digits}f} [{of['low']:.{digits}f}, {of['high']:.{digits}f}]"
+
+
+def show_metric(name: str, metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Return a metric with its interval; "" if a task lacks it, as a score."""
+    return show(name, metrics[name]) if name in metrics else ""
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
@@ -170,9 +176,10 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list
 
 def _table(rows: Mapping[str, Mapping[str, Any]], num_samples: int) -> list[str]:
     scores = ["pass@1"] + [f"pass@{2**k}" for k in range(1, 9) if 2**k <= num_samples]
+    scores += ["score"] if any("score" in row["metrics"] for row in rows.values()) else []
     names = [*scores, *SHOWN]
     cells = [
-        [name, row["problems"], *(show(each, row["metrics"][each]) for each in names)] for name, row in rows.items()
+        [name, row["problems"], *(show_metric(each, row["metrics"]) for each in names)] for name, row in rows.items()
     ]
     table = markdown_table(["", "problems", *(SHOWN.get(name, name) for name in names)], cells)
     return [*table, "", "Means over problems; in brackets 95 % intervals, bootstrap over problems."]

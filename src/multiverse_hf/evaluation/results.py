@@ -24,7 +24,8 @@ Names are stable within a ``schema``. A removed name or a changed meaning raises
         "mv:math_500": {
           "version": int, "dataset": "HuggingFaceH4/MATH-500" | null, "source": str, "fingerprint": str,
           "gated": bool,
-          "rule": "math" | "letter" | "chains" | "exact",   the rule for its answers
+          "rule": "math" | "letter" | "chains" | "exact" | "reasoning-gym",   the rule for its answers
+          "options": {str: ...} | null,             of a generator of reasoning-gym, with its defaults
           "problems": int, "samples": int,
           "seen_in_training": int,                  problems that were left out
           "limit": int | null,                      number of first problems; null: all
@@ -45,8 +46,9 @@ Names are stable within a ``schema``. A removed name or a changed meaning raises
 
 Metrics are ``pass@1``, ``pass@2``, ``pass@4``, ... up to n, ``avg@n`` (with the number: ``avg@4``), ``parallelism``
 (# parallel), ``length`` (positions), ``tokens``, ``steps``, ``well_formed``, ``parallel_rate``, and ``finished``
-(share of answers that no limit ended). Each is the mean over problems of the mean over a problem's samples; pass@k is
-the mean of the problems' unbiased estimates. :mod:`~multiverse_hf.evaluation.metrics` defines them.
+(share of answers that no limit ended). Tasks of reasoning-gym have ``score`` too, from 0 to 1; an answer with score 1
+is right. Each metric is the mean over problems of the mean over a problem's samples; pass@k is the mean of the
+problems' unbiased estimates. :mod:`~multiverse_hf.evaluation.metrics` defines them.
 """
 
 import json
@@ -64,6 +66,7 @@ from multiverse_hf.evaluation.run import Finished
 from multiverse_hf.evaluation.samples import Sample
 from multiverse_hf.evaluation.settings import Evaluation
 from multiverse_hf.evaluation.tasks import ProblemSet
+from multiverse_hf.judging import gym
 from multiverse_hf.judging.checker import JUDGES
 from multiverse_hf.provenance import commit, hardware, versions
 
@@ -76,8 +79,8 @@ def _mean(of: Callable[[Sample], float]) -> Callable[[Samples], float]:
     return lambda samples: sum(of(sample) for sample in samples) / len(samples)
 
 
-def metrics_of(num_samples: int) -> dict[str, Callable[[Samples], float]]:
-    """Return the metrics of a run by name. Each computes a number from one problem's samples."""
+def metrics_of(num_samples: int, has_scores: bool = False) -> dict[str, Callable[[Samples], float]]:
+    """Return the metrics of a task by name. Each computes a number from one problem's samples."""
 
     def pass_at(k: int) -> Callable[[Samples], float]:
         return lambda samples: pass_at_k(len(samples), sum(sample.correct for sample in samples), k)
@@ -86,6 +89,7 @@ def metrics_of(num_samples: int) -> dict[str, Callable[[Samples], float]]:
     return {
         **{f"pass@{k}": pass_at(k) for k in powers},
         f"avg@{num_samples}": lambda samples: avg_at_n([sample.correct for sample in samples]),
+        **({"score": _mean(lambda sample: sample.score)} if has_scores else {}),
         "parallelism": _mean(lambda sample: sample.parallelism),
         "length": _mean(lambda sample: sample.length),
         "tokens": _mean(lambda sample: sample.num_tokens),
@@ -107,15 +111,17 @@ def by_problem(samples: Samples) -> dict[str, list[Sample]]:
 def estimate(samples: Samples, num_samples: int, seed: int = 0) -> dict[str, dict[str, float]]:
     """Return every metric of samples of one task, with its interval."""
     problems = by_problem(samples).values()
+    has_scores = all(sample.score is not None for sample in samples)
     return {
         name: {key: round(value, 6) for key, value in asdict(bootstrap([of(each) for each in problems], seed)).items()}
-        for name, of in metrics_of(num_samples).items()
+        for name, of in metrics_of(num_samples, has_scores).items()
     }
 
 
 def make_results(finished: Finished, command: str | None = None) -> dict[str, Any]:
     """Return the results of a run; see this module's docstring."""
     evaluation = finished.evaluation
+    has_generator = any(each.task.generator for each in finished.problem_sets)
     return {
         "schema": SCHEMA,
         "model": finished.model | ({} if evaluation.dtype is Dtype.AUTO else {"dtype": evaluation.dtype.value}),
@@ -127,7 +133,7 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
         "tasks": {each.task.name: _describe_task(finished, each) for each in finished.problem_sets},
         "rules_version": RULES_VERSION,
         "confidence": CONFIDENCE,
-        "versions": versions(*PACKAGES) | JUDGES,
+        "versions": versions(*PACKAGES) | JUDGES | ({"reasoning-gym": gym.VERSION} if has_generator else {}),
         "hardware": None if finished.device is None else hardware(finished.device),
         "commit": commit(),
         "command": command,
@@ -160,6 +166,7 @@ def _describe_task(finished: Finished, problem_set: ProblemSet) -> dict[str, Any
         "fingerprint": problem_set.fingerprint,
         "gated": task.is_gated,
         "rule": task.kind.value,
+        "options": None if task.generator is None else gym.read_options(task.generator),
         "problems": len(problem_set.problems),
         "samples": len(samples),
         "seen_in_training": finished.num_seen[task.name],

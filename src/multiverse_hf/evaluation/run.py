@@ -13,7 +13,7 @@ from typing import Any
 
 from multiverse_hf.checkpoints import Checkpoint, fingerprint, load_model, open_checkpoint
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.evaluation.answers import judge, opened_thinking
+from multiverse_hf.evaluation.answers import AnswerKind, judge, opened_thinking
 from multiverse_hf.evaluation.chains import training_problems
 from multiverse_hf.evaluation.metrics import is_well_formed
 from multiverse_hf.evaluation.samples import Sample, SampleStore
@@ -204,7 +204,8 @@ def answer_trials(
 def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
     """Return the judged sample of an answer."""
     trial, stats = answered.trial, answered.stats
-    verdict = judge(trial.task.kind, trial.problem.gold, answered.document, verifier)
+    problem = trial.problem
+    verdict = judge(trial.task.kind, problem.gold, answered.document, verifier, trial.task.scorer(problem.id))
     counted = ("num_tokens", "length", "parallelism", "num_steps", "num_forks", "max_width", "depth", "num_closed")
     return Sample(
         task=trial.task.name,
@@ -218,6 +219,7 @@ def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) 
         answer=verdict.answer,
         correct=verdict.correct,
         rule=verdict.rule.value,
+        score=verdict.score,
         well_formed=answered.error is None and is_well_formed(answered.document),
         **{name: getattr(stats, name) for name in counted},
         malformed=stats.malformed,
@@ -238,8 +240,7 @@ def leave_out_seen(problem_sets: Sequence[ProblemSet], model: str) -> tuple[list
     """
     kept, counts = [], {}
     for each in problem_sets:
-        is_drawn = each.task.dataset is None and each.task.file is None
-        seen = training_problems(model) if is_drawn else set()
+        seen = training_problems(model) if each.task.kind is AnswerKind.CHAINS and each.task.file is None else set()
         problems = tuple(problem for problem in each.problems if problem.question not in seen)
         counts[each.task.name] = len(each.problems) - len(problems)
         if not problems:

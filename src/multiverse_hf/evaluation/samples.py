@@ -38,6 +38,7 @@ class Sample:
             the engine's counts (:class:`~multiverse_hf.modeling.state.GenerationStats`).
         seconds: time from submission to end, while other answers share the machine.
         error: why the prompt was refused; None if it was answered.
+        score: score of the answer from 0 to 1; None in tasks without scores.
     """
 
     task: str
@@ -64,6 +65,7 @@ class Sample:
     finish_reason: str
     seconds: float
     error: str | None = None
+    score: float | None = None
 
     @property
     def key(self) -> tuple[str, str, int]:

@@ -29,7 +29,7 @@ class Evaluation:
     Attributes:
         model: folder or repository; None for the embedded model.
         revision: revision of a repository.
-        tasks: names of tasks, and paths of a user's own ``.jsonl`` files.
+        tasks: names of tasks, ``rg:GENERATOR`` with options, and paths of a user's own ``.jsonl`` files.
         mode: how the model is asked.
         data_dir: folder with local rows; None for the Hub.
         limit: number of first problems of each task; None for all. A greater limit extends a run.
@@ -76,7 +76,7 @@ class Evaluation:
             raise CommandError(f"no task was named; there are {', '.join(TASKS)}")
         names = [task.name for task in tasks]
         if double := next((name for name in names if names.count(name) > 1), None):
-            raise CommandError(f"two tasks are called {double}; rename one of the files")
+            raise CommandError(f"two tasks are called {double}; leave one out, or rename its file")
         if self.rule is not None and not any(task.file for task in tasks):
             raise CommandError(f"--rule {self.rule} is for your own rows; name their file with --task FILE.jsonl")
         if self.temperature == 0 and self.num_samples > 1:

@@ -17,14 +17,15 @@ from multiverse_hf.data.records import is_encodable
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
-from multiverse_hf.evaluation.tasks import LETTERS, TASKS, Instance, Task, row_id
+from multiverse_hf.evaluation.tasks import LETTERS, TASKS, Instance, Task, gym_task, row_id
+from multiverse_hf.judging import gym
 
 
 def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
-    """Return the task with a name, or of a ``.jsonl`` file.
+    """Return the task with a name, of a generator of reasoning-gym, or of a ``.jsonl`` file.
 
     Args:
-        name: one of :data:`TASKS`, or a path.
+        name: one of :data:`TASKS`, ``rg:GENERATOR``, or a path.
         rule: rule for a file's answers.
 
     Raises:
@@ -32,14 +33,20 @@ def find_task(name: str, rule: AnswerKind = AnswerKind.MATH) -> Task:
     """
     if name in TASKS:
         return TASKS[name]
+    if name.startswith(gym.PREFIX):
+        return gym_task(name)
     path = Path(name).expanduser()
     if path.suffix == ".jsonl":
+        if rule is AnswerKind.REASONING_GYM:
+            raise CommandError(f"--rule {rule} judges the tasks rg:NAME; {name} takes math, letter, exact or chains")
         if not path.is_file():
             raise CommandError(f"no file {name}; --task takes the path of a .jsonl file, or one of {', '.join(TASKS)}")
         return Task(path.name, None, None, "train", rule, functools.partial(_read, rule), file=path)
     close = difflib.get_close_matches(name, TASKS, 1, cutoff=0.3)
     hint = f"did you mean {close[0]}? " if close else ""
-    raise CommandError(f"no task {name!r}; {hint}there are {', '.join(TASKS)}, and your own rows as FILE.jsonl")
+    raise CommandError(
+        f"no task {name!r}; {hint}there are {', '.join(TASKS)}, rg:NAME, and your own rows as FILE.jsonl"
+    )
 
 
 def _read(rule: AnswerKind, row: Any) -> Instance:

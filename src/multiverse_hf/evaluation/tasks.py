@@ -4,6 +4,7 @@
 the problem, a space, and one of the two sentences that Multiverse is trained on (``data/suffixes.py``).
 """
 
+import functools
 import hashlib
 import json
 import random
@@ -20,6 +21,7 @@ from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
 from multiverse_hf.evaluation.chains import chains_rows
+from multiverse_hf.judging import gym
 from multiverse_hf.judging.boxes import last_boxed
 
 # Sampling of record (the published example), and the paper's context; the model's own context may be shorter
@@ -82,6 +84,7 @@ class Task:
         version: raised when prompts, problems or judging change.
         is_gated: whether users must accept terms for the rows, which must not be published.
         file: a user's own rows.
+        generator: the generator of reasoning-gym that makes the problems.
     """
 
     name: str
@@ -93,6 +96,13 @@ class Task:
     version: int = 2
     is_gated: bool = False
     file: Path | None = None
+    generator: gym.Generator | None = None
+
+    def scorer(self, id: str) -> Callable[[str], float] | None:
+        """Return the function that scores answers to a problem; None if answers get no score."""
+        if self.generator is None:
+            return None
+        return functools.partial(gym.score_problem, self.generator, int(id.partition("-")[0]))
 
     @property
     def stem(self) -> str:
@@ -149,6 +159,25 @@ def _read_gpqa(row: Mapping[str, Any]) -> Instance:
     random.Random(row_id(question)).shuffle(order)
     listed = "\n".join(f"{letter}) {choices[at]}" for letter, at in zip(LETTERS, order, strict=True))
     return Instance(row_id(question), f"{question}\n\n{listed}\n\n", LETTERS[order.index(0)])
+
+
+def _read_gym(row: Mapping[str, Any]) -> Instance:
+    """Return the problem of a row. Its id has the number: a generator may ask the same twice.
+
+    The right answer is "" if the generator has none: many answers are right.
+    """
+    return Instance(f"{row['number']}-{row_id(row['question'])}", row["question"].strip(), row["answer"] or "")
+
+
+def gym_task(name: str) -> Task:
+    """Return the task of a generator of reasoning-gym, such as ``rg:leg_counting,size=20``.
+
+    Raises:
+        CommandError: if the name is not of this form.
+    """
+    generator = gym.parse_generator(name)
+    kind = AnswerKind.REASONING_GYM
+    return Task(generator.title, None, None, "test", kind, _read_gym, version=1, generator=generator)
 
 
 TASKS = {
@@ -213,18 +242,21 @@ def find_file(task: Task, folder: Path) -> Path:
     return found[0]
 
 
-def read_task_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, Any]], str]:
+def read_task_rows(task: Task, data_dir: Path | None, limit: int | None = None) -> tuple[list[tuple[int, Any]], str]:
     """Return a task's rows with their numbers, and the source of the rows.
 
     Args:
         task: the task.
-        data_dir: folder with local files; None for the Hub. Chains and a user's own rows need neither.
+        data_dir: folder with local files; None for the Hub. Rows that are made here and a user's own need neither.
+        limit: number of first rows; None for all.
 
     Raises:
         CommandError: if the rows cannot be read.
     """
+    if task.generator is not None:
+        return list(enumerate(gym.make_rows(task.generator, limit), start=1)), f"reasoning-gym {gym.VERSION}"
     if task.file is None and task.dataset is None:
-        return list(enumerate(chains_rows(), start=1)), "multiverse_hf.evaluation.chains"
+        return list(enumerate(chains_rows(), start=1))[:limit], "multiverse_hf.evaluation.chains"
     file = task.file if task.file is not None or data_dir is None else find_file(task, data_dir)
     try:
         rows = list(number_rows(str(file or task.dataset), task.config, task.split))
@@ -232,7 +264,7 @@ def read_task_rows(task: Task, data_dir: Path | None) -> tuple[list[tuple[int, A
         hint = f"; {HOW_TO_GET_GPQA}" if task.is_gated else ""
         hint = "" if file is not None else f"; without the Hub give --data-dir{hint}"
         raise CommandError(f"{task.name}: {err}{hint}") from err
-    return rows, task.dataset if file is None else file.name
+    return rows[:limit], task.dataset if file is None else file.name
 
 
 def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = None) -> ProblemSet:
@@ -246,12 +278,12 @@ def load_problems(task: Task, data_dir: Path | None = None, limit: int | None = 
     Raises:
         CommandError: if the rows cannot be read, or a row is invalid or repeated.
     """
-    rows, source = read_task_rows(task, data_dir)
+    rows, source = read_task_rows(task, data_dir, limit)
     place = source if task.file is not None else f"{task.name}: {source}"
     kind = "line" if source.endswith(".jsonl") else "row"
     problems: dict[str, Instance] = {}
     numbers: dict[str, int] = {}
-    for number, row in rows[:limit]:
+    for number, row in rows:
         try:
             if isinstance(row, RowError):
                 raise row

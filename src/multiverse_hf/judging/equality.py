@@ -33,6 +33,7 @@ class Rule(StrEnum):
     MATH_VERIFY = "math-verify"
     LETTER = "letter"
     LAST_LINE = "last line"
+    REASONING_GYM = "reasoning-gym"
     NO_ANSWER = "no answer"
     SEVERAL = "several answers"
     TIMEOUT = "timeout"
