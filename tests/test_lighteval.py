@@ -19,7 +19,7 @@ from test_evaluation_run import read_samples, run, save_plain_model
 
 from multiverse_hf import embedded_model
 from multiverse_hf.evaluation.lighteval.measures import find_tags, measure, strip
-from multiverse_hf.evaluation.tasks import TASKS, Mode
+from multiverse_hf.evaluation.tasks import TASKS, Mode, gym_task, load_problems
 
 pytestmark = [pytest.mark.usefixtures("unquiet"), NEEDS_EVAL]
 NEEDS_LIGHTEVAL = pytest.mark.skipif(
@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT.parent / "shared/data/benchmarks"
 ADAPTER = "src/multiverse_hf/evaluation/lighteval/model.py"
 BUDGET = "60"
+GENERATED = {"rg:leg_counting,size=3,max_animals=3": "rg:leg_counting", "rg:gcd": "rg:gcd"}  # and their names there
 METRICS = {"pass@1": "pass@1", "# parallel": "parallelism", "length": "length", "tokens": "tokens"}
 METRICS |= {"parallel rate": "parallel_rate", "well-formed": "well_formed"}
 
@@ -44,6 +45,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory):
     (folder / "gpqa_diamond.jsonl").write_text(json.dumps(GPQA_ROW))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MULTIVERSE_DATA_DIR", str(folder))
+        patch.setenv("MULTIVERSE_TASKS", " ".join(GENERATED))
         patch.setattr("huggingface_hub.constants.HF_HOME", str(folder / "home"))
         from multiverse_hf.evaluation.lighteval import tasks
 
@@ -58,7 +60,7 @@ def test_the_tasks_leave_gradients_on_which_lighteval_turns_off(tasks) -> None:
 
 def test_every_task_is_there_in_every_mode(tasks) -> None:
     names = {config.name for config in tasks.TASKS_TABLE}
-    assert names == {name + end for name in TASKS for end in ("", ":zero", ":autoregressive")}
+    assert names == {name + end for name in (*TASKS, *GENERATED.values()) for end in ("", ":zero", ":autoregressive")}
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -81,6 +83,25 @@ def test_gold_is_1_and_wrong_is_0_by_every_score(name: str, tasks) -> None:
     both = ModelResponse(text=[f"Answer: {doc.choices[0]}", "Answer: nothing"])
     scores = [m.sample_level_fn.compute(doc, both) for m in config.metrics if m.metric_name in ("pass@1", "avg@n")]
     assert scores == [0.5, 0.5]
+
+
+def test_a_generator_asks_and_scores_as_the_evaluation_does(tasks) -> None:
+    import pyarrow.parquet
+    from lighteval.models.model_output import ModelResponse
+
+    (config,) = (each for each in tasks.TASKS_TABLE if each.name == "rg:gcd:zero")
+    rows = pyarrow.parquet.read_table(Path(config.hf_repo, "test.parquet")).to_pylist()
+    problems = load_problems(gym_task("rg:gcd")).problems
+    docs = [config.prompt_function(row, "rg:gcd:zero") for row in rows]
+    assert [doc.query for doc in docs] == [problem.prompt(Mode.ZERO) for problem in problems]
+    gold = docs[1].choices[0]
+    scores = {metric.metric_name: metric.sample_level_fn for metric in config.metrics}
+    for said, right, score in ((gold, 1, 1), (f"{gold} or", 0, len(gold) / len(f"{gold} or")), ("?", 0, 0)):
+        response = ModelResponse(text=[f"Answer: {said}"])
+        assert scores["score"].compute(docs[1], response) == score
+        assert scores["pass@1"].compute(docs[1], response) == right
+    other = next(each for each in tasks.TASKS_TABLE if each.name == "mv:chains")
+    assert "score" not in {metric.metric_name for metric in other.metrics}
 
 
 def test_a_metric_that_the_backend_did_not_measure_is_left_out(tasks) -> None:
@@ -157,7 +178,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     extra = os.environ.get("TORCH_PIP_ARGS", "").split()
     constraints = ["-c", ROOT / "constraints.txt"]
     subprocess.run([*install, *constraints, *extra, "torch"], check=True, timeout=1200)
-    subprocess.run([*install, *constraints, "-e", f"{ROOT}[lighteval]"], check=True, timeout=1800)
+    subprocess.run([*install, *constraints, "-e", f"{ROOT}[lighteval,tasks]"], check=True, timeout=1800)
     repair = [folder / "bin/python", "-m", "multiverse_hf.evaluation.lighteval.repair", "install"]
     subprocess.run(repair, check=True)
     return folder

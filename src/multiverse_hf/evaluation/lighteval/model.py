@@ -23,7 +23,8 @@ from multiverse_hf.checkpoints import Dtype, load_model, open_checkpoint
 from multiverse_hf.evaluation.lighteval.measures import MEASURES
 from multiverse_hf.evaluation.run import Trial, answer_trials, sample_seed
 from multiverse_hf.evaluation.settings import Evaluation
-from multiverse_hf.evaluation.tasks import TASKS, Instance, Mode
+from multiverse_hf.evaluation.task_files import find_task
+from multiverse_hf.evaluation.tasks import TASKS, Instance, Mode, Task
 
 MODEL_OPTIONS: dict[str, Any] = {
     "temperature": float,
@@ -117,7 +118,7 @@ class MultiverseLightevalModel(LightevalModel):
         budget = min([self.evaluation.max_new_tokens, *budgets])
         evaluation = dataclasses.replace(self.evaluation, mode=mode, max_new_tokens=budget)
         trials = [
-            Trial(TASKS[f"mv:{_stem(doc.task_name)}"], Instance(str(number), doc.query, doc.choices[0]), sample,
+            Trial(_task(doc), Instance(str(number), doc.query, doc.choices[0]), sample,
                 sample_seed(evaluation.seed, sample))
             for number, doc in docs
             for sample in range(doc.num_samples)
@@ -146,6 +147,6 @@ class MultiverseLightevalModel(LightevalModel):
         raise NotImplementedError("this adapter generates; for perplexities use lighteval accelerate")
 
 
-def _stem(task_name: str) -> str:
-    """Return ``math_500`` of ``mv:math_500:zero|0``."""
-    return task_name.partition("|")[0].split(":")[1]
+def _task(doc: Doc) -> Task:
+    """Return the task of a document, whose ``task_name`` is such as ``mv:math_500:zero|0``."""
+    return find_task(doc.specific["generated"] or ":".join(doc.task_name.partition("|")[0].split(":")[:2]))

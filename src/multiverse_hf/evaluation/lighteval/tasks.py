@@ -8,6 +8,8 @@ LightEval has no options for tasks. These environment variables replace them:
 
 - ``MULTIVERSE_DATA_DIR``: folder with local rows, as ``multiverse eval --data-dir``. Other tasks come from the Hub.
 - ``MULTIVERSE_MAX_NEW_TOKENS``: the length budget (default 32768, the paper's context).
+- ``MULTIVERSE_TASKS``: generators of reasoning-gym with spaces between, as ``rg:leg_counting,size=50 rg:products``.
+  Their tasks are ``rg:leg_counting`` and ``rg:products``, in the three modes, with the metric ``score`` too.
 """
 
 import functools
@@ -26,10 +28,10 @@ from lighteval.tasks.lighteval_task import LightevalTaskConfig
 from lighteval.tasks.requests import Doc, SamplingMethod
 
 from multiverse_hf.errors import CommandError
-from multiverse_hf.evaluation.answers import AnswerKind, judge
+from multiverse_hf.evaluation.answers import AnswerKind, Verdict, judge
 from multiverse_hf.evaluation.lighteval.measures import MEASURES, measure_transformers
 from multiverse_hf.evaluation.metrics import avg_at_n, is_well_formed, parallel_rate, pass_at_k
-from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, read_task_rows
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode, Task, find_file, gym_task, read_task_rows
 from multiverse_hf.judging.verifier import Verifier
 from multiverse_hf.outputs import new_folder
 
@@ -46,22 +48,24 @@ def _verifier() -> Verifier:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _is_right(kind: str, gold: str, text: str) -> bool:
-    """Return whether an answer is right, judged once for all metrics."""
-    return judge(AnswerKind(kind), gold, text, _verifier()).correct
+def _judge(kind: str, gold: str, text: str, generated: str | None, id: str) -> Verdict:
+    """Return the verdict on an answer, judged once for all metrics."""
+    score = None if generated is None else gym_task(generated).scorer(id)
+    return judge(AnswerKind(kind), gold, text, _verifier(), score)
 
 
 class OfVerdicts(SamplingMetric, SampleLevelComputation):
     """A metric of the verdicts on a problem's answers.
 
     Args:
-        compute_one: computes the metric from the verdicts.
+        compute_one: computes the metric from the verdicts, or from the scores.
+        of: ``correct`` or ``score``.
         n: answers per problem; ``task@n=4`` sets it.
     """
 
-    def __init__(self, compute_one: Callable[[list[bool]], float], n: int = 1) -> None:
+    def __init__(self, compute_one: Callable[[list[Any]], float], of: str = "correct", n: int = 1) -> None:
         super().__init__()
-        self.compute_one, self.n = compute_one, n
+        self.compute_one, self.of, self.n = compute_one, of, n
 
     def num_samples(self) -> int:
         """Return the number of answers per problem."""
@@ -69,7 +73,9 @@ class OfVerdicts(SamplingMetric, SampleLevelComputation):
 
     def compute(self, doc: Doc, model_response: ModelResponse, **kwargs: Any) -> float:
         """Return the metric of the generated texts, which the rules read as whole documents."""
-        return self.compute_one([_is_right(doc.specific["kind"], doc.choices[0], t) for t in model_response.text])
+        kind, generated, id = (doc.specific[name] for name in ("kind", "generated", "id"))
+        verdicts = [_judge(kind, doc.choices[0], text, generated, id) for text in model_response.text]
+        return self.compute_one([getattr(verdict, self.of) for verdict in verdicts])
 
 
 class OfAnswers(SampleLevelComputation):
@@ -98,11 +104,12 @@ def _mean_of(name: str) -> Callable[[list[str], list[Mapping[str, Any]]], float]
     return lambda texts, measures: sum(each[name] for each in measures) / len(measures)
 
 
-def make_metrics() -> list[SampleLevelMetric]:
+def make_metrics(has_scores: bool = False) -> list[SampleLevelMetric]:
     """Return new metrics for a task; ``@n=4`` changes them, so each task has its own."""
     computations = {
         "pass@1": OfVerdicts(lambda verdicts: pass_at_k(len(verdicts), sum(verdicts), 1)),
         "avg@n": OfVerdicts(avg_at_n),
+        **({"score": OfVerdicts(lambda scores: sum(scores) / len(scores), "score")} if has_scores else {}),
         "# parallel": OfAnswers(_mean_of("parallelism")),
         "length": OfAnswers(_mean_of("length")),
         "tokens": OfAnswers(_mean_of("num_tokens")),
@@ -129,7 +136,8 @@ def prompt_function(task: Task, mode: Mode) -> Callable[[Mapping[str, Any], str]
 
     def make_doc(row: Mapping[str, Any], task_name: str) -> Doc:
         problem = task.read(row)
-        specific = {"kind": task.kind.value, "mode": mode.value, "id": problem.id}
+        generated = None if task.generator is None else task.name
+        specific = {"kind": task.kind.value, "mode": mode.value, "id": problem.id, "generated": generated}
         return Doc(
             task_name=task_name, query=problem.prompt(mode), choices=[problem.gold], gold_index=0, specific=specific
         )
@@ -174,7 +182,11 @@ def _is_local(task: Task) -> bool:
 def make_tasks() -> list[LightevalTaskConfig]:
     """Return every task in every mode."""
     configs = []
-    for task in TASKS.values():
+    generated = [gym_task(name) for name in os.environ.get("MULTIVERSE_TASKS", "").split()]
+    short = {task.name.partition(",")[0]: task for task in generated}  # LightEval puts commas between tasks
+    if len(short) < len(generated):
+        raise CommandError(f"MULTIVERSE_TASKS names a generator twice: {os.environ['MULTIVERSE_TASKS']}")
+    for name, task in (TASKS | short).items():
         local = _is_local(task)
         repo, subset, split = task.dataset, task.config or "default", task.split
         if local:
@@ -182,14 +194,14 @@ def make_tasks() -> list[LightevalTaskConfig]:
         for mode in Mode:
             configs.append(
                 LightevalTaskConfig(
-                    name=task.name if mode is Mode.PARALLEL else f"{task.name}:{mode.value}",
+                    name=name if mode is Mode.PARALLEL else f"{name}:{mode.value}",
                     prompt_function=prompt_function(task, mode),
                     hf_repo=repo,
                     hf_subset=subset,
                     hf_avail_splits=[split],
                     evaluation_splits=[split],
                     few_shots_split=split,
-                    metrics=make_metrics(),
+                    metrics=make_metrics(task.generator is not None),
                     generation_size=BUDGET,
                     stop_sequence=[],
                     version=task.version,
