@@ -1,0 +1,77 @@
+"""Common divisors and multiples: a path factors each number. One number alone is factored without a block."""
+
+from collections import Counter
+
+from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+
+
+def find_factors(number: int) -> list[int]:
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+def write_factors(number: int) -> str:
+    factors, left, steps = find_factors(number), number, []
+    if len(factors) < 2:
+        return f"No smaller prime divides {number}, so {number} is prime. Its only factor is {number}."
+    for factor in factors[:-1]:
+        steps.append(f"{left} / {factor} = {left // factor}.")
+        left //= factor
+    return f"Divide {number} by small primes. {' '.join(steps)} {left} is prime. The factors are {say(factors)}."
+
+
+def say(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def write_number(number: int) -> Subtask:
+    return Subtask(f"prime factors of {number}", (write_factors(number),))
+
+
+def multiply(factors: list[int]) -> str:
+    product, steps = factors[0], []
+    for factor in factors[1:]:
+        steps.append(f"{product} x {factor} = {product * factor}.")
+        product *= factor
+    return " ".join([*steps, f"The result is {product}."])
+
+
+def solve_gcd(item: dict) -> Solution:
+    common = Counter(find_factors(item["metadata"]["numbers"][0]))
+    for number in item["metadata"]["numbers"][1:]:
+        common &= Counter(find_factors(number))
+    shared = sorted(common.elements())
+    last = f"All have {say(shared)}. {multiply(shared)}" if shared else "No prime is in all of them. The result is 1."
+    return _solve(item, last)
+
+
+def solve_lcm(item: dict) -> Solution:
+    needed: Counter = Counter()
+    for number in item["metadata"]["numbers"]:
+        needed |= Counter(find_factors(number))
+    factors = sorted(needed.elements())
+    return _solve(
+        item, f"Take each prime as often as the number that has it most: {say(factors)}. {multiply(factors)}"
+    )
+
+
+def _solve(item: dict, last: str) -> Solution:
+    numbers = item["metadata"]["numbers"]
+    fork = Fork(write_number, tuple(numbers), f"The prime factors of {say(numbers)} are known.")
+    return Solution(("I find the prime factors of each number.", fork, last), item["answer"])
+
+
+def solve_one(item: dict) -> Solution:
+    return Solution((write_factors(item["metadata"]["number"]),), item["answer"])
+
+
+FAMILIES = [
+    Family("gcd", solve_gcd, {"min_numbers": 3, "max_numbers": 4, "min_value": 4, "max_value": 99}),
+    Family("lcm", solve_lcm, {"min_numbers": 3, "max_numbers": 3, "min_value": 4, "max_value": 20}),
+    Family("prime_factorization", solve_one, {"min_value": 4, "max_value": 300}),
+]

@@ -1,0 +1,31 @@
+"""Numbers to keep: a path for each number compares it with the limit."""
+
+from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+
+
+def write_number(part: tuple[str, str, str]) -> Subtask:
+    number, limit, operation = part
+    verb, side = operation.split("_")
+    relation = "smaller" if float(number) < float(limit) else "larger"
+    if float(number) == float(limit):
+        seen, fits = f"{number} is equal to {limit}, so it is not {side}.", False
+    else:
+        seen, fits = f"{number} is {relation} than {limit}.", relation == side
+    sign, other = (("negative" if value.startswith("-") else "not negative") for value in (number, limit))
+    keeps = fits == (verb == "keep")
+    rule = f"The rule is to {verb} what is {side} than the limit {limit}"
+    steps = f"{number} is {sign} and {limit} is {other}. {seen} {rule}, so {number} {'stays' if keeps else 'goes'}."
+    return Subtask(f"{number} against {limit}, {verb} if {side}", (steps,))
+
+
+def solve(item: dict) -> Solution:
+    data = item["metadata"]
+    parts = tuple((number, data["filter_value"], data["operation"]) for number in data["original_numbers"])
+    fork = Fork(write_number, parts, "Each number is compared with the limit.")
+    left = ", ".join(data["result"])
+    last = f"These numbers stay, in their order: {left}." if left else "No number stays, so the list is empty."
+    return Solution((f"I compare each number with {data['filter_value']}.", fork, last), item["answer"])
+
+
+OPTIONS = {"min_numbers": 4, "max_numbers": 8, "max_decimals": 0, "min_value": -99, "max_value": 99}
+FAMILIES = [Family("number_filtering", solve, OPTIONS)]

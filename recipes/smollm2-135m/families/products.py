@@ -1,0 +1,53 @@
+"""Products of two numbers by partial products, nested: a path for each digit of the second, a block of the first's."""
+
+from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+
+
+def split(number: int) -> list[int]:
+    """Return the place values of the digits that are not zero: 305 gives 300 and 5."""
+    digits = str(number)
+    return [int(digit) * 10 ** (len(digits) - 1 - at) for at, digit in enumerate(digits) if digit != "0"]
+
+
+def add(values: list[int]) -> str:
+    total, steps = values[0], []
+    for value in values[1:]:
+        steps.append(f"{total} + {value} = {total + value}.")
+        total += value
+    return " ".join(steps)
+
+
+def write_digits(part: tuple[int, int]) -> Subtask:
+    first, second = part
+    one, other = int(str(first)[0]), int(str(second)[0])
+    zeros = len(str(first)) + len(str(second)) - 2  # 0 to 2: the factors have two digits at most
+    ends = ("no zero", "one zero", "two zeros")[zeros]
+    text = f"Without zeros it is {one} x {other} = {one * other}. The factors {first} and {second} have {ends}. "
+    return Subtask(f"{first} x {second}", (f"{text}So {first} x {second} = {first * second}.",))
+
+
+def write_row(part: tuple[int, int]) -> Subtask:
+    first, second = part
+    places = split(first)
+    if len(places) == 1:
+        steps = write_digits(part).steps
+    else:
+        names = " and ".join(f"{place} x {second}" for place in places)
+        fork = Fork(write_digits, tuple((place, second) for place in places), f"Known are {names}.")
+        steps = (f"{' + '.join(map(str, places))} = {first}.", fork, add([place * second for place in places]))
+    return Subtask(f"{first} x {second}", (*steps, f"The row is {first} x {second} = {first * second}."))
+
+
+def solve(item: dict) -> Solution:
+    first, second = map(int, item["metadata"]["expression"].split(" * "))
+    if not first or not second:
+        return Solution((f"One factor is zero: {first} x {second} = 0.",), item["answer"])
+    rows = split(second)
+    if len(rows) == 1:
+        return Solution(write_row((first, second)).steps, item["answer"])
+    fork = Fork(write_row, tuple((first, row) for row in rows), "The rows are known.")
+    start = f"{' + '.join(map(str, rows))} = {second}."
+    return Solution((start, fork, f"Add the rows. {add([first * row for row in rows])}"), item["answer"])
+
+
+FAMILIES = [Family("products", solve, {"min_digits": 2, "max_digits": 2})]
