@@ -64,7 +64,9 @@ VOCAB = GEOMETRIES[GEOMETRY]["vocab_size"]
 LONGEST = 16_384  # positions an answer may take
 
 
-def make_models(tags: TagSet, seed: int, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedModel]:
+def make_models(
+    tags: TagSet, seed: int, dtype: torch.dtype = torch.bfloat16
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Make the model with and without branches, over one set of weights."""
     config = make_config(GEOMETRY)
     torch.manual_seed(seed)
