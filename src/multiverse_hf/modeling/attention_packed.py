@@ -22,7 +22,8 @@ from transformers.masking_utils import sdpa_mask
 from .attention_copies import BranchCopies, Paged, attend_paged, can_copy
 from .cache import LogCache
 from .cpu import PackedLinear
-from .hooks import CACHE, engine_pass, needs_eager
+from .forward_inputs import CACHE
+from .hooks import engine_pass, needs_eager
 from .masks import SLIDING, layer_kinds
 from .state import Reading
 from .threads import WIDTHS, best_threads

@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .attention_packed import PackedRunner
 from .cache import LogCache
-from .hooks import CACHE
+from .forward_inputs import CACHE
 from .state import Reading
 
 logger = logging.get_logger(__name__)

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from .hooks import CACHE, evaluating
+from .forward_inputs import CACHE
+from .hooks import evaluating
 
 SCRATCH = 1  # slots before the first extent: padding queries write there and read there
 
