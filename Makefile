@@ -95,7 +95,7 @@ $(CORE): $(TORCH) pyproject.toml
 
 $(DEV): $(TORCH) pyproject.toml
 	@echo "then what development needs:"
-	$(PIP) install -c constraints.txt -e '.[train,qlora,batch,curate,eval,tasks,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev]'
 	@touch $(CORE) $@
 
 $(DOCS): $(CORE)
@@ -104,6 +104,6 @@ $(DOCS): $(CORE)
 
 # xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(ECOSYSTEM): $(DEV)
-	$(PIP) install -c constraints.txt -e '.[train,qlora,batch,curate,eval,tasks,dev,ecosystem]' apache-tvm-ffi
+	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev,ecosystem]' apache-tvm-ffi
 	$(PIP) install -q -c constraints.txt --no-deps xgrammar
 	@touch $@

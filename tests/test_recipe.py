@@ -518,6 +518,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--config", "close.yaml"], ["close.yaml", "no option --learning_rat", "did you mean --learning_rate?"]),
         ([SFT, "--config"], ["--config names no file"]),
         ([SFT, "--model_name_or_path", "runs/mine/base"], ["no model folder runs/mine/base", "give an existing one"]),
+        ([SFT, "--model_name_or_path", "gone/base.gguf"], ["no model folder gone/base.gguf", "give an existing one"]),
         (
             [
                 SFT,

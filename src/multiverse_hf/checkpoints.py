@@ -20,7 +20,8 @@ from typing import Any
 
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import DocumentError, parse_document
-from multiverse_hf.errors import FAILURE, CommandError, one_line
+from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
+from multiverse_hf.modeling.gguf_files import SUFFIX, GgufError, gguf_options, reading, split_path
 from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
@@ -62,6 +63,7 @@ class Checkpoint:
     tags: TagSet
     hidden: frozenset[int]  # ids outside an answer's text: end and padding tokens
     revision: str = "main"
+    gguf_file: str | None = None  # name of the file in path that holds config, tokenizer and weights
 
     @property
     def has_tags(self) -> bool:
@@ -135,6 +137,10 @@ def quiet() -> None:
     """Turn off warnings and progress bars of libraries."""
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
+    if not sys.stderr.isatty():
+        os.environ.setdefault(
+            "TQDM_DISABLE", "1"
+        )  # read at its import: transformers unpacks GGUF files with a plain bar
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
@@ -149,7 +155,7 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
     """Read a checkpoint's config and tokenizer. Check that they fit each other and that the model can branch.
 
     Args:
-        name: folder or repository; None for the embedded checkpoint.
+        name: folder, repository, or a GGUF file in one; None for the embedded checkpoint.
         revision: revision of a repository.
         needs_tags: refuse a model without control tags. Otherwise such a model gets tags beyond its vocabulary, which
             it never writes. The engine runs it with ``structure="off"``.
@@ -162,6 +168,8 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
     shown = "multiverse-tiny" if name is None else name
     try:
         path = EMBEDDED if name is None else Path(name).expanduser()
+        place, gguf_file = split_path(path)
+        path = Path(place)
         if not path.exists() and name in EMBEDDED_NAMES:
             path = EMBEDDED.parent / name
         is_local = path.exists()
@@ -171,9 +179,9 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
         ) from err
     if not shown.strip():
         raise CommandError("the model's name is empty; give a folder, or a repository as owner/name")
-    if is_local:
+    if is_local and gguf_file is None:
         _check_folder(path, shown)
-    elif shown.startswith((".", "/", "~")) or shown.count("/") != 1:
+    elif not is_local and (shown.startswith((".", "/", "~")) or str(path).count("/") != 1):
         raise CommandError(
             f"no model folder {shown}; give an existing folder, a repository as owner/name, or "
             f"{' or '.join(EMBEDDED_NAMES)}"
@@ -183,10 +191,12 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
     from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
     from multiverse_hf.modeling.loading import base_class
 
-    source = str(path) if is_local else shown
+    source = str(path) if is_local or gguf_file else shown
+    gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         # never runs a checkpoint's own code, and never asks whether it may
-        config = MultiverseConfig.from_pretrained(source, revision=revision)
+        with reading(source, gguf_file):
+            config = MultiverseConfig.from_pretrained(source, revision=revision, **gguf)
     except Exception as err:  # a checkpoint is input: any error of reading it is reported in one line
         raise _unreadable(shown, "config", err, is_local) from err
     try:
@@ -194,21 +204,23 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
     except ValueError as err:
         raise CommandError(f"{shown} cannot branch: {one_line(err)}") from err
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        with reading(source, gguf_file):
+            tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False, **gguf)
     except Exception as err:
         raise _unreadable(shown, "tokenizer", err, is_local) from err
     try:
-        generation = GenerationConfig.from_pretrained(source, revision=revision)
+        generation = GenerationConfig.from_pretrained(source, revision=revision) if gguf_file is None else None
     except OSError:  # the file is optional
-        generation = GenerationConfig.from_model_config(config)
+        generation = None
     except Exception as err:
         raise _unreadable(shown, "generation config", err, is_local) from err
+    generation = generation or GenerationConfig.from_model_config(config)
     try:
         stored = getattr(config, "multiverse", None)
         has_tags = needs_tags or stored is not None or bool(set(MULTIVERSE.tokens) & tokenizer.get_vocab().keys())
         if not has_tags:
-            beyond = TagSet.add_to(copy.deepcopy(tokenizer))
-            return Checkpoint(shown, source, config, tokenizer, beyond, frozenset(tokenizer.all_special_ids), revision)
+            beyond, hidden = TagSet.add_to(copy.deepcopy(tokenizer)), frozenset(tokenizer.all_special_ids)
+            return Checkpoint(shown, source, config, tokenizer, beyond, hidden, revision, gguf_file)
         tags = None if stored is None else TagSet.from_dict(stored)
         spelled = TagSet.from_tokenizer(tokenizer, tags and tags.names)
     except ValueError as err:
@@ -229,7 +241,7 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
             )
     # by id, not by skip_special_tokens: in some tokenizers the tags are special tokens too
     hidden = frozenset(tokenizer.all_special_ids) - frozenset(tags.control_ids)
-    return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision)
+    return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision, gguf_file)
 
 
 def _check_folder(folder: Path, name: str) -> None:
@@ -238,7 +250,9 @@ def _check_folder(folder: Path, name: str) -> None:
         merge = f"multiverse merge --adapter {name} --output {name}-merged"
         raise CommandError(f"{name} is a LoRA adapter without its base; merge them with: {merge}")
     if not (folder / "config.json").is_file():
-        raise CommandError(f"{name} holds no config.json; give the folder of a checkpoint")
+        file = min(folder.glob(f"*{SUFFIX}"), default=None)
+        way = "give the folder of a checkpoint" if file is None else f"name its GGUF file: {file}"
+        raise CommandError(f"{name} holds no config.json; {way}")
     # without its config, transformers takes the architecture's usual tokenizer, which may split text differently
     has_tokenizer = any(any(folder.glob(pattern)) for pattern in _VOCABULARIES)
     if not has_tokenizer or not (folder / "tokenizer_config.json").is_file():
@@ -274,6 +288,8 @@ def _check_tags(name: str, stored: TagSet, spelled: TagSet) -> None:
 def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> CommandError:
     """Return the error for a part of a checkpoint that cannot be read."""
     reason = one_line(error).rstrip(".")
+    if gguf := gguf_reason(error):
+        return CommandError(gguf)
     if isinstance(error, LookupError):  # its text is only the key
         reason = f"it has no {reason}"
     if not is_local and "connect" in reason:
@@ -287,14 +303,24 @@ def _unreadable(name: str, part: str, error: Exception, is_local: bool) -> Comma
     return CommandError(f"cannot read the {part} of {name}: {reason}; copy or download the checkpoint again")
 
 
+def gguf_reason(error: Exception) -> str | None:
+    """Return what is wrong with a GGUF file, or with the packages that read it, and the way out; None otherwise."""
+    if isinstance(error, GgufError):
+        return one_line(error)
+    if isinstance(error, ModuleNotFoundError) and error.name in ("gguf", "accelerate"):
+        return f"{error.name}, which reads GGUF files, is missing; {install_line('gguf')}"
+    return None
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """Return a repository's commit, or a hash of a folder's files, of large files the ends."""
     commit = getattr(checkpoint.config, "_commit_hash", None)
     if not os.path.isdir(checkpoint.path):
         return str(commit)
     digest = hashlib.sha256()
-    for path in sorted(Path(checkpoint.path).iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja", ".txt") and path.is_file():
+    files = sorted(Path(checkpoint.path).iterdir())
+    for path in files if checkpoint.gguf_file is None else [Path(checkpoint.path, checkpoint.gguf_file)]:
+        if path.suffix in (SUFFIX, ".json", ".safetensors", ".bin", ".model", ".jinja", ".txt") and path.is_file():
             size = path.stat().st_size
             digest.update(f"{path.name} {size}\n".encode())
             with path.open("rb") as file:
@@ -328,16 +354,18 @@ def load_weights(checkpoint: Checkpoint, dtype: str, attention: str | None) -> A
 
     branches = checkpoint.has_tags
     try:
-        model, info = (MultiverseForCausalLM if branches else base_class(checkpoint.config)).from_pretrained(
-            checkpoint.path,
-            revision=checkpoint.revision,
-            config=checkpoint.config,
-            **({"tags": checkpoint.tags} if branches else {}),
-            dtype=dtype,
-            attn_implementation=attention,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below by name
-        )
+        with reading(checkpoint.path, checkpoint.gguf_file, NotImplementedError):
+            model, info = (MultiverseForCausalLM if branches else base_class(checkpoint.config)).from_pretrained(
+                checkpoint.path,
+                revision=checkpoint.revision,
+                config=checkpoint.config,
+                **({"tags": checkpoint.tags} if branches else {}),
+                **gguf_options(checkpoint.gguf_file),
+                dtype=dtype,
+                attn_implementation=attention,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below by name
+            )
     except Exception as err:  # as for the config: safetensors, pickle and json raise different errors
         raise _unreadable(checkpoint.name, "weights", err, os.path.isdir(checkpoint.path)) from err
     if wrong := sorted(key for key, *_ in info["mismatched_keys"]):

@@ -10,6 +10,7 @@ from multiverse_hf.checkpoints import Dtype, load_weights, open_checkpoint, quie
 from multiverse_hf.cli.options import DtypeOption, TracebackOption
 from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
+from multiverse_hf.modeling.gguf_files import SUFFIX
 from multiverse_hf.outputs import check_new_folder, new_folder
 
 
@@ -37,7 +38,8 @@ def merge(
 
             model, tokenizer = merge_adapter(adapter, base, dtype.value)
         except ModuleNotFoundError as err:
-            raise CommandError(f"{err.name} is missing; {install_line('train')}", FAILURE) from err
+            extra = "gguf" if err.name == "gguf" else "train"
+            raise CommandError(f"{err.name} is missing; {install_line(extra)}", FAILURE) from err
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as err:
             raise CommandError(f"cannot merge {adapter}: {one_line(err)}") from err
         save_checkpoint(model, tokenizer, output, adapter / "run.json")
@@ -48,6 +50,9 @@ def export(
         str, typer.Option("--model", "-m", metavar="PATH", help="Checkpoint whose tokenizer has the tags.")
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint.")],
+    gguf_file: Annotated[
+        str | None, typer.Option("--gguf-file", metavar="NAME", help="GGUF file in it, which is dequantized.")
+    ] = None,
     dtype: DtypeOption = Dtype.AUTO,
     traceback: TracebackOption = False,
 ) -> None:
@@ -62,9 +67,11 @@ def export(
       multiverse export --model multiverse-tiny --output tiny
     """
     check_new_folder(output)
+    if gguf_file is not None and not gguf_file.endswith(SUFFIX):
+        raise CommandError(f"--gguf-file names a file that ends in {SUFFIX}, got {gguf_file!r}")
     with waiting("reading the model"):
         quiet()
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(model if gguf_file is None else f"{model.rstrip('/')}/{gguf_file}")
         loaded = load_weights(checkpoint, dtype.value, None)
     with waiting("writing"):
         save_checkpoint(loaded, checkpoint.tokenizer, output)

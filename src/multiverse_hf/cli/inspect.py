@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from multiverse_hf.checkpoints import EMBEDDED, EMBEDDED_NAMES, quiet
+from multiverse_hf.checkpoints import EMBEDDED, EMBEDDED_NAMES, gguf_reason, quiet
 from multiverse_hf.cli.display import CONTROLS
 from multiverse_hf.cli.options import JsonOption, TracebackOption, print_json
 from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.data.records import Form, Record, RowError, number_rows, read_record
 from multiverse_hf.errors import CommandError, one_line
+from multiverse_hf.modeling.gguf_files import split_path
 
 if TYPE_CHECKING:  # it imports torch
     from multiverse_hf.data.inspection import ReadRow, RowSegment
@@ -121,12 +122,12 @@ def load_tokenizer(model: str | None) -> Any:
     path = EMBEDDED if model is None else Path(model).expanduser()
     if model in EMBEDDED_NAMES and not path.exists():
         path = EMBEDDED.parent / model
-    if not path.exists() and (model.count("/") != 1 or model.startswith((".", "/", "~"))):
+    if not path.exists() and (str(split_path(model)[0]).count("/") != 1 or model.startswith((".", "/", "~"))):
         raise CommandError(f"no model folder {model}; give an existing one, or a repository as owner/name")
     try:
         return load_tokens(str(path) if path.exists() else model)
     except Exception as err:  # a checkpoint is input: transformers and the Hub raise errors of their own
-        raise CommandError(f"cannot load the tokenizer of {model}: {one_line(err)}") from err
+        raise CommandError(f"cannot load the tokenizer of {model}: {gguf_reason(err) or one_line(err)}") from err
 
 
 def to_dict(place: str, model: str, record: Record, read: "ReadRow") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .configuration_multiverse import MultiverseConfig
+from .gguf_files import reading
 from .masks import layer_kinds
 from .remote_code import AUTO_MAP
 from .tags import PRESETS, TagNames, TagSet
@@ -101,7 +102,8 @@ def read_config(
     apart = {"config", "dtype", "torch_dtype", "quantization_config", "trust_remote_code"}  # as AutoModel does
     overrides = {name: value for name, value in kwargs.items() if name not in apart}
     try:
-        config, unused = MultiverseConfig.from_pretrained(path, return_unused_kwargs=True, **overrides)
+        with reading(path, kwargs.get("gguf_file")):
+            config, unused = MultiverseConfig.from_pretrained(path, return_unused_kwargs=True, **overrides)
     except (OSError, ValueError) as err:
         if os.path.isdir(path):
             files = sorted(name for name in os.listdir(path) if name.endswith(".gguf"))
@@ -130,7 +132,9 @@ def spelled_tags(
         raise ValueError("the config holds no tag set; pass tags=TagSet.from_tokenizer(tokenizer)")
     try:
         gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
-        tags = TagSet.from_tokenizer(AutoTokenizer.from_pretrained(base, **hub, **gguf), names)
+        with reading(base, gguf_file):
+            tokenizer = AutoTokenizer.from_pretrained(base, **hub, **gguf)
+        tags = TagSet.from_tokenizer(tokenizer, names)
     except ValueError as err:
         if base == path:
             raise

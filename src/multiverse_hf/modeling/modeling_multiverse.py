@@ -23,6 +23,7 @@ from .attention_chunked import CHUNKED
 from .callables import is_callers
 from .configuration_multiverse import MultiverseConfig
 from .generation import MultiverseGenerateOutput, generate, generate_plain
+from .gguf_files import gguf_options, reading, split_path
 from .hooks import ForcedTokenHooks, execution_device, follow_layout, follow_layouts, hooked_forward
 from .integrations import integrate, tuned_prompt
 from .layout import is_plain
@@ -212,11 +213,13 @@ class MultiverseForCausalLM:
         Args:
             pretrained_model_name_or_path: folder or repository id, of a Multiverse checkpoint, of a base model whose
                 tokenizer has the tags, or of an adapter for one of these (with peft installed, as in transformers).
+                ``folder/FILE.gguf`` and ``owner/name/FILE.gguf`` stand for ``gguf_file``.
             *args: as for ``AutoModelForCausalLM.from_pretrained``.
             **kwargs: as for ``AutoModelForCausalLM.from_pretrained``; what the config has a place for, such as
                 ``use_cache`` or ``attention_dropout``, goes there. With ``output_loading_info=True`` a checkpoint that
                 lacks weights is loaded all the same, and the info says which. Weights that the model has no place for
-                are passed over, and transformers reports them.
+                are passed over, and transformers reports them. Weights of a ``gguf_file`` are dequantized, unless
+                ``quantization_config`` is a ``GgufConfig``; only dequantized, they can be saved and trained.
             config: in place of the checkpoint's own, or where to read it.
             tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
             names: how the tokenizer spells the tags, if it is none of the presets.
@@ -224,21 +227,34 @@ class MultiverseForCausalLM:
         Raises:
             ValueError: if the architecture cannot branch, the tokenizer has no tags or other ids for them than the
                 config, or weights are missing.
-            OSError: if there is no checkpoint at that place.
+            OSError: if there is no checkpoint at that place, or its GGUF file cannot be read.
         """
-        path = pretrained_model_name_or_path
+        path, gguf_file = pretrained_model_name_or_path, kwargs.get("gguf_file")
+        if gguf_file is None:
+            path, gguf_file = split_path(path)
+        kwargs |= {name: value for name, value in gguf_options(gguf_file).items() if kwargs.get(name) is None}
         is_made = cls is not MultiverseForCausalLM
         if is_made and tags is None and names is None:  # its base knows how
-            return super().from_pretrained(path, *args, config=config, **kwargs)
+            with reading(path, gguf_file, NotImplementedError):
+                loaded = super().from_pretrained(path, *args, config=config, **kwargs)
+            if gguf_file is not None:  # an adapter's config names its base by this
+                model = loaded[0] if isinstance(loaded, tuple) else loaded
+                model.name_or_path = model.config.name_or_path = os.path.join(path, gguf_file)
+            return loaded
         hub = {name: kwargs[name] for name in HUB if name in kwargs}
         is_given = isinstance(config, PretrainedConfig)
         base = path if path is None and is_given else adapter_base(path, hub) or path
+        if base != path and split_path(base)[1] is not None:
+            raise ValueError(
+                f"{path} is an adapter of the GGUF file {base}; put the two together: "
+                f"multiverse merge --adapter {path} --output FOLDER"
+            )
         if not is_given:
             config, kwargs = read_config(base if config is None else config, hub, kwargs)
         model_class = cls if is_made else multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
-            tags = spelled_tags(path, base, hub, names, kwargs.get("gguf_file"))
+            tags = spelled_tags(path, base, hub, names, gguf_file)
         warn_of_missing_code(base, config)
         config = with_tags(config, tags)
         used = TagSet.from_dict(config.multiverse)

@@ -176,9 +176,11 @@ class TagSet:
             names = find_preset(vocab)
         missing = [tag for tag in names.tokens if tag not in vocab]
         if missing:
+            others = f" and {len(missing) - 1} other tags" if len(missing) > 1 else ""
             raise ValueError(
-                f"the tokenizer has no token for {', '.join(missing)}; add the tags with "
-                "TagSet.add_to(tokenizer) and resize the embeddings, or pass the names its tags have"
+                f"the tokenizer has no token for {missing[0]}{others}; train the model with recipes/sft.py, which "
+                "adds them, or add them with TagSet.add_to(tokenizer) and resize the embeddings, or pass the "
+                "names its tags have"
             )
 
         def encode(text: str) -> list[int]:

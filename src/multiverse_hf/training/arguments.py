@@ -13,6 +13,7 @@ from trl import ModelConfig, SFTConfig, TrlParser
 
 from multiverse_hf.data.curriculum import PAPER_SHARES, paper_shares
 from multiverse_hf.errors import CommandError, find_unknown, one_line
+from multiverse_hf.modeling.gguf_files import split_path
 from multiverse_hf.outputs import check_output
 from multiverse_hf.training.models import default_attention
 
@@ -152,8 +153,10 @@ class Parser(TrlParser):
             raise CommandError(
                 "the model's name is empty; give model_name_or_path a folder, or a repository as owner/name"
             )
-        # a repository has one slash at most
-        if (name.count("/") > 1 or name.startswith((".", "/", "~"))) and not Path(name).expanduser().exists():
+        place, gguf_file = split_path(name)
+        count = place.count("/")  # a repository has one slash
+        is_path = count > 1 or place.startswith((".", "/", "~")) or (gguf_file is not None and count == 0)
+        if is_path and not Path(place).expanduser().exists():
             head = self.config.read_text(encoding="utf-8").splitlines() if self.config.is_file() else []
             makes = (line.lstrip("# ") for line in head if line.startswith("#") and line.endswith(f" --output {name}"))
             command = next(makes, None)

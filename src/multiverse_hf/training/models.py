@@ -10,9 +10,11 @@ import torch
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from multiverse_hf.checkpoints import gguf_reason
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.attention_chunked import CHUNKED
 from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
+from multiverse_hf.modeling.gguf_files import reading, split_path
 from multiverse_hf.modeling.loading import base_class
 from multiverse_hf.modeling.modeling_multiverse import multiverse_class
 from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
@@ -61,7 +63,7 @@ def load_tokens(
     """Load the tokenizer of a causal LM that can branch, and add the tags that it lacks. No weights are read.
 
     Args:
-        path: folder or repository of the model.
+        path: folder or repository of the model, or ``folder/FILE.gguf``.
         revision: revision of a repository.
         names: spelling of the tags, or a preset's name; None for the tokenizer's tags, else the paper's.
         tokenizer_path: folder or repository of the tokenizer, if it is not the model's own.
@@ -72,10 +74,13 @@ def load_tokens(
         ValueError: if the architecture cannot branch, or the tokenizer cannot be used for training.
         OSError: if there is no model at ``path``.
     """
-    config = copy.deepcopy(MultiverseConfig.from_pretrained(path, revision=revision))
+    place, gguf_file = split_path(path)
+    own = {"revision": revision} | ({} if gguf_file is None else {"gguf_file": gguf_file})
+    with reading(place, gguf_file):
+        config = copy.deepcopy(MultiverseConfig.from_pretrained(place, **own))
     base_class(config)
-    own = tokenizer_path is None
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or path, revision=revision if own else "main")
+    with reading(place, gguf_file):
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or place, **(own if tokenizer_path is None else {}))
     if isinstance(names, str):
         if names not in PRESETS:
             raise ValueError(f"tags are {' or '.join(PRESETS)}, got {names!r}")
@@ -107,7 +112,7 @@ def load_base(path: str, revision: str = "main", tokens: Tokens | None = None, *
     """Load a causal LM that can branch, with embedding rows for the tags that its tokenizer lacked.
 
     Args:
-        path: folder or repository of the model.
+        path: folder or repository of the model, or ``folder/FILE.gguf``, whose weights are dequantized.
         revision: revision of a repository.
         tokens: result of :func:`load_tokens`; by default with its default options.
         **kwargs: as for ``AutoModelForCausalLM.from_pretrained``: ``dtype``, ``attn_implementation``,
@@ -165,7 +170,7 @@ def load_for_training(data: Any, training: Any, model_args: Any) -> Base | Token
         tokens = load_tokens(path, revision, data.tags, chat_template=text, eos_token=training.eos_token)
         return tokens if data.check_rows else load_base(path, revision, tokens, **options)
     except Exception as err:  # a checkpoint is input: safetensors, pickle, json and the Hub raise errors of their own
-        raise CommandError(f"cannot load {name}: {one_line(err)}") from err
+        raise CommandError(f"cannot load {name}: {gguf_reason(err) or one_line(err)}") from err
 
 
 def default_attention(device_type: str, keeps_apart: bool) -> str:
