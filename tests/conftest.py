@@ -67,4 +67,5 @@ def unquiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
     transformers_logging.set_verbosity_warning()
     transformers_logging.enable_progress_bar()
-    os.environ.pop("MULTIVERSE_TRACEBACK", None)
+    for name in ("MULTIVERSE_TRACEBACK", "TQDM_DISABLE"):
+        os.environ.pop(name, None)

@@ -24,6 +24,7 @@ from multiverse_hf.modeling.gguf_files import GgufError, gguf_options, split_pat
 from multiverse_hf.modeling.tags import TagSet  # noqa: E402
 from multiverse_hf.training.models import load_base  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("unquiet")
 ROOT = Path(__file__).parent.parent
 MAKE_BASE = ROOT / "recipes/smollm2-135m/make_base.py"
 Kind = gguf.GGMLQuantizationType
@@ -227,20 +228,9 @@ def call(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_recipe_trains_a_gguf_file_and_an_adapter_of_it_merges(files: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="needs multiverse_hf[train]")
-    model = ["--model_name_or_path", files / "base.Q8_0.gguf", "--dataset_name", ROOT / "recipes/own-documents"]
-    options = [
-        *model,
-        "--use_cpu",
-        "--bf16",
-        "false",
-        "--max_steps",
-        "1",
-        "--max_length",
-        "512",
-        "--report_to",
-        "none",
-    ]
-    sft = [ROOT / "recipes/sft.py", *options]
+    rows = ["--dataset_name", ROOT / "recipes/own-documents/documents.jsonl", "--max_length", "512"]
+    options = [*rows, "--use_cpu", "--bf16", "false", "--max_steps", "1", "--report_to", "none"]
+    sft = [ROOT / "recipes/sft.py", "--model_name_or_path", files / "base.Q8_0.gguf", *options]
     ended = call(*sft, "--output_dir", "full", cwd=tmp_path)
     assert ended.returncode == 0, ended.stderr
     assert MultiverseForCausalLM.from_pretrained(tmp_path / "full").tags.names.path == "Path"

@@ -43,7 +43,7 @@ def test_a_folder_as_mergekit_writes_it_loads_without_the_code_and_is_exported_w
 
 
 @pytest.mark.slow
-def test_a_gguf_file_loads_with_the_tags_of_the_tokenizer_in_it(saved, tmp_path, caplog):
+def test_a_gguf_file_loads_with_the_tags_of_the_tokenizer_in_it(saved, tmp_path, caplog, unquiet):
     pytest.importorskip("gguf")
     from gguf_writer import write_gguf
 
