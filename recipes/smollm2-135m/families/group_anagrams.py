@@ -9,7 +9,7 @@ from multiverse_hf.data.families import Family, Fork, Solution, Subtask
 def write_word(word: str) -> Subtask:
     ordered = "".join(sorted(word))
     text = f"The letters of {word} are {' '.join(word)}. In order they are {' '.join(ordered)}."
-    return Subtask(f"letters of {word} in order", (f"{text} The key of {word} is {ordered}.",))
+    return Subtask(word, (f"{text} The key of {word} is {ordered}.",))
 
 
 def solve(item: dict) -> Solution:
@@ -17,7 +17,7 @@ def solve(item: dict) -> Solution:
     for word in words:
         groups.setdefault("".join(sorted(word)), []).append(word)
     fork = Fork(write_word, tuple(words), "Every word has its key.")
-    last = " ".join(f"The key {key} is that of {' and '.join(group)}." for key, group in groups.items())
+    last = " ".join(f"{key}: {' and '.join(group)}." for key, group in groups.items())
     return Solution(("Anagrams have the same letters in order.", fork, last), json.dumps(list(groups.values())))
 
 
@@ -28,5 +28,5 @@ def check(item: dict, text: str) -> str | None:
     return None
 
 
-OPTIONS = {"min_anagram_groups": 2, "max_anagram_groups": 4, "min_words_per_group": 2, "max_words_per_group": 2}
+OPTIONS = {"min_anagram_groups": 3, "max_anagram_groups": 4, "min_words_per_group": 2, "max_words_per_group": 2}
 FAMILIES = [Family("group_anagrams", solve, OPTIONS, check=check)]

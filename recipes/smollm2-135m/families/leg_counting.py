@@ -7,30 +7,27 @@ from multiverse_hf.data.families import Family, Fork, Solution, Subtask
 
 def write_animal(part: tuple[str, int]) -> Subtask:
     animal, count = part
-    legs = ANIMALS[animal]
-    steps = [f"One {animal} has {legs} legs, and there are {count} of this animal."]
+    legs, name = ANIMALS[animal], animal + "s" * (count > 1)
+    steps = [f"A {animal} has {legs} legs, and there are {count}."]
     if count > 10:
         ones = count - 10
         steps.append(f"10 x {legs} = {10 * legs} and {ones} x {legs} = {ones * legs}.")
         steps.append(f"{10 * legs} + {ones * legs} = {count * legs}.")
     else:
         steps.append(f"{count} x {legs} = {count * legs}.")
-    steps.append(f"That is {count * legs} legs for {animal}.")
-    return Subtask(f"legs of {count} {animal}", (" ".join(steps),))
+    steps.append(f"So {count} {name} have {count * legs} legs.")
+    return Subtask(f"{count} {name}", (" ".join(steps),))
 
 
 def solve(item: dict) -> Solution:
-    animals = list(item["metadata"]["animals"].items())
-    names = ", ".join(animal for animal, _ in animals)
-    total, sums = 0, []
-    for place, (animal, count) in enumerate(animals):
-        legs = count * ANIMALS[animal]
-        sums.append(
-            f"Start with {legs} for {animal}." if not place else f"Add {animal}: {total} + {legs} = {total + legs}."
-        )
-        total += legs
-    fork = Fork(write_animal, tuple(animals), f"The legs of {names} are known.")
+    animals = tuple(item["metadata"]["animals"].items())
+    legs = [count * ANIMALS[animal] for animal, count in animals]
+    total, sums = legs[0], []
+    for number in legs[1:]:
+        sums.append(f"{total} + {number} = {total + number}.")
+        total += number
+    fork = Fork(write_animal, animals, "All animals are counted.")
     return Solution(("I count the legs of each kind of animal.", fork, " ".join(sums)), item["answer"])
 
 
-FAMILIES = [Family("leg_counting", solve, {"min_animals": 3, "max_animals": 8})]
+FAMILIES = [Family("leg_counting", solve, {"min_animals": 5, "max_animals": 8})]

@@ -5,7 +5,7 @@ import re
 from multiverse_hf.data.families import Family, Fork, Solution, Subtask
 
 GROUP = 3  # words of a path
-LONG = 9  # words from which the text is cut into halves
+LONG = 18  # words from which the text is cut into halves
 
 
 def count(words: list[str], letter: str) -> int:
@@ -32,24 +32,24 @@ def cut(words: list[str]) -> list[list[str]]:
 
 def write_group(part: tuple[list[str], str]) -> Subtask:
     words, letter = part
-    steps = [f'The word {word} has {word.lower().count(letter)} "{letter}".' for word in words]
-    steps.append(f"These words have {count(words, letter)} together.")
-    return Subtask(f'"{letter}" in {" ".join(words)}', (" ".join(steps),))
+    steps = [f'{word}, {" ".join(word)}, has {word.lower().count(letter)} "{letter}".' for word in words]
+    steps.append(f"Together {count(words, letter)}.")
+    return Subtask(" ".join(words), (" ".join(steps),))
 
 
 def count_groups(words: list[str], letter: str) -> tuple[str | Fork, ...]:
     groups = cut(words)
     if len(groups) == 1:
         return tuple(write_group((words, letter)).steps)
-    fork = Fork(write_group, tuple((group, letter) for group in groups), f'The "{letter}" of each group are counted.')
+    fork = Fork(write_group, tuple((group, letter) for group in groups), "All groups are counted.")
     return (fork, add(groups, letter))
 
 
 def write_half(part: tuple[list[str], str]) -> Subtask:
     words, letter = part
     steps = count_groups(words, letter)
-    last = f'From {words[0]} to {words[-1]} there are {count(words, letter)} "{letter}".'
-    return Subtask(f'"{letter}" from {" ".join(words)}', (*steps, last))
+    last = f"This half has {count(words, letter)}."
+    return Subtask(" ".join(words), (*steps, last))
 
 
 def solve(item: dict) -> Solution:
@@ -59,15 +59,15 @@ def solve(item: dict) -> Solution:
         return Solution((start, *count_groups(words, letter)), item["answer"])
     middle = len(words) // 2
     halves = [words[:middle], words[middle:]]
-    fork = Fork(write_half, tuple((half, letter) for half in halves), "Both halves of the text are counted.")
+    fork = Fork(write_half, tuple((half, letter) for half in halves), "Both halves are counted.")
     return Solution((start, fork, add(halves, letter)), item["answer"])
 
 
 def check(item: dict, text: str) -> str | None:
-    for word, number, letter in re.findall(r'The word (\S+) has (\d+) "(.)"', text):
+    for word, number, letter in re.findall(r'(\S+), [^,"]*, has (\d+) "(.)"', text):
         if word.lower().count(letter) != int(number):
             return f"{word} does not have {number} {letter!r}"
     return None
 
 
-FAMILIES = [Family("letter_counting", solve, {"min_words": 5, "max_words": 12}, check=check)]
+FAMILIES = [Family("letter_counting", solve, {"min_words": 10, "max_words": 24}, check=check)]

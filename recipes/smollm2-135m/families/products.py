@@ -20,10 +20,10 @@ def add(values: list[int]) -> str:
 def write_digits(part: tuple[int, int]) -> Subtask:
     first, second = part
     one, other = int(str(first)[0]), int(str(second)[0])
-    zeros = len(str(first)) + len(str(second)) - 2  # 0 to 2: the factors have two digits at most
-    ends = ("no zero", "one zero", "two zeros")[zeros]
-    text = f"Without zeros it is {one} x {other} = {one * other}. The factors {first} and {second} have {ends}. "
-    return Subtask(f"{first} x {second}", (f"{text}So {first} x {second} = {first * second}.",))
+    zeros = len(str(first)) + len(str(second)) - 2  # 0 to 4: the factors have three digits at most
+    ends = ("no zero", "one zero", "two zeros", "three zeros", "four zeros")[zeros]
+    text = f"{one} x {other} = {one * other}, with {ends}, so {first} x {second} = {first * second}."
+    return Subtask(f"{first} x {second}", (text,))
 
 
 def write_row(part: tuple[int, int]) -> Subtask:
@@ -32,10 +32,9 @@ def write_row(part: tuple[int, int]) -> Subtask:
     if len(places) == 1:
         steps = write_digits(part).steps
     else:
-        names = " and ".join(f"{place} x {second}" for place in places)
-        fork = Fork(write_digits, tuple((place, second) for place in places), f"Known are {names}.")
+        fork = Fork(write_digits, tuple((place, second) for place in places), "All digits are multiplied.")
         steps = (f"{' + '.join(map(str, places))} = {first}.", fork, add([place * second for place in places]))
-    return Subtask(f"{first} x {second}", (*steps, f"The row is {first} x {second} = {first * second}."))
+    return Subtask(f"{first} x {second}", tuple(steps))
 
 
 def solve(item: dict) -> Solution:
@@ -45,9 +44,9 @@ def solve(item: dict) -> Solution:
     rows = split(second)
     if len(rows) == 1:
         return Solution(write_row((first, second)).steps, item["answer"])
-    fork = Fork(write_row, tuple((first, row) for row in rows), "The rows are known.")
+    fork = Fork(write_row, tuple((first, row) for row in rows), "All rows are known.")
     start = f"{' + '.join(map(str, rows))} = {second}."
     return Solution((start, fork, f"Add the rows. {add([first * row for row in rows])}"), item["answer"])
 
 
-FAMILIES = [Family("products", solve, {"min_digits": 2, "max_digits": 2})]
+FAMILIES = [Family("products", solve, {"min_digits": 2, "max_digits": 3})]

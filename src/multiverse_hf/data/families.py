@@ -157,7 +157,7 @@ def _write_branch(fork: Fork, part: Any) -> str:
     return f"{branch.outline}\n{_write_steps(branch.steps, '', MULTIVERSE)}"
 
 
-_SUM = re.compile(r"(-?\d+(?: [-+x/] -?\d+)+) = (-?\d+)(?!\d|\.\d)")
+_SUM = re.compile(r"(-?\d+(?: [-+x/] -?\d+)+) = (-?\d+(?:\.\d+)?)(?!\d|\.\d)")
 _COMPARED = re.compile(r"(-?\d+) is (smaller|larger) than (-?\d+)")
 
 
@@ -166,7 +166,7 @@ def find_wrong_arithmetic(text: str) -> list[str]:
 
     Every ``=`` of the text has to stand in such an equation.
     """
-    wrong = [match[0] for match in _SUM.finditer(text) if _value(match[1]) != int(match[2])]
+    wrong = [match[0] for match in _SUM.finditer(text) if _value(match[1]) != Fraction(match[2])]
     wrong += [
         match[0]
         for match in _COMPARED.finditer(text)

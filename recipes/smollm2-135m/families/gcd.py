@@ -1,4 +1,4 @@
-"""Common divisors and multiples: a path factors each number. One number alone is factored without a block."""
+"""Common divisors: a path for each number finds its prime factors. One number alone is factored without a block."""
 
 from collections import Counter
 
@@ -30,7 +30,7 @@ def say(numbers: list[int]) -> str:
 
 
 def write_number(number: int) -> Subtask:
-    return Subtask(f"prime factors of {number}", (write_factors(number),))
+    return Subtask(f"factors of {number}", (write_factors(number),))
 
 
 def multiply(factors: list[int]) -> str:
@@ -42,27 +42,13 @@ def multiply(factors: list[int]) -> str:
 
 
 def solve_gcd(item: dict) -> Solution:
-    common = Counter(find_factors(item["metadata"]["numbers"][0]))
-    for number in item["metadata"]["numbers"][1:]:
+    numbers = item["metadata"]["numbers"]
+    common = Counter(find_factors(numbers[0]))
+    for number in numbers[1:]:
         common &= Counter(find_factors(number))
     shared = sorted(common.elements())
     last = f"All have {say(shared)}. {multiply(shared)}" if shared else "No prime is in all of them. The result is 1."
-    return _solve(item, last)
-
-
-def solve_lcm(item: dict) -> Solution:
-    needed: Counter = Counter()
-    for number in item["metadata"]["numbers"]:
-        needed |= Counter(find_factors(number))
-    factors = sorted(needed.elements())
-    return _solve(
-        item, f"Take each prime as often as the number that has it most: {say(factors)}. {multiply(factors)}"
-    )
-
-
-def _solve(item: dict, last: str) -> Solution:
-    numbers = item["metadata"]["numbers"]
-    fork = Fork(write_number, tuple(numbers), f"The prime factors of {say(numbers)} are known.")
+    fork = Fork(write_number, tuple(numbers), "All factors are known.")
     return Solution(("I find the prime factors of each number.", fork, last), item["answer"])
 
 
@@ -71,7 +57,6 @@ def solve_one(item: dict) -> Solution:
 
 
 FAMILIES = [
-    Family("gcd", solve_gcd, {"min_numbers": 3, "max_numbers": 4, "min_value": 4, "max_value": 99}),
-    Family("lcm", solve_lcm, {"min_numbers": 3, "max_numbers": 3, "min_value": 4, "max_value": 20}),
+    Family("gcd", solve_gcd, {"min_numbers": 4, "max_numbers": 6, "min_value": 12, "max_value": 99}),
     Family("prime_factorization", solve_one, {"min_value": 4, "max_value": 300}),
 ]
