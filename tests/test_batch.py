@@ -223,6 +223,7 @@ def test_a_full_disk_ends_the_run_in_a_line_and_loses_nothing(tmp_path: Path):
 # Rows in, rows out
 
 
+@pytest.mark.slow
 def test_tasks_do_not_change_answers_and_rows_have_the_fields_of_one_answer(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -229,6 +229,7 @@ def shape(found: Any) -> list[tuple[str, bool]]:
     ]
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_docs_run_as_pasted(tmp_path: Path, serve):
     (pasted,) = (
         text
@@ -300,6 +301,7 @@ def test_when_a_fifth_of_all_calls_fail_or_lie_no_bad_row_comes_out_and_each_rej
     assert 0 <= log["answered"] - sum(report["asked"].values()) <= late
 
 
+@pytest.mark.slow
 def test_an_endpoint_that_is_down_for_a_while_costs_no_row(tmp_path: Path, serve):
     source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve("--delay", 0.01)
     write_traces(source, 60)
@@ -327,9 +329,9 @@ def test_an_endpoint_that_is_down_for_a_while_costs_no_row(tmp_path: Path, serve
     ("address", "rows", "words"),
     [
         ("http://127.0.0.1:{free}/v1", 20, "connection refused"),
-        ("http://127.0.0.1:{free}/v1", 1, "connection refused"),
-        ("http://nowhere.invalid/v1", 20, r"no such host \(.+\)"),
-        ("{server}/v1", 20, "HTTP 500: out of order"),
+        pytest.param("http://127.0.0.1:{free}/v1", 1, "connection refused", marks=pytest.mark.slow),
+        pytest.param("http://nowhere.invalid/v1", 20, r"no such host \(.+\)", marks=pytest.mark.slow),
+        pytest.param("{server}/v1", 20, "HTTP 500: out of order", marks=pytest.mark.slow),
     ],
 )
 def test_a_dead_endpoint_is_told_of_and_ends_the_run_in_a_line_and_the_same_command_goes_on(
@@ -407,6 +409,7 @@ def test_a_wait_longer_than_one_may_wait_ends_the_run_in_a_line(tmp_path: Path, 
     ), done.stderr
 
 
+@pytest.mark.slow
 def test_retry_after_is_kept_to(tmp_path: Path, serve, capfd):
     source, folder = tmp_path / "traces.jsonl", tmp_path / "out"
     write_traces(source, 2)
@@ -528,6 +531,7 @@ def test_killed_five_times_a_run_repeats_only_the_calls_on_their_way(tmp_path: P
     assert "300 of them before" in again.stdout
 
 
+@pytest.mark.slow
 def test_two_tasks_give_the_rows_of_one(tmp_path: Path, serve):
     source, server = tmp_path / "traces.jsonl", serve("--behave", '{"lies": 0.2}')
     write_traces(source, 60)
@@ -673,6 +677,7 @@ def test_what_does_not_fit_is_refused_in_a_line_before_any_call(
     assert not Path("OUT", "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_report_is_drawn_of_a_run_that_is_not_complete(tmp_path: Path, serve, capfd):
     source, folder, server = tmp_path / "traces.jsonl", tmp_path / "out", serve("--delay", 0.05)
     write_traces(source, 200)

@@ -197,6 +197,7 @@ def test_a_corrupted_row_is_dropped_with_its_line_and_reason(
 
 
 @pytest.mark.skipif(not SAMPLES, reason="../shared/data/multiverse-1k-samples is not here")
+@pytest.mark.slow
 def test_the_published_documents_build_and_the_recipe_keeps_every_row(tmp_path: Path) -> None:
     documents = [path.read_text() for path in SAMPLES]
     rows = [published(number, document) for number, document in enumerate(documents)]
@@ -439,6 +440,7 @@ def test_a_published_folder_is_one_commit_and_loads_from_the_hub_as_it_does_from
         assert TOKEN.encode() not in content, f"the token is in {name}"
 
 
+@pytest.mark.slow
 def test_without_a_token_that_may_write_nothing_is_published_and_one_line_says_what_to_do(
     monkeypatch: pytest.MonkeyPatch, hub: dict[str, str], tmp_path: Path
 ) -> None:

@@ -306,7 +306,7 @@ def test_what_closing_takes_is_kept_account_of_to_the_token(max_branches, budget
 
 @pytest.mark.parametrize(
     ("options", "max_branches", "least_held"),
-    [({}, 256, 0), ({"max_branches": 20, "max_total_tokens": 12_000}, 20, 100)],
+    [pytest.param({}, 256, 0, marks=pytest.mark.slow), ({"max_branches": 20, "max_total_tokens": 12_000}, 20, 100)],
 )
 def test_a_model_that_never_stops_forking_is_bounded(options, max_branches, least_held):
     class Bomb(LogitsProcessor):

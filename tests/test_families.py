@@ -123,6 +123,7 @@ def make_data(*arguments: str | Path, hash_seed: int = 0) -> subprocess.Complete
     )
 
 
+@pytest.mark.slow
 def test_a_users_own_family_is_built_from_its_folder(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "twice.py").write_text(OWN)

@@ -103,6 +103,7 @@ def test_the_rule_of_the_generators_judges_no_rows_of_ones_own(
     assert "rg:NAME" in error_of(capfd, "eval", "--task", str(file), "--rule", "reasoning-gym")
 
 
+@pytest.mark.slow
 def test_two_processes_ask_the_same_whatever_their_hash_seeds() -> None:
     # both draw from sets of texts, whose order depends on the hash seed
     names = ["rg:polynomial_multiplication,size=5", "rg:knight_swap,size=2"]

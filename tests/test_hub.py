@@ -56,6 +56,7 @@ def run(program: str, *arguments: str, hub: dict[str, str], cwd: Path) -> subpro
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1800)
 
 
+@pytest.mark.slow
 def test_a_pushed_model_branches_when_it_is_loaded_by_its_repositorys_name(saved, hub, tmp_path):  # noqa: F811
     pushed = run(PUSH, str(saved), "me/tiny", hub=hub, cwd=tmp_path)
     assert pushed.returncode == 0, pushed.stderr[-3000:]
@@ -83,6 +84,7 @@ def test_a_push_with_a_token_that_may_not_write_leaves_nothing_on_the_hub(saved,
     assert read_log(hub)["commits"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["me/none", "me/tiny/x"])
 def test_a_repository_that_is_not_there_is_named(name, hub, tmp_path):
     program = f"from multiverse_hf import MultiverseForCausalLM; MultiverseForCausalLM.from_pretrained({name!r})"

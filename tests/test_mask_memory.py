@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from helpers import PAD, TAGS
 from test_layout import Block, written
@@ -66,6 +67,7 @@ def test_the_meter_sees_the_dense_mask():
     assert meter.numel >= 2048**2
 
 
+@pytest.mark.slow
 def test_flex_attention_stays_compiled_when_training_evaluates():
     """Where torch has compiled too many kernels it computes all scores instead; here that is an error."""
 

@@ -31,6 +31,7 @@ def test_the_readme_is_short() -> None:
     assert len(README.splitlines()) <= 150
 
 
+@pytest.mark.slow
 def test_the_python_snippets_run_as_pasted_one_after_the_other() -> None:
     first, second = code("README.md", "python"), code("docs/engine.md", "python")
     assert len(first.strip().splitlines()) <= 10

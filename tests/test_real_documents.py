@@ -91,9 +91,9 @@ def follow(text: str, prompt_text: str = "", **options):
     return ids, documents(output, [prompt])[0], replay_error(model, output, len(prompt), mask), output.stats[0]
 
 
-# the two shortest always, the rest where there is time
+# the shortest always, the rest where there is time
 WHOLE = [
-    pytest.param(path, marks=[pytest.mark.slow] if place > 1 else [], id=path.stem)
+    pytest.param(path, marks=[pytest.mark.slow] if place else [], id=path.stem)
     for place, path in enumerate(sorted(SAMPLES, key=lambda path: path.stat().st_size))
 ]
 
@@ -111,6 +111,7 @@ def test_a_published_document_is_written_back_by_the_engine_and_replays(path):
     assert stats.parallelism > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SAMPLES[1:3], ids=lambda path: path.stem)
 def test_the_last_block_of_a_published_document_is_written_back_after_all_before_it(path):
     text = path.read_text()

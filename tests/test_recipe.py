@@ -403,6 +403,7 @@ def test_recipe_trains_and_leaves_a_checkpoint_that_loads_as_its_base_and_branch
     assert model.generate(ids, max_new_tokens=8).shape[1] > ids.shape[1]
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_on_problems_it_has_not_seen_and_embedded(
     base: Path, log: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -626,6 +627,7 @@ def test_bad_input_is_refused_at_once(
     assert all(word in line for word in words), line
 
 
+@pytest.mark.slow
 def test_under_accelerate_the_last_line_says_what_is_wrong_and_how_a_missing_base_is_made(tmp_path: Path) -> None:
     command = ["accelerate launch --quiet recipes/sft.py --config recipes/multiverse-tiny/sft.yaml"]
     commands = (ROOT / "recipes/multiverse-tiny/sft.yaml").read_text()

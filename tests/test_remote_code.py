@@ -157,7 +157,7 @@ def test_custom_generate_gives_the_same_answer_each_time_and_leaves_the_model_as
     assert ask(trusted(saved), custom_generate=str(saved), trust_remote_code=True) == expected
 
 
-@pytest.mark.parametrize("decoding", ["packed", "static"])
+@pytest.mark.parametrize("decoding", ["packed", pytest.param("static", marks=pytest.mark.slow)])
 def test_the_code_of_a_checkpoint_and_the_package_work_side_by_side_in_one_process(decoding, saved):
     package, remote = MultiverseForCausalLM.from_pretrained(saved), trusted(saved)  # the later copy takes no place
     ids = torch.tensor([[30, 31, package.tags.open("think")]])

@@ -247,7 +247,10 @@ def assert_within(output, prompts: list[list[int]], limit: dict) -> None:
     ],
     ids=lambda limit: "all" if len(limit) > 1 else next(iter(limit)),
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["qwen2", "mistral", "gemma3_text", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2", "gemma3_text", *(pytest.param(each, marks=pytest.mark.slow) for each in ("mistral", "qwen3_moe"))],
+)
 def test_what_each_limit_cuts_off_is_well_formed_and_replays_alone_and_in_a_batch(name, limit):
     model = tiny_model(name)
     together = assert_replays(model, PROMPTS, plans=FORCED, **limit)
@@ -278,7 +281,10 @@ def test_a_wide_nested_block_replays_at_every_budget(max_new_tokens):
 # Prompts that contain blocks, or end inside one
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize(
+    "plan",
+    [pytest.param(plan, marks=[pytest.mark.slow] * (name != "nested"), id=name) for name, plan in PLANS.items()],
+)
 def test_a_document_cut_at_any_token_is_continued_to_the_same_document(plan):
     plan = tuple(item for item in plan if item != "eos")
     if plan == NESTED:  # an end token's closing tag is no part of a prompt's plan: see the test below
@@ -309,7 +315,7 @@ soup = st.lists(st.one_of(st.sampled_from(TAGS.control_ids), st.integers(0, 60))
 
 
 @pytest.mark.parametrize("structure", ["guided", "lenient"])
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(prompts=st.lists(soup, min_size=1, max_size=3))
 def test_any_prompt_at_all_that_can_be_closed_is_continued_and_replays(structure, prompts):
     assert_replays(tiny_model("qwen2"), prompts, structure=structure, max_new_tokens=40)
@@ -328,7 +334,7 @@ def test_what_a_random_model_writes_by_itself_replays(structure, seed):
         assert_replays(model, prompts, structure=structure, max_new_tokens=80, **options)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(plan=plans, seed=st.integers(0, 2**40))
 def test_sampled_plans_replay_in_several_copies(plan, seed):
     output = assert_replays(

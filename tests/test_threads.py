@@ -107,6 +107,7 @@ assert answers[0] == answers[1] and "<Path>" in answers[0], answers
 """
 
 
+@pytest.mark.slow
 def test_generate_measures_and_answers_the_same():
     variables = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     variables["PYTHONPATH"] = os.path.join(ROOT, "src")
