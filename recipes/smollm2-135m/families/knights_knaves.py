@@ -5,6 +5,7 @@ from itertools import product
 
 from multiverse_hf.data.families import Family, Fork, Solution, Subtask
 
+
 def is_true(statement: tuple, case: tuple[bool, ...]) -> bool:
     kind, *rest = statement
     if kind in ("telling-truth", "lying"):
