@@ -1,0 +1,1 @@
+"""Results as one page for a browser, and their timelines as pictures."""
