@@ -329,9 +329,6 @@ CURATION, QUOTING = "benchmarks/curation.py", "benchmarks/quoting.py"
 EMBED, CHAINS, PARSE = (
     "recipes/multiverse-tiny/embed.py",
     "benchmarks/chains_wallclock.py",
-    "benchmarks/twin_wallclock.py",
-    "recipes/smollm2-135m/forgetting.py",
-    "recipes/smollm2-135m/table.py",
     "benchmarks/parse_documents.py",
 )
 
