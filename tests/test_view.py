@@ -107,6 +107,9 @@ def test_branches_have_their_names_outlines_rows_and_waits() -> None:
         ("1.2", "part 2", 1, 3),
         ("2", "part 2", 0, 4),
     ]
+    # path 2 is short, and waits for path 1
+    assert [each["waits_for"] for each in trace["branches"]].count(None) >= 3
+    assert trace["branches"][4]["waits_for"] == 1
     longest = [each["name"] for each in trace["branches"] if each["critical"]]
     inner = max(trace["branches"][2:4], key=lambda each: each["position"][1])
     assert longest == ["", "1", inner["name"]]
@@ -501,7 +504,7 @@ def test_a_bar_selects_its_text_and_the_text_its_bar(browser: Page, tmp_path: Pa
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [320, 800, 1600])
 def test_nothing_leaves_the_window_at_any_width(browser: Page, tmp_path: Path, width: int, dark: bool) -> None:
-    traces = [builder().build(ViewedResult("a", name, NESTED, "Why?", "k")) for name in ("first", "second")]
+    traces = [builder().build(ViewedResult("a", name, NESTED, "Why?", key="k")) for name in ("first", "second")]
     page = opened(browser, tmp_path, traces, HOSTILE, width=width, dark=dark)
     assert page.run("document.documentElement.dataset.theme") == ("dark" if dark else "light")
     assert page.run("document.documentElement.scrollWidth") <= width
@@ -512,7 +515,7 @@ def test_nothing_leaves_the_window_at_any_width(browser: Page, tmp_path: Path, w
 @needs_browser
 @pytest.mark.slow
 def test_forty_thousand_tokens_in_three_hundred_branches_are_drawn(browser: Page, tmp_path: Path) -> None:
-    paths = [f"{number}: {'some words of a long path ' * 5}" for number in range(30)]
+    paths = [f"{number}: {'some words of a long path ' * 6}" for number in range(30)]
     text = "\n".join(f"Look {number}.\n{block(paths)}" for number in range(10))
     trace = trace_of(text)
     assert trace["stats"]["num_tokens"] > 40_000

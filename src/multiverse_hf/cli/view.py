@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint, quiet
+from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, Dtype, load_model, open_checkpoint, quiet
 from multiverse_hf.cli.inspect import load_tokenizer
 from multiverse_hf.cli.options import JsonOption, TracebackOption, print_json
 from multiverse_hf.cli.terminal import waiting
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
 from multiverse_hf.outputs import check_output, write_output
 
@@ -37,6 +38,10 @@ def view(
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Read the documents with the model: show how likely each token was.")
     ] = False,
+    suffix: Annotated[
+        Suffix,
+        typer.Option(metavar="KIND", help="What prompts without it end with then: parallel, sequential or none."),
+    ] = Suffix.PARALLEL,
     png: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write the timelines as a picture.")] = None,
     svg: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="The same as vectors.")] = None,
     opens: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
@@ -59,9 +64,9 @@ def view(
     page = _page_path(sources, output)
     for path in () if as_json else (page,):
         check_output(path)
-    for suffix, path in pictures.items():
-        if path is not None and path.suffix != suffix:
-            raise CommandError(f"--{suffix[1:]} {path} must end with {suffix}; rename it")
+    for ending, path in pictures.items():
+        if path is not None and path.suffix != ending:
+            raise CommandError(f"--{ending[1:]} {path} must end with {ending}; rename it")
         if path is not None:
             check_output(path)
     from multiverse_hf.viewing.results import find_results
@@ -72,12 +77,13 @@ def view(
         from multiverse_hf.viewing.page import html_page, view_data
         from multiverse_hf.viewing.trace import TraceBuilder
 
-        named = model or _known_model([result.facts.get("model") for result in results])
-        tokens = load_tokenizer(named)
-        scores = _reader(named) if logprobs else None
-    builder = TraceBuilder(tokens.tokenizer, tokens.tags, named or "multiverse-tiny", scores)
+        of_result = [model or _known_model(result.facts.get("model")) for result in results]
+        builders = {}
+        for name in dict.fromkeys(of_result):
+            tokens, scores = load_tokenizer(name), _reader(name, suffix) if logprobs else None
+            builders[name] = TraceBuilder(tokens.tokenizer, tokens.tags, name or EMBEDDED_NAMES[0], scores)
     with waiting("laying out the documents"):
-        traces = [builder.build(result) for result in results]
+        traces = [builders[name].build(result) for name, result in zip(of_result, results, strict=True)]
     for trace in traces:
         for note in trace["notes"]:
             print(f"note: {trace['title']}: {note}", file=sys.stderr)
@@ -114,24 +120,23 @@ def _page_path(sources: list[str], output: Path | None) -> Path:
     return output
 
 
-def _known_model(names: list[Any]) -> str | None:
-    """Return the first model of results whose tokenizer is on this machine."""
-    from multiverse_hf.checkpoints import EMBEDDED_NAMES
-
-    return next(
-        (name for name in names if isinstance(name, str) and (name in EMBEDDED_NAMES or Path(name).is_dir())), None
-    )
+def _known_model(name: Any) -> str | None:
+    """Return the name of a result's model if its tokenizer is on this machine, else None."""
+    return name if isinstance(name, str) and (name in EMBEDDED_NAMES or Path(name).is_dir()) else None
 
 
-def _reader(model: str | None) -> Any:
-    """Return a function from a prompt and a document's ids to the log-probability of each token."""
+def _reader(model: str | None, suffix: Suffix) -> Any:
+    """Return a function from a result and its document's ids to the log-probability of each token."""
     import torch
 
     checkpoint = open_checkpoint(model)
     loaded = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, "auto", None)
 
-    def read(prompt: str | None, ids: list[int]) -> list[float | None]:
-        begin = checkpoint.encode(prompt) if prompt else []
+    def read(result: Any, ids: list[int]) -> list[float | None]:
+        messages = list(result.messages) or [{"role": "user", "content": result.prompt or ""}]
+        if messages[-1]["role"] == "user" and messages[-1]["content"]:
+            messages[-1] = {**messages[-1], "content": suffix.end(messages[-1]["content"])}
+        begin = checkpoint.encode(messages) if result.prompt else []
         row = torch.tensor([[*begin, *ids]], device=loaded.device)
         with torch.no_grad():
             logits = loaded(row).logits[0, :-1].float()

@@ -48,10 +48,11 @@ def _figure(traces: Sequence[Mapping[str, Any]]) -> Any:
     height = min(sum(num_rows) * _ROW_INCHES + 0.75 * len(traces) + 0.2, _MOST_INCHES)
     figure, (axes,) = make_figure(1, width=9, height=height)
     figure.delaxes(axes)
-    grid = figure.subplots(len(traces), 1, squeeze=False, sharex=True, height_ratios=[rows + 1 for rows in num_rows])
+    grid = figure.subplots(len(traces), 1, squeeze=False, sharex=True, height_ratios=[rows + 0.2 for rows in num_rows])
     for each, trace, rows in zip(grid[:, 0], traces, num_rows, strict=True):
         _draw(each, trace, rows)
-    grid[-1, 0].set_xlabel("step")
+    longest = max(trace["stats"]["num_steps"] for trace in traces)
+    grid[-1, 0].set(xlabel="step", xlim=(0, max(longest, 1) * 1.01))
     return figure
 
 
@@ -88,7 +89,8 @@ def _draw(axes: Any, trace: Mapping[str, Any], num_rows: int) -> None:
         words = f"{branch['name']} {branch['title']}".strip() or "answer"
         words = words if len(words) <= room else f"{words[: room - 1]}…"
         # parse_math: a model's dollar signs are text
-        label = {"va": "center", "fontsize": 7, "color": "white", "parse_math": False, "clip_on": True}
+        ink = "white" if branch["critical"] else "#1c2128"
+        label = {"va": "center", "fontsize": 7, "color": ink, "parse_math": False, "clip_on": True}
         if room >= 4:
             axes.text(branch["step"][0] + 0.004 * trace["stats"]["num_steps"], branch["row"], words, **label)
     stats = trace["stats"]
@@ -97,7 +99,7 @@ def _draw(axes: Any, trace: Mapping[str, Any], num_rows: int) -> None:
         f"# parallel {stats['parallelism']:.2f}"
     )
     axes.set_title(title, loc="left", fontsize=9, parse_math=False)
-    axes.set(ylim=(num_rows - 0.4, -0.6), xlim=(0, None), yticks=[])
+    axes.set(ylim=(num_rows - 0.4, -0.6), yticks=[])
     axes.spines[["left", "top", "right"]].set_visible(False)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)

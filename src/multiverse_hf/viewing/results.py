@@ -40,6 +40,7 @@ class ViewedResult:
         title: its name in the file.
         document: the text with its tags; empty for a row that could not be answered.
         prompt: the prompt as text; None for a bare document.
+        messages: the prompt as chat messages, where the row has it so.
         key: results of one problem have one key; None for a bare document.
         facts: model, answer and verdict, as far as the row has them.
         counts: what the engine counted, by the names of ``GenerationStats``.
@@ -50,6 +51,7 @@ class ViewedResult:
     title: str
     document: str
     prompt: str | None = None
+    messages: Sequence[Mapping[str, str]] = ()
     key: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, Any] = field(default_factory=dict)
@@ -186,7 +188,7 @@ def result_of_row(row: Any, source: str, number: int = 1) -> ViewedResult:
     if not isinstance(row, Mapping):
         raise CommandError(f"{place} is {json.dumps(row, default=str):.40}, not an object; give {_FORMS}")
     given = {name: value for name, value in row.items() if value is not None}
-    prompt, document = _prompt_and_document(given)
+    prompt, messages, document = _prompt_and_document(given)
     error = given.get("error")
     if error is None and (not isinstance(document, str) or not document.strip()):
         columns = ", ".join(map(str, given)) or "none"
@@ -208,6 +210,7 @@ def result_of_row(row: Any, source: str, number: int = 1) -> ViewedResult:
             " ".join(titles),
             document.replace("\r\n", "\n") if isinstance(document, str) else "",
             prompt,
+            messages,
             key,
             {name: value for name, value in facts.items() if isinstance(value, str | int | float)},
             {name: stats[name] for name in ENGINE_COUNTS if isinstance(stats.get(name), str | int | float)},
@@ -217,8 +220,8 @@ def result_of_row(row: Any, source: str, number: int = 1) -> ViewedResult:
     )
 
 
-def _prompt_and_document(row: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return the prompt as text, and the document, of a row of any of our forms."""
+def _prompt_and_document(row: Mapping[str, Any]) -> tuple[str | None, Sequence[Any], Any]:
+    """Return the prompt as text and as messages, and the document, of a row of any of our forms."""
     document = row.get("document", row.get("completion"))
     messages = row.get("prompt", row.get("messages", row.get("problem")))
     if document is None and _is_chat(row.get("messages")) and row["messages"][-1].get("role") == "assistant":
@@ -226,12 +229,13 @@ def _prompt_and_document(row: Mapping[str, Any]) -> tuple[str | None, Any]:
         document = last.get("content")
     if _is_chat(document):
         document = document[-1].get("content")
-    if _is_chat(messages):
-        texts = [str(message.get("content", "")) for message in messages]
-        roles = [str(message.get("role", "")) for message in messages]
-        alone = roles == ["user"]
-        messages = "\n\n".join(text if alone else f"{role}: {text}" for role, text in zip(roles, texts, strict=True))
-    return messages if isinstance(messages, str) else None, document
+    if not _is_chat(messages):
+        return messages if isinstance(messages, str) else None, (), document
+    texts = [str(message.get("content", "")) for message in messages]
+    roles = [str(message.get("role", "")) for message in messages]
+    alone = roles == ["user"]
+    prompt = "\n\n".join(text if alone else f"{role}: {text}" for role, text in zip(roles, texts, strict=True))
+    return prompt, messages, document
 
 
 def _is_chat(value: Any) -> bool:

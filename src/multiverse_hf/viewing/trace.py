@@ -19,8 +19,8 @@ from multiverse_hf.viewing.results import ViewedResult
 # Kind of a token that is no tag, by where it stands; elsewhere it belongs to the tags around it.
 _KINDS = {Stage.TEXT: "text", Stage.OUTLINE: "outline", Stage.CONCLUSION: "conclusion"}
 
-# From a prompt and the ids of its document: the log-probability of each token.
-LogProbs = Callable[[str | None, Sequence[int]], Sequence[float | None]]
+# From a result and the ids of its document: the log-probability of each token.
+LogProbs = Callable[[ViewedResult, Sequence[int]], Sequence[float | None]]
 
 
 @dataclass(slots=True)
@@ -92,7 +92,7 @@ class TraceBuilder:
         texts = token_texts(ids, tokenizer)
         logprobs = None
         if self.logprobs is not None and ids:
-            scores = zip(forced, self.logprobs(result.prompt, ids), strict=True)
+            scores = zip(forced, self.logprobs(result, ids), strict=True)
             logprobs = [None if skip or score is None else round(score, 4) for skip, score in scores]
         return {
             "title": result.title,
@@ -298,6 +298,7 @@ def _branches(
     for lane in lanes:
         title = "".join(texts[slice(*lane.outline)])
         last = {of: max(ends[each.number][of] for each in blocks[lane.block]) for of in ("position", "step")}
+        waits_for = next(each.number for each in blocks[lane.block] if ends[each.number]["step"] == last["step"])
         first = lane.tokens[0] if lane.tokens else None
         chosen = next((index for index in lane.tokens if not forced[index]), first)
         found.append(
@@ -313,6 +314,7 @@ def _branches(
                 "position": [positions[first] if first is not None else 0, ends[lane.number]["position"]],
                 "step": [steps[chosen] if chosen is not None else 0, ends[lane.number]["step"]],
                 "reduce": [last["position"], last["step"]],  # when the last of its siblings ended
+                "waits_for": None if ends[lane.number]["step"] == last["step"] else waits_for,
                 "critical": lane.number in critical,
             }
         )

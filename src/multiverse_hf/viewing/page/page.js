@@ -129,7 +129,7 @@ class Column {
         option.selected = at === this.index;
         choice.append(option);
       });
-      head.append(choice);
+      head.append(choice, make("h2", { class: "unseen-heading" }, result.title));
       if (state.shown.length > 1) {
         head.append(make("button", { "aria-label": "Close this column", title: "Close this column", onclick: () => {
           show(state.shown.filter((_, at) => state.columns[at] !== this));
@@ -137,14 +137,13 @@ class Column {
       }
     } else head.append(make("h2", {}, result.title), make("span", { class: "source" }, result.source));
     const element = make("section", { class: "result", "aria-label": `Result ${result.title}` }, head);
-    if (results.length > 1) element.append(make("h2", { class: "source", hidden: "" }, result.title));
     element.append(this.stats());
     for (const note of [...result.notes, ...(result.error ? [`Not answered: ${result.error}`] : [])])
       element.append(make("p", { class: "note" }, note));
-    if (result.prompt !== null) element.append(make("div", { class: "card prompt", tabindex: "0", role: "region", "aria-label": "Prompt" }, result.prompt));
+    if (result.prompt !== null) element.append(make("div", { class: "card prompt", tabindex: "0", role: "group", "aria-label": "Prompt" }, result.prompt));
     if (result.count) {
       element.append(this.timeline());
-      this.body = make("div", { class: "card answer", role: "region", "aria-label": "Answer" });
+      this.body = make("div", { class: "card answer", role: "group", "aria-label": "Answer" });
       this.flow(result.tree, this.body, 0);
       element.append(this.body);
       this.listen();
@@ -213,7 +212,7 @@ class Column {
       const [start, stop] = at.outline;
       if (stop > start) this.run({ kind: "outline", start, stop }, title, true);
       const ends = at.reduce[1] - at.step[1];
-      title.append(make("span", { class: "when" }, `${number(at.num_tokens)} tokens, steps ${number(at.step[0])}–${number(at.step[1] - 1)}${ends ? `, waits ${number(ends)}` : ""}${at.critical ? ", critical path" : ""}`));
+      title.append(make("span", { class: "when" }, `${number(at.num_tokens)} tokens, steps ${number(at.step[0])}–${number(at.step[1] - 1)}${ends ? `, waits ${number(ends)} for ${result.branches[at.waits_for].name}` : ""}${at.critical ? ", critical path" : ""}`));
       const lane = make("details", { class: "lane", open: "", style: { "--tint": `var(--c${at.color})`, "--leaves": leaves(path) } },
         make("summary", {}, make("span", { class: "chip", "aria-label": result.branchName(path.branch) }, at.name), title));
       const flow = make("div", { class: "flow" });
@@ -222,7 +221,7 @@ class Column {
       lanes.append(lane);
       this.lanes.set(path.branch, lane);
     }
-    return make("div", { class: "block", role: "group", "aria-label": `${item.paths.length} parallel paths` }, goal, lanes);
+    return make("div", { class: "block", role: "group", "aria-label": `${item.paths.length} parallel path${item.paths.length === 1 ? "" : "s"}` }, goal, lanes);
   }
 
   run(item, into, isTitle = false) {
@@ -330,16 +329,16 @@ class Column {
   table() {
     const result = this.result;
     const body = make("tbody");
-    const details = make("details", { class: "table" }, make("summary", {}, `${number(result.branches.length)} branches as a table`),
+    const details = make("details", { class: "table" }, make("summary", {}, `${number(result.branches.length)} branch${result.branches.length === 1 ? "" : "es"} as a table`),
       make("div", { tabindex: "0", role: "region", "aria-label": "Branches" }, make("table", {}, make("thead", {}, make("tr", {},
-        ...["branch", "tokens", "first step", "last step", "waits", "critical"].map((name) => make("th", { scope: "col" }, name)))), body)));
+        ...["branch", "tokens", "first step", "last step", "waits", "for", "critical"].map((name) => make("th", { scope: "col" }, name)))), body)));
     details.addEventListener("toggle", () => {
       if (body.childElementCount || !details.open) return;
       result.branches.forEach((branch, at) => {
         const words = branch.parent === null ? "the answer itself" : `${branch.name} ${branch.title}`;
         const go = make("button", { style: { "padding-left": `${branch.depth}rem` }, onclick: () => result.own[at].length && select(this, result.own[at][0], true) }, words);
         body.append(make("tr", {}, make("th", { scope: "row" }, go), ...[number(branch.num_tokens), number(branch.step[0]), number(branch.step[1] - 1),
-          number(branch.reduce[1] - branch.step[1]), branch.critical ? "yes" : ""].map((value) => make("td", {}, value))));
+          number(branch.reduce[1] - branch.step[1]), branch.waits_for === null ? "" : result.branches[branch.waits_for].name, branch.critical ? "yes" : ""].map((value) => make("td", {}, value))));
       });
     });
     return details;
@@ -640,10 +639,10 @@ function describe(result, token) {
 }
 
 function tell() {
-  const of = state.hover ?? state.selected, footer = $("details");
-  footer.setAttribute("aria-live", state.hover ? "off" : "polite");
-  if (!of) return void footer.replaceChildren(make("span", {}, "Point at a token or a bar, or select one. The arrow keys move along the timeline."));
-  footer.replaceChildren(...describe(of.column.result, of.token).map(([name, value, text]) => {
+  const of = state.hover ?? state.selected, details = $("details");
+  details.setAttribute("aria-live", state.hover ? "off" : "polite");
+  if (!of) return void details.replaceChildren(make("span", {}, "Point at a token or a bar, or select one. Arrow keys move along the timeline."));
+  details.replaceChildren(...describe(of.column.result, of.token).map(([name, value, text]) => {
     const part = make("span", {}, `${name} `, make("b", {}, value));
     if (text !== undefined) part.append(" ", make("code", {}, text));
     return part;
@@ -750,6 +749,7 @@ function search(words) {
 function step(by) {
   const count = state.hits.length;
   state.hit = count ? (state.hit + by + count) % count : -1;
+  $("results").parentElement.classList.toggle("searches", Boolean($("search").value));
   $("hits").textContent = $("search").value ? (count ? `${state.hit + 1} / ${count}${count === MOST_HITS ? "+" : ""}` : "none") : "";
   if (!count) return highlight("hit-now", []);
   const [column, from, to] = state.hits[state.hit];
