@@ -3,7 +3,8 @@
 GRPOTrainer(model, rollout_func=multiverse_rollout, ...) trains only on these tokens.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -38,27 +39,14 @@ def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] 
         )
     if getattr(trainer, "tools", None):
         raise ValueError("multiverse_rollout calls no tools; leave out tools or rollout_func")
-    tokenizer, args = trainer.processing_class, trainer.args
-    rows = [
-        list(tokenizer(text=prompt)["input_ids"]) if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
-        for prompt in prompts
-    ]
+    tokenizer = trainer.processing_class
+    rows = encode_prompts(tokenizer, prompts)
     width = max(map(len, rows))
     inputs = {
         "input_ids": torch.tensor([[tokenizer.pad_token_id] * (width - len(ids)) + ids for ids in rows]),
         "attention_mask": torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows]),
     }
-    shards = getattr(trainer, "_dist", None)  # of FSDP 1, which must gather its weights
-    with (
-        unwrap_model_for_generation(
-            trainer.model_wrapped,
-            trainer.accelerator,
-            gather_deepspeed3_params=args.ds3_gather_for_generation,
-            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-        ) as model,
-        torch.no_grad(),
-        shards.summon_full_params(trainer.model_wrapped, recurse=False) if shards else nullcontext(),
-    ):
+    with whole_model(trainer) as model:
         output = model.generate(
             **{name: tensor.to(trainer.accelerator.device) for name, tensor in inputs.items()},
             generation_config=trainer.generation_config,
@@ -77,3 +65,28 @@ def multiverse_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any] 
         "length": [stats.length for stats in output.stats],
         "finish_reason": [str(stats.finish_reason) for stats in output.stats],
     }
+
+
+def encode_prompts(tokenizer: Any, prompts: list[Any]) -> list[list[int]]:
+    """Return the token ids of prompts, which are chat messages or strings."""
+    return [
+        list(tokenizer(text=prompt)["input_ids"]) if isinstance(prompt, str) else encode_prompt(tokenizer, prompt)
+        for prompt in prompts
+    ]
+
+
+@contextmanager
+def whole_model(trainer: Any) -> Iterator[Any]:
+    """Unwrap a trainer's model for generation, with all its weights and without gradients."""
+    args, shards = trainer.args, getattr(trainer, "_dist", None)  # of FSDP 1, which must gather its weights
+    with (
+        unwrap_model_for_generation(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            gather_deepspeed3_params=args.ds3_gather_for_generation,
+            gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
+        ) as model,
+        torch.no_grad(),
+        shards.summon_full_params(trainer.model_wrapped, recurse=False) if shards else nullcontext(),
+    ):
+        yield model

@@ -1,0 +1,195 @@
+"""GRPO: the trainer and the engine agree on every chosen token, and rewards are what they are said to be."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from helpers import EOS, FollowPlan, Forced, exact_softmax, left_pad, tiny_model
+from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer, GenerationConfig
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+
+from multiverse_hf import MultiverseForCausalLM, embedded_model
+from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.documents import parse_document
+from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.rewards import acceleration, find_reward, right
+from multiverse_hf.modeling.layout import plain_layout
+from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
+from multiverse_hf.training.grpo import MultiverseGRPOTrainer, find_collapse, trivial_share
+
+PLANS = {
+    "nested": (3, Forced(paths=((4, Forced(paths=((3,), (5,))), 2), (6,))), 4, "eos"),
+    "chained": (2, Forced(paths=((3,), (5,))), 3, Forced(paths=((2,), (4,), (3,))), 2, "eos"),
+}
+CONFIG = GenerationConfig(max_new_tokens=400, do_sample=True, eos_token_id=EOS, pad_token_id=0)
+
+
+def worst_difference(dtype: torch.dtype, max_new_tokens: int = 400) -> tuple[float, float]:
+    """The largest difference of log-probabilities from the engine's: of the forward, and of the trainer.
+
+    TRL's fused head, which the trainer takes, gives float32 whatever the model's dtype.
+    """
+    model = tiny_model("qwen3", dtype=dtype)
+    prompts = [[40, 41, 42, 43, 44], [45, 46]]
+    with MultiverseEngine(model) as engine:
+        handles = [
+            engine.submit(
+                prompt,
+                CONFIG,
+                seed=1,
+                logprobs=0,
+                max_new_tokens=max_new_tokens,
+                logits_processor=[FollowPlan(plan, len(prompt))],
+            )
+            for prompt, plan in zip(prompts, PLANS.values(), strict=True)
+        ]
+        results = [handle.result() for handle in handles]
+    assert all(result.stats.num_forks for result in results)
+    keep = max(len(result.ids) for result in results)
+    ids, mask = left_pad(prompts)
+    more = torch.tensor([result.ids + [0] * (keep - len(result.ids)) for result in results])
+    real = torch.tensor([[1] * len(result.ids) + [0] * (keep - len(result.ids)) for result in results])
+    rows, real = torch.cat([ids, more], 1), torch.cat([mask, real], 1)
+    with torch.no_grad():
+        logits = model(input_ids=rows, attention_mask=real).logits[:, -keep - 1 : -1]
+        own = logits.log_softmax(-1).gather(-1, more[..., None])[..., 0]
+        add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+        trainer = SimpleNamespace(accelerator=Accelerator(cpu=True))
+        theirs, *_ = GRPOTrainer._get_per_token_logps_and_entropies(trainer, model, rows, real, keep)
+    chosen = [
+        (row, column, score.logprob)
+        for row, result in enumerate(results)
+        for column, score in enumerate(result.scores)
+        if score is not None
+    ]
+    assert len(chosen) == sum(sum(result.sampled) for result in results) > 10
+    return tuple(
+        max(abs(logps[row, column].item() - logprob) for row, column, logprob in chosen) for logps in (own, theirs)
+    )
+
+
+@pytest.mark.parametrize("max_new_tokens", [400, 30], ids=["whole", "truncated"])
+def test_trainer_and_engine_agree_on_nested_chained_and_padded_documents(max_new_tokens):
+    with exact_softmax():
+        forward, trainer = worst_difference(torch.float64, max_new_tokens)
+        assert forward < 1e-9
+        assert trainer < 1e-5
+    assert max(worst_difference(torch.float32, max_new_tokens)) < 1e-4
+
+
+def test_a_wrong_layout_breaks_the_agreement(monkeypatch):
+    compute = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def wrong(*args, **kwargs):
+        with plain_layout():
+            return compute(*args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", wrong)
+    assert worst_difference(torch.float64)[1] > 1e-2
+
+
+def make_trainer(tmp_path, model=None, reward=None, **options) -> MultiverseGRPOTrainer:
+    prompts = [Suffix.PARALLEL.end(each) for each in ("A=5+6; B=3+4; total?", "A=8-5; B=2+7; total?")]
+    dataset = Dataset.from_list(
+        [{"prompt": [{"role": "user", "content": prompt}], "answer": "18"} for prompt in prompts]
+    )
+    settings = {
+        "output_dir": str(tmp_path / "run"), "use_cpu": True, "bf16": False, "report_to": [], "save_strategy": "no",
+        "logging_steps": 1, "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 2,
+        "disable_tqdm": True, "learning_rate": 1e-4, "max_completion_length": 100, "scale_rewards": "none",
+    }  # fmt: skip
+    return MultiverseGRPOTrainer(
+        model or MultiverseForCausalLM.from_pretrained(embedded_model()),
+        reward_funcs=reward or (lambda completions, **columns: [float(n % 2) for n, _ in enumerate(completions)]),
+        args=GRPOConfig(**(settings | options)),
+        train_dataset=dataset,
+        processing_class=AutoTokenizer.from_pretrained(embedded_model()),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(lora, tmp_path):
+    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    trainer = make_trainer(tmp_path, model, learning_rate=1e-2)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(steps) == 2
+    assert any(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert steps[0]["answers/forking"] == 1
+    for step in steps:  # the second is of other weights
+        assert step["engine/logp_difference_max"] < 1e-4
+        assert step["engine/ratio_mean"] == pytest.approx(1, abs=1e-4)
+        assert step["clip_ratio/region_mean"] == 0
+        assert math.isfinite(step["loss"])
+
+
+def test_sampling_from_another_distribution_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"temperature is 0.7, but log-probabilities are of the model's own"):
+        make_trainer(tmp_path, temperature=0.7)
+
+
+CHAINS = {"answer": ["18", "18"], "task": ["chains", "chains"], "document": ["...\nAnswer: 18", "...\nAnswer: 17"]}
+
+
+def test_acceleration_is_paid_for_right_answers_only_and_up_to_a_fifth():
+    measures = {"length": [90, 50], "num_tokens": [100, 100]}
+    assert right(["", ""], **CHAINS) == [1, 0]
+    assert acceleration(["", ""], **CHAINS, **measures) == pytest.approx([0.05, 0])
+    measures["length"] = [10, 10]
+    assert acceleration(["", ""], **CHAINS, **measures) == pytest.approx([0.1, 0])
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("raise KeyError('units')", r"raised KeyError: 'units'"),
+        ("return [float('nan')]", r"returned nan, which is no finite number"),
+        ("return 1", r"returned 1, but a list with one number"),
+        ("time.sleep(30)", r"took longer than 0.2 s"),
+    ],
+)
+def test_a_reward_that_fails_ends_in_a_line_with_its_prompt(body, problem, tmp_path):
+    file = tmp_path / "mine.py"
+    head = "import time\n\ndef score(completions, answer, **columns):\n    if answer == ['1']:\n        return [0.5]\n"
+    file.write_text(f"{head}    {body}\n")
+    reward, prompts = find_reward(f"{file}:score", timeout_s=0.2), [[{"content": "How many?"}], [{"content": "Why?"}]]
+    assert reward(prompts, ["", ""], answer=["1", "1"]) == [0.5, 0.5]
+    with pytest.raises(CommandError, match=rf"^the reward score {problem}.*, for the prompt 'Why\?'; mend it"):
+        reward(prompts, ["", ""], answer=["1", "2"])
+
+
+def test_an_unknown_reward_is_refused(tmp_path):
+    with pytest.raises(CommandError, match="no reward 'speed'; name one of right, well_formed"):
+        find_reward("speed")
+    with pytest.raises(CommandError, match=r"no file .*gone.py for the reward"):
+        find_reward(f"{tmp_path}/gone.py:score")
+
+
+def block(*paths: str) -> str:
+    outlines = "".join(f"<Outline>{n}: x</Outline>\n" for n, _ in enumerate(paths, 1))
+    written = "".join(f"<Path>\n{n}: {path}\n</Path>\n" for n, path in enumerate(paths, 1))
+    return f"<Parallel>\n<Goal>\n{outlines}</Goal>\n{written}<Conclusion>\nso\n</Conclusion>\n</Parallel>"
+
+
+def test_short_paths_and_copies_are_trivial():
+    share = [("a longer thought", "another one altogether"), ("a longer thought", "a longer thought"), ("a", "b")]
+    assert [trivial_share(parse_document(block(*paths))) for paths in share] == [0, 0.5, 1]
+    assert trivial_share(parse_document("no block")) == 0
+
+
+def test_a_collapse_is_named_with_numbers():
+    first = {"answers/forking": 0.5, "answers/length": 100.0, "answers/trivial": 0.1}
+    assert find_collapse(first, first) == []
+    assert find_collapse(first, first | {"answers/forking": 0.0}) == ["0% fork, 50% at the start"]
+    assert find_collapse(first, first | {"answers/forking": 1.0}) == ["all fork, 50% at the start"]
+    assert find_collapse(first, first | {"answers/length": 301.0}) == ["length 301, 100 at the start"]
+    assert find_collapse(first, first | {"answers/trivial": 0.6}) == ["60% of the paths are empty or copies"]
