@@ -248,13 +248,15 @@ class PackedRunner:
             keys, columns, paged = slice(base, base + end), slice(0, end), None
             if sequence.root.block is None and (self.window is None or end <= self.window):
                 columns = None
-            elif copies is not None and not sequence.is_reading and len(sequence.live) * first >= copies.min_scores:
+            elif (
+                copies is not None
+                and not (sequence.is_reading or sequence.request.options.speculate)
+                and len(sequence.live) * first >= copies.min_scores
+            ):
                 paged = copies.meet(reading, base)
                 columns = columns if paged is None else slice(0, paged.num_tail)
             pieces.append(Piece(reading.queries, keys, columns, paged))
-            if reading.is_last:
-                shift = reading.queries.start - first
-                rows += [branch.segment.entries[-1] + shift for branch in sequence.live]
+            rows += [entry + reading.queries.start - first for entry in reading.rows]
         self.cache.prepare(slots, self.device)
         masked = [(each, piece) for each, piece in zip(batch, pieces, strict=True) if piece.mask is not None]
         step = Step(pieces, attend_eager if self.is_eager else attend_sdpa)

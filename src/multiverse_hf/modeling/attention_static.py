@@ -192,8 +192,8 @@ class StaticShape:
             given["places"][place : place + len(reading.entries)] = np.arange(queries.start, queries.stop)
             given["base"][number], given["length"][number] = base, reading.end
             shift = queries.start - reading.first
-            for branch in sequence.live:
-                given["rows"][num_rows] = branch.segment.entries[-1] + shift
+            for entry in reading.rows:
+                given["rows"][num_rows] = entry + shift
                 num_rows += 1
         given["longest"][:] = longest = max(reading.end for reading in batch)
         self.visible.fill(batch, longest)

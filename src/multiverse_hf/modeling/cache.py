@@ -167,6 +167,15 @@ class LogCache(Cache):
         self.extents[owner] = Extent(base, wish, need)
         return True
 
+    def keep(self, owner: int, first: int, entries: list[int]) -> None:
+        """Cut a log off at ``first`` but for some later entries, which move to there."""
+        if entries != list(range(first, first + len(entries))):
+            source = self.extents[owner].base + torch.tensor(entries)
+            target = self.extents[owner].base + first + torch.arange(len(entries))
+            for layer in self.layers:
+                layer.move(source, target)
+        self.extents[owner].used = first + len(entries)
+
     def release(self, owner: int) -> None:
         """Free a log's slots."""
         self.extents.pop(owner, None)

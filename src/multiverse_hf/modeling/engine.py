@@ -20,11 +20,12 @@ from .budget import Budget
 from .cache import LogCache
 from .cpu import packed_weights
 from .distributed import Broadcast
+from .drafts import check, draft, foresee
 from .grammar import TokenMask
 from .runner import make_runner
 from .sampling import choose, mask_scores, nothing_to_choose
 from .scheduler import Scheduler
-from .state import Branch, FinishReason, Reading, Request, Segment, Sequence
+from .state import Branch, FinishReason, Reading, Ready, Request, Segment, Sequence
 from .tags import TagSet
 from .writing import Chosen, Writer
 
@@ -128,12 +129,14 @@ class Engine:
         done = self._release()  # what was stopped gives its memory to what is scheduled
         if self.packs_weights and self.scheduler.waiting and not self.scheduler.running:
             self.runner.packed_layers = packed_weights(self.model)
+        for sequence in self.scheduler.running:
+            if sequence.request.options.speculate:
+                draft(sequence, self.writer)
         batch = self.scheduler.schedule()
         if batch:
             logits = self.runner(batch)
             queries = self._advance(batch)
-            choices = self._sample(queries, logits)
-            self._interpret(choices)
+            self._interpret(queries, self._sample(queries, logits))
             self.num_steps += 1
         if self.on_step is not None:
             self.on_step()
@@ -158,7 +161,10 @@ class Engine:
                     self._fail(sequence, err)
 
     def _advance(self, batch: list[Reading]) -> list[tuple[Sequence, Branch]]:
-        """Note what was read, and return the branches that choose a token now, in the order of their logits."""
+        """Note what was read, and return the branches that choose a token now, in the order of their logits.
+
+        A branch with drafts stands there once more for each, as it will be if the draft is right.
+        """
         queries: list[tuple[Sequence, Branch]] = []
         for reading in batch:
             sequence = reading.sequence
@@ -167,20 +173,23 @@ class Engine:
             if reading.is_last:
                 sequence.is_reading = False
                 sequence.stats.num_steps += 1
-                queries += [(sequence, branch) for branch in sequence.live]
+                ahead = foresee(sequence) if sequence.request.options.speculate else sequence.live
+                queries += [(sequence, branch) for branch in ahead]
         return queries
 
-    def _sample(
-        self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor
-    ) -> list[tuple[Sequence, Branch, Chosen]]:
+    def _sample(self, queries: list[tuple[Sequence, Branch]], logits: torch.Tensor) -> list[Chosen | Exception | None]:
         """Choose the next token of every branch, with one copy from the device.
 
         Args:
             queries: the branches, N of them.
             logits: (N, V).
+
+        Returns:
+            For each branch its token, why there is none to choose, or None if its sequence failed.
         """
+        choices: list[Chosen | Exception | None] = [None] * len(queries)
         if not queries:
-            return []
+            return choices
         logits = logits if logits.dtype == torch.float64 else logits.float()
         masks = [self.writer.mask(sequence, branch) for sequence, branch in queries]
         rows: list[int] = []
@@ -190,7 +199,7 @@ class Engine:
                 rows += some
                 pieces.append(scores)
         if not rows:
-            return []
+            return choices
         scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         keys = [
             (s.request.sampler.seed, s.request.key, b.key, b.position) if s.request.sampler.do_sample else None
@@ -198,13 +207,12 @@ class Engine:
         ]
         counts = [s.request.num_logprobs for s, _ in queries if s.request.num_logprobs is not None]
         read = logits if len(rows) == len(queries) else logits[rows]
-        choices = []
         chosen = choose(scores, keys, read, max(counts, default=None))
         for row, after, (token, best, likelihood) in zip(rows, scores, chosen, strict=True):
             if not math.isfinite(best):
-                self._fail(queries[row][0], nothing_to_choose(best, masks[row]))
+                choices[row] = nothing_to_choose(best, masks[row])
             else:
-                choices.append((*queries[row], Chosen(token, after, logits[row], likelihood)))
+                choices[row] = Chosen(token, after, logits[row], likelihood)
         return choices
 
     def _process(
@@ -237,24 +245,36 @@ class Engine:
         runs = [[row for row in some if queries[row][0] is sequence] for sequence in sequences]
         return [each for run in runs for each in self._process(run, queries, masks, logits)]
 
-    def _interpret(self, choices: list[tuple[Sequence, Branch, Chosen]]) -> None:
-        """Do what the chosen tokens say. What a criterion or a streamer raises fails its own sequence only."""
-        for sequence, branch, chosen in choices:
-            if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
-                continue
-            try:
-                self.writer.take(sequence, branch, chosen)
-            except BaseException as err:
-                self._fail(sequence, err)
-        if any(sequence.request.has_criteria for sequence, _, _ in choices):
-            self._ask_callers(choices)
-        for sequence in dict.fromkeys(sequence for sequence, _, _ in choices if sequence.held):
-            try:
-                self.writer.start_held(sequence)
-            except BaseException as err:
-                self._fail(sequence, err)
+    def _interpret(self, queries: list[tuple[Sequence, Branch]], choices: list[Chosen | Exception | None]) -> None:
+        """Do what the chosen tokens say. What a criterion or a streamer raises fails its own sequence only.
 
-    def _ask_callers(self, choices: list[tuple[Sequence, Branch, Chosen]]) -> None:
+        A token of each live branch is written at a time, so that an answer is written as it is without drafts.
+        """
+        if any(branch.drafts for _, branch in queries):
+            check(queries, choices, self.cache)
+        else:
+            for (_, branch), chosen in zip(queries, choices, strict=True):
+                branch.ready += [] if chosen is None else [Ready(chosen)]
+        going = list(dict.fromkeys(sequence for sequence, _ in queries))
+        while going := [each for each in going if each.live and all(branch.ready for branch in each.live)]:
+            taken = [(each, branch, branch.ready.pop(0)) for each in going for branch in each.live]
+            for sequence, branch, ready in taken:
+                if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
+                    continue
+                try:
+                    self.writer.take(sequence, branch, ready)
+                except BaseException as err:
+                    self._fail(sequence, err)
+            if any(sequence.request.has_criteria for sequence, _, _ in taken):
+                self._ask_callers(taken)
+            for sequence in going:
+                if sequence.held:
+                    try:
+                        self.writer.start_held(sequence)
+                    except BaseException as err:
+                        self._fail(sequence, err)
+
+    def _ask_callers(self, choices: list[tuple[Sequence, Branch, Ready]]) -> None:
         """Ask the callers' own stopping criteria, once for all rows of a call."""
         asked: dict[int, list[tuple[Sequence, Branch]]] = {}
         for sequence, branch, _ in choices:

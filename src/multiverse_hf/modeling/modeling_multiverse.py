@@ -313,10 +313,11 @@ class MultiverseForCausalLM:
             **kwargs: ``structure`` ("guided", "lenient", or "off" for ordinary decoding: what the engine does not do
                 there, such as beams, scores, static caches and assistants, transformers' own ``generate`` does),
                 ``max_new_tokens`` (bounds the length: positions, not tokens), ``max_total_tokens``,
-                ``max_path_tokens``, ``max_depth``, ``max_paths``, ``max_branches``, ``stop_scope``; None is the
-                default, whatever the checkpoint's generation config says. And the options of ``GenerationConfig``:
-                ``do_sample``, ``temperature``, ``num_return_sequences``, ``return_dict_in_generate``,
-                ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what becomes of it.
+                ``max_path_tokens``, ``max_depth``, ``max_paths``, ``max_branches``, ``stop_scope``, ``speculate``;
+                None is the default, whatever the checkpoint's generation config says. And the options of
+                ``GenerationConfig``: ``do_sample``, ``temperature``, ``num_return_sequences``,
+                ``return_dict_in_generate``, ``output_logits``, ``max_time``, ...; :mod:`~.arguments` says of each what
+                becomes of it.
 
         Returns:
             (B, L) token ids, documents with their paths one after the other; with ``return_dict_in_generate`` a

@@ -1,5 +1,6 @@
 """The choice of how the engine's steps are read: packed, static or simple."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,9 +49,9 @@ class SimpleRunner(PackedRunner):
             sequence, first, end = reading.sequence, reading.first, reading.end
             base = self.cache.extents[sequence.arrival].base
             self.cache.prepare([(base + first, base + end)], self.device, slice(base, base + end))
-            alone = Reading(sequence, reading.entries, slice(0, end - first), first, end, reading.is_last)
+            alone = replace(reading, queries=slice(0, end - first))
             whole = Piece(alone.queries, slice(base, base + end), slice(0, end))
-            rows = [branch.segment.entries[-1] - first for branch in sequence.live] if reading.is_last else [0]
+            rows = [entry - first for entry in reading.rows] or [0]
             read = self.forward(sequence.ids[first:end], sequence.positions[first:end], [(alone, whole)], rows)
             logits += [read] if reading.is_last else []
         return torch.cat(logits) if logits else read

@@ -7,6 +7,7 @@ cache is full, the answer that came last is preempted: its log is read again lat
 import bisect
 
 from .cache import LogCache
+from .drafts import forget
 from .state import Reading, Sequence, log_visibility
 
 
@@ -75,7 +76,10 @@ class Scheduler:
             if count := counts.get(sequence, 0):
                 first = sequence.num_computed
                 entries, is_last = sequence.pending[:count], count == len(sequence.pending)
-                batch.append(Reading(sequence, entries, slice(begin, begin + count), first, first + count, is_last))
+                asking = [branch for branch in sequence.live if not branch.ready] if is_last else []
+                rows = [entry for branch in asking for entry in (branch.segment.entries[-1], *branch.drafts)]
+                queries = slice(begin, begin + count)
+                batch.append(Reading(sequence, entries, queries, first, first + count, is_last, rows))
                 begin += count
         return batch
 
@@ -100,6 +104,7 @@ class Scheduler:
         """Take the cache's memory from the answer that came last, which waits again, and return it."""
         sequence = self.running.pop()
         self.cache.release(sequence.arrival)
+        forget(sequence)
         sequence.num_computed = 0
         sequence.pending.clear()
         self.add(sequence)

@@ -55,6 +55,7 @@ class StructureOptions:
             ``max_new_tokens``: what a model that never stops forking can cost at most.
         stop_scope: what a stop string or a stopping criterion ends inside a path: ``"path"``, that path, or
             ``"answer"``, the whole answer, as ``stop`` means to a client of OpenAI's API.
+        speculate: tokens each branch may draft for a step to check (:mod:`~.drafts`). No answer depends on it.
     """
 
     structure: str = "guided"
@@ -64,15 +65,16 @@ class StructureOptions:
     max_path_tokens: int | None = None
     max_total_tokens: int | None = None
     stop_scope: str = "path"
+    speculate: int = 0
 
     def __post_init__(self) -> None:
         if self.structure not in ("guided", "lenient", "off"):
             raise ValueError(f"structure must be 'guided', 'lenient' or 'off', got {self.structure!r}")
         if self.stop_scope not in ("path", "answer"):
             raise ValueError(f"stop_scope must be 'path' or 'answer', got {self.stop_scope!r}")
-        for name in ("max_depth", "max_paths", "max_branches", "max_path_tokens", "max_total_tokens"):
+        for name in ("max_depth", "max_paths", "max_branches", "max_path_tokens", "max_total_tokens", "speculate"):
             value = getattr(self, name)
-            low = 0 if name == "max_depth" else 1
+            low = 0 if name in ("max_depth", "speculate") else 1
             optional = name in ("max_path_tokens", "max_total_tokens")
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
             if not fits and not (optional and value is None):
@@ -93,6 +95,7 @@ class GenerationStats:
         finish_reason: why it ended.
         malformed: tags that fitted no rule.
         closed_by: branches closed before they ended by themselves, by what closed them.
+        num_drafted, num_accepted: tokens that branches drafted, and those that the model chose as well.
     """
 
     num_tokens: int = 0
@@ -104,6 +107,8 @@ class GenerationStats:
     finish_reason: FinishReason = FinishReason.STOP
     malformed: int = 0
     closed_by: dict[FinishReason, int] = field(default_factory=dict)
+    num_drafted: int = 0
+    num_accepted: int = 0
 
     @property
     def num_closed(self) -> int:
@@ -151,6 +156,19 @@ class Block:
 
 
 @dataclass(slots=True, eq=False)
+class Ready:
+    """A token that a branch chose and has not written yet.
+
+    Attributes:
+        chosen: the token (:class:`~.writing.Chosen`), or why there was none to choose.
+        entry: the log entry from which the model has read it already, None if it has not.
+    """
+
+    chosen: Any
+    entry: int | None = None
+
+
+@dataclass(slots=True, eq=False)
 class Branch:
     """A segment being written.
 
@@ -161,6 +179,9 @@ class Branch:
         until: the branch is being closed until this many blocks are open around it; -1 ends the answer.
         closed_by: the limit or criterion that closes it, if one does.
         text_end: below this position its budget has room for text, as long as it has tokens; 0 if it has to be asked.
+        ready: tokens to write next, one in each step of the answer.
+        drafts: log entries of the tokens that it guesses to come.
+        trust: how often its drafts were right, a running mean.
     """
 
     structure: Structure
@@ -177,6 +198,9 @@ class Branch:
     own: int = 0  # where in the context the path it belongs to begins
     closed_by: FinishReason | None = None
     text_end: int = 0
+    ready: list[Ready] = field(default_factory=list)
+    drafts: list[int] = field(default_factory=list)
+    trust: float = 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -223,7 +247,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.structured = self.options.structure != "off"
-        self.needs_context = self.sampler.needs_context or bool(self.criteria) or self.calls is not None
+        self.needs_context = (
+            self.sampler.needs_context or bool(self.criteria) or self.calls is not None or bool(self.options.speculate)
+        )
         self.has_criteria = self.calls is not None and bool(self.calls.criteria)
 
     @property
@@ -251,6 +277,7 @@ class Sequence:
         early: events from before it was in the queue, kept for the thread that steps the engine; None from then on.
         error: what made it fail.
         arrival: number in the order of submission.
+        num_unwritten: log entries that are no part of the answer: drafts, and tokens that are ready.
         deadline: when the answer is to be closed, by :func:`time.monotonic`.
     """
 
@@ -278,6 +305,7 @@ class Sequence:
     is_prompt: bool = True  # its prompt is being interpreted
     is_reading: bool = True  # the model is reading its prompt, or after a preemption its log
     is_cancelled: bool = False
+    num_unwritten: int = 0
     deadline: float | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -287,7 +315,7 @@ class Sequence:
     @property
     def num_written(self) -> int:
         """Tokens of the answer so far."""
-        return len(self.ids) - len(self.request.prompt)
+        return len(self.ids) - len(self.request.prompt) - self.num_unwritten
 
 
 @dataclass(slots=True)
@@ -299,6 +327,8 @@ class Reading:
         queries: their place in the packed row of the step.
         first, end: the first of them, and one past the last.
         is_last: nothing is left to read then: the sequence's branches choose their next tokens.
+        rows: log entries whose logits are wanted: the last of each branch that has nothing ready, and its drafts. None
+            unless it is the last.
     """
 
     sequence: Sequence
@@ -307,6 +337,7 @@ class Reading:
     first: int
     end: int
     is_last: bool
+    rows: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,4 +406,7 @@ def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
             segment, sees = block.reduced, np.logical_or.reduce(ends)
 
     walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
-    return [each for each in seen if each is not None]
+    for entry, each in enumerate(seen):
+        if each is None:  # chosen, and then not written: nothing else sees it
+            seen[entry] = entry, np.arange(len(sequence.positions)) == entry
+    return seen

@@ -16,7 +16,7 @@ from .budget import ANSWER
 from .cache import LogCache
 from .grammar import Event, Stage, Structure, TokenMask
 from .sampling import TokenScores, mix
-from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Request, Segment, Sequence
+from .state import Block, Branch, BranchEvent, FinishReason, GenerationStats, Ready, Request, Segment, Sequence
 from .tags import TagSet
 
 
@@ -90,13 +90,16 @@ class Writer:
             branch.segment.ended = True
         sequence.live.clear()
 
-    def take(self, sequence: Sequence, branch: Branch, chosen: Chosen) -> None:
+    def take(self, sequence: Sequence, branch: Branch, ready: Ready) -> None:
         """Do what a chosen token says.
 
         Raises:
-            Exception: of a stopping criterion or a streamer.
+            Exception: of a stopping criterion or a streamer, or if there was no token to choose.
         """
-        request, token, entry = sequence.request, chosen.token, len(sequence.ids)
+        if isinstance(ready.chosen, Exception):
+            raise ready.chosen
+        request, chosen, token = sequence.request, ready.chosen, ready.chosen.token
+        entry = len(sequence.ids) if ready.entry is None else ready.entry
         if token in request.eos and request.structured and branch.structure.closing_tokens():
             if branch.blocks:  # as if </Path>
                 self._close(sequence, branch, len(branch.blocks) - 1)
@@ -114,7 +117,7 @@ class Writer:
             sequence.logits[entry] = chosen.logits.clone()
         if request.num_logprobs is not None:
             sequence.scores[entry] = chosen.likelihood
-        self._append(sequence, branch, token, sampled=True)
+        self._append(sequence, branch, token, sampled=True, read=ready.entry)
         if branch.segment.ended:  # it forked or closed
             return
         if token in request.eos:
@@ -139,16 +142,28 @@ class Writer:
             for criterion in request.criteria
         )
 
-    def _append(self, sequence: Sequence, branch: Branch, token: int, sampled: bool = False) -> None:
-        """Write a token at the end of a branch and interpret it."""
-        entry = len(sequence.ids)
-        if entry == len(sequence.positions):
-            self._grow(sequence)
-        sequence.ids.append(token)
-        sequence.positions[entry] = branch.position
-        sequence.sampled.append(sampled)
-        sequence.labels.append(branch.label)
-        sequence.pending.append((entry, branch.sees))
+    def _append(
+        self, sequence: Sequence, branch: Branch, token: int, sampled: bool = False, read: int | None = None
+    ) -> None:
+        """Write a token at the end of a branch and interpret it.
+
+        Args:
+            sequence, branch, token: where to write what.
+            sampled: the model chose it.
+            read: its log entry, if the model has read it already.
+        """
+        if read is None:
+            entry = len(sequence.ids)
+            if entry == len(sequence.positions):
+                self.grow(sequence)
+            sequence.ids.append(token)
+            sequence.positions[entry] = branch.position
+            sequence.sampled.append(sampled)
+            sequence.labels.append(branch.label)
+            sequence.pending.append((entry, branch.sees))
+        else:
+            entry, sequence.sampled[read] = read, sampled
+            sequence.num_unwritten -= 1
         sequence.max_position = max(sequence.max_position, branch.position)
         branch.segment.entries.append(entry)
         branch.sees[entry] = True
@@ -269,7 +284,7 @@ class Writer:
         if not sequence.is_prompt:
             self._start(sequence, reduced)
 
-    def _grow(self, sequence: Sequence) -> None:
+    def grow(self, sequence: Sequence) -> None:
         """Make room in a sequence's arrays."""
         extra = len(sequence.positions) // 2 + 64
         sequence.positions = np.pad(sequence.positions, (0, extra))

@@ -1,0 +1,145 @@
+"""Drafts change the number of steps and nothing else: tokens, logits, events and limits are those without them."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from helpers import EOS, TAGS, answer, left_pad
+from helpers import tiny_model as new_tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_replay import assert_replays
+from transformers import AutoTokenizer
+
+from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
+from multiverse_hf.modeling.drafts import find_continuation
+from multiverse_hf.modeling.tags import encode_prompt
+
+tiny_model = functools.cache(new_tiny_model)
+OPEN = TAGS.open
+STARTS = [[50, 51, 50, 51, 52], [60, OPEN("parallel")], [OPEN("think"), 70, 71, 72, 70, 71], [61] * 4]
+COSTS = ("num_steps", "num_drafted", "num_accepted")
+
+
+class Recorder:
+    """Keeps the events of a call."""
+
+    def __init__(self) -> None:
+        self.events = []
+
+    def on_event(self, event) -> None:
+        self.events.append(event)
+
+
+def written(model, prompts, **options):
+    """Return ids, logits, stats and events of the answers, and what their steps cost."""
+    recorder = Recorder()
+    is_one = len(prompts) == 1 and "num_return_sequences" not in options  # a streamer takes one answer
+    output = answer(model, prompts, streamer=recorder if is_one else None, **options)
+    stats = [dataclasses.asdict(each) for each in output.stats]
+    costs = [{name: each.pop(name) for name in COSTS} for each in stats]
+    return (output.sequences.tolist(), stats, recorder.events), output.logits, costs
+
+
+def assert_same(model, prompts, speculate, **options):
+    """Check that an answer with drafts is the one without them, and return the costs of both."""
+    plain, logits, slow = written(model, prompts, speculate=0, **options)
+    drafted, others, fast = written(model, prompts, speculate=speculate, **options)
+    assert drafted == plain
+    for ours, theirs in zip(others, logits, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=0)
+    assert all(each["num_drafted"] == 0 for each in slow)
+    return slow, fast
+
+
+@settings(max_examples=10)
+@given(
+    seed=st.integers(0, 5),
+    speculate=st.integers(1, 6),
+    starts=st.lists(st.sampled_from(STARTS), min_size=1, max_size=3),
+    structure=st.sampled_from(["guided", "lenient", "off"]),
+    sampling=st.sampled_from([{}, {"do_sample": True, "temperature": 0.7, "seed": 4, "num_return_sequences": 2}]),
+    penalty=st.sampled_from([{}, {"repetition_penalty": 1.3}, {"no_repeat_ngram_size": 3}]),
+    limits=st.sampled_from(
+        [{}, {"max_path_tokens": 20}, {"max_total_tokens": 90}, {"max_branches": 1}, {"max_depth": 1, "max_paths": 2}]
+    ),
+)
+def test_any_answer_with_drafts_is_the_one_without(seed, speculate, starts, structure, sampling, penalty, limits):
+    model = tiny_model("qwen3", seed=seed)
+    options = {"structure": structure, "max_new_tokens": 60, **sampling, **penalty, **limits}
+    assert_same(model, starts, speculate, **options)
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3_text"])
+def test_drafts_are_exact_on_sliding_windows(name):
+    assert_same(tiny_model(name), STARTS, 4, max_new_tokens=90)
+
+
+@pytest.mark.parametrize("structure", ["guided", "off"])
+def test_the_logits_of_drafted_tokens_replay(structure):
+    assert_replays(tiny_model("qwen2"), STARTS, structure=structure, max_new_tokens=80, speculate=5)
+
+
+def test_text_that_repeats_itself_takes_far_fewer_steps():
+    slow, fast = assert_same(tiny_model("qwen3"), [[50, 51, 52]], 6, structure="off", max_new_tokens=200)
+    assert fast[0]["num_accepted"] > 50
+    assert fast[0]["num_steps"] == slow[0]["num_steps"] - fast[0]["num_accepted"]
+
+
+def test_a_model_that_solves_problems_solves_them_with_drafts():
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
+    model = MultiverseForCausalLM.from_pretrained(embedded_model(), dtype=torch.float64).eval()
+    text = "(A=3+4-2; B=5+6) (C=7-2+9; D=1+1) total? Think step by step and in parallel before answering."
+    prompt, outputs = torch.tensor([encode_prompt(tokenizer, text)]), []
+    for options in ({}, {"stop_strings": ["11"], "tokenizer": tokenizer, "stop_scope": "answer"}):
+        for speculate in (0, 4):
+            outputs.append(model.generate(prompt, max_new_tokens=400, speculate=speculate, **options))
+        assert torch.equal(outputs[-1], outputs[-2])
+    assert "Answer: 32" in tokenizer.decode(outputs[0][0])
+
+
+@pytest.mark.parametrize("decoding", ["packed", "static", "simple"])
+def test_preempted_answers_go_on_with_what_was_ready(decoding):
+    model = tiny_model("qwen2")
+    prompts = [[50 + row, 51, 52] * 3 for row in range(6)]
+    results = []
+    for speculate in (0, 4):
+        with MultiverseEngine(model, max_cache_tokens=200, max_num_seqs=6, decoding=decoding) as engine:
+            results.append(
+                [
+                    each.ids
+                    for each in engine.generate(prompts, max_new_tokens=90, speculate=speculate, structure="off")
+                ]
+            )
+            if speculate:
+                assert engine.memory()["num_preemptions"] > 0
+    assert results[0] == results[1]
+
+
+def test_an_answer_that_is_cancelled_keeps_what_is_written_only():
+    model = tiny_model("qwen3")
+    with MultiverseEngine(model) as engine:
+        handle = engine.submit([50, 51, 52], max_new_tokens=5000, speculate=6, structure="off")
+        seen = [event.token for event, _ in zip(handle, range(30), strict=False)]
+        handle.cancel()
+        ids = handle.result(timeout=600).ids
+    assert ids[: len(seen)] == seen
+    plain = answer(model, [[50, 51, 52]], structure="off", max_new_tokens=len(ids)).sequences[0, 3:].tolist()
+    assert ids == plain
+
+
+@given(context=st.lists(st.integers(0, 3), max_size=40), most=st.integers(1, 6))
+def test_a_continuation_is_what_followed_the_last_tokens_before(context, most):
+    found = find_continuation(context, most)
+    assert len(found) <= most
+    if found:
+        ends = [at for at in range(len(context) - 1) if context[at - 1 : at + 1] == context[-2:] and at > 0]
+        assert any(context[at + 1 : at + 1 + most] == found for at in ends)
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, True])
+def test_a_wrong_number_of_drafts_is_refused(value):
+    ids, mask = left_pad([[50]])
+    with pytest.raises(ValueError, match="speculate must be an integer of at least 0"):
+        tiny_model("qwen2").generate(ids, attention_mask=mask, max_new_tokens=2, speculate=value, eos_token_id=EOS)
