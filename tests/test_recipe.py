@@ -331,6 +331,11 @@ EMBED, CHAINS, PARSE = (
     "benchmarks/chains_wallclock.py",
     "benchmarks/parse_documents.py",
 )
+TABLE, FORGETTING, TWIN = (
+    "recipes/smollm2-135m/table.py",
+    "recipes/smollm2-135m/forgetting.py",
+    "benchmarks/twin_wallclock.py",
+)
 
 
 @pytest.fixture(scope="module")
@@ -428,6 +433,23 @@ def test_the_table_that_is_shown_is_that_of_the_record() -> None:
     record = json.loads((folder / "table.json").read_text())
     assert len(record["seeds"]) == 3
     assert paper.markdown(record["rows"]) in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_table_of_a_real_model_is_made_by_one_command_that_repeats_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    tiny = [sys.executable, str(ROOT / "recipes/tiny-random/make_base.py"), "--architecture", "llama"]
+    run(*tiny, "--output", "tiny", cwd=tmp_path)
+    command = [sys.executable, str(ROOT / TABLE), "--model", "./tiny", "--rows", "24", "--problems", "1"]
+    said = run(*command, "--max-steps", "1", "--output", "out", cwd=tmp_path, timeout=1800)
+    assert [said.count(step) for step in ("making the", "training", "asking")] == [2, 2, 1]
+    table = json.loads((tmp_path / "out/table.json").read_text())["table"]
+    assert set(table["families without"]) == {"base", "autoregressive", "zero", "parallel"}
+    assert len(table) == 14  # twelve families and two means
+    (tmp_path / "out/table.json").unlink()
+    again = run(*command, "--max-steps", "1", "--output", "out", cwd=tmp_path, timeout=1800)
+    assert [again.count(step) for step in ("making the", "training", "asking")] == [0, 0, 1]
+    assert json.loads((tmp_path / "out/table.json").read_text())["table"] == table
 
 
 @pytest.mark.long
@@ -591,6 +613,9 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([EVALUATE, "--model", "finished"], ["run.json", "move it"]),
         ([EMBED, "--run", "unfinished", "--name", "x"], ["no finished run"]),
         ([EMBED, "--run", "finished", "--name", "../x"], ["--name"]),
+        ([TABLE, "--rows", "0"], ["--rows", "at least 1"]),
+        ([FORGETTING, "--base", "empty", "--model", "empty", "--output", "new"], ["empty", "folder of a checkpoint"]),
+        ([TWIN, "--model", "out", "--twin", "out", "--questions", "none.jsonl"], ["none.jsonl", "make_data.py"]),
         ([CHAINS, "--problems", "0"], ["--problems", "at least 1"]),
         ([CURATION, "--rows", "10"], ["--rows", "at least 40", "10"]),
         ([CURATION, "--delay", "-1"], ["--delay", "above 0", "-1"]),

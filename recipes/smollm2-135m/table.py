@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
 from make_base import HUB
 
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
@@ -97,6 +98,8 @@ def markdown(table: dict[str, dict[str, dict[str, float]]]) -> str:
 def run(args: argparse.Namespace) -> str:
     """Run all steps, and return the table."""
     folder, options = args.output, ["--bf16", str(args.bf16)]
+    if torch.cuda.is_available():
+        options = ["--use_cpu", "false", "--bf16", "true", "--attn_implementation", "flex_attention"]
     if args.max_steps:
         options += ["--max_steps", str(args.max_steps)]
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ def merged_folder(cache: Path | None = None) -> Path:
     """
     from huggingface_hub.constants import HF_HOME
 
+    if not (ADAPTER / "adapter_config.json").is_file():
+        raise CommandError("this installation has no adapter for SmolLM2; install a newer one", FAILURE)
     try:
         from multiverse_hf.training.merging import merge_adapter
     except ModuleNotFoundError as err:
