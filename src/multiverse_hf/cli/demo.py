@@ -1,15 +1,12 @@
-"""The demo: it shows how problems are solved, and times the same model in parallel and autoregressively.
-
-The embedded model gets problems of chains. ``smollm2``, a pretrained model, gets questions in words.
-"""
+"""The demo: it shows how problems are solved, and times the same model in parallel and autoregressively."""
 
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -41,9 +38,6 @@ from multiverse_hf.cli.options import (
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correct, sample_problem
-from multiverse_hf.data.records import read_answer
-from multiverse_hf.data.suffixes import Suffix
-from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.tasks import SIDES
 
 HEADINGS = ("problem", "mode", "right", "tokens", "length", "# par.", "steps", "seconds", "speedup")
@@ -52,69 +46,6 @@ REPEATS = 3  # the fewest whose median ignores one run that other work slowed do
 # timed, unless --repeats asks for it.
 SHOW_SECONDS = 18
 MOST_SECONDS = 32
-SMOLLM2 = "smollm2"
-SLOWER = 6  # times the embedded model's seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A problem as the demo shows it."""
-
-    text: str
-    title: str  # at most 16 characters, for the table
-    prompt: str
-    answer: str
-    is_right: Callable[[str], bool]  # of a document
-    fields: dict[str, Any]  # for the report
-
-
-def as_problem(chains: ChainsProblem) -> Problem:
-    """Return a problem of chains as the demo shows it."""
-    nested = ", nested" if chains.kind is Kind.NESTED else ""
-    fields = {"kind": chains.kind.value, "num_chains": len(chains.chains), "answer": chains.answer}
-    return Problem(
-        str(chains),
-        f"{len(chains.chains)} chains{nested}",
-        chains.prompt(),
-        str(chains.answer),
-        lambda document: is_correct(chains, document),
-        fields,
-    )
-
-
-QUESTIONS = (  # held out: no training row of the adapter has them
-    (
-        "legs",
-        "Your task is to count how many legs there are in total when given a list of animals.\n\n"
-        "Now, how many legs are there in total if you have 6 dogs, 13 jellyfishs, 10 ducks, 3 butterflys, "
-        "3 sea slugs?",
-        "62",
-    ),
-    (
-        "numbers to keep",
-        "Keep all numbers larger than 56 in this list: ['-87', '11', '92', '-10', '-51', '31', '22']\n"
-        "Return the new list in the same format.",
-        "['92']",
-    ),
-    (
-        "letters",
-        'How many times does the letter "d" appear in the text: "high level of its name Pressed on all sides by rival '
-        'journals of a"?',
-        "2",
-    ),
-)
-
-
-def word_problems() -> list[Problem]:
-    """Return the questions in words."""
-
-    def judge(answer: str) -> Callable[[str], bool]:
-        return lambda document: read_answer(document) == answer
-
-    return [
-        Problem(text, title, Suffix.PARALLEL.end(text), answer, judge(answer), {"answer": answer})
-        for title, text, answer in QUESTIONS
-    ]
 
 
 def demo_problems(seed: int, num_problems: int) -> list[ChainsProblem]:
@@ -149,7 +80,7 @@ def time_modes(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     repeats: int | None,
-    end: float | None = None,
+    begin: float | None = None,
 ) -> Iterator[dict[str, list[Answer]]]:
     """Answer every prompt in both modes in turns, greedily and without a display, after a warm-up.
 
@@ -159,14 +90,14 @@ def time_modes(
         prompts: token ids.
         max_new_tokens: limit of an answer's length.
         repeats: repeats of each prompt. With None there are up to :data:`REPEATS`, and none begins after the prompt's
-            share of the time until ``end``. After that no further prompt is answered, except the first.
-        end: end by ``time.monotonic``; None for :data:`MOST_SECONDS` from now.
+            share of :data:`MOST_SECONDS`. After that time no further prompt is answered, except the first.
+        begin: start of these seconds by ``time.monotonic``; None for now.
 
     Yields:
         For each prompt, by mode, the answers of all repeats. If one CPU thread computes, their seconds are its
         processor time, which does not include other work on the machine.
     """
-    end = time.monotonic() + MOST_SECONDS if end is None else end
+    end = (time.monotonic() if begin is None else begin) + MOST_SECONDS
     for side in SIDES:
         answer_prompt(model, checkpoint, prompts[0], structure=side.structure, do_sample=False, max_new_tokens=32)
     for number, prompt in enumerate(prompts):
@@ -195,12 +126,13 @@ def is_alone(model: Any) -> bool:
     return model.device.type == "cpu" and step_threads(model) == 1
 
 
-def problem_row(problem: Problem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
+def problem_row(problem: ChainsProblem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
     """Return a problem's measurements in JSON form."""
-    row: dict[str, Any] = {"problem": problem.text, **problem.fields}
+    row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
+    row["answer"] = problem.answer
     for mode, answers in modes.items():
         seconds = statistics.median(answer.seconds for answer in answers)
-        correct = problem.is_right(answers[0].document)
+        correct = is_correct(problem, answers[0].document)
         row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
     row["repeats"] = len(modes["parallel"])
     row["speedup"] = row["autoregressive"]["seconds"] / row["parallel"]["seconds"]
@@ -278,7 +210,7 @@ def print_end(console: Console, report: dict[str, Any], num_problems: int) -> No
     if report["clock"] == "processor":
         text += " Seconds are processor time, without other work."
     if num_timed < num_problems:
-        text += f" Timed in the time there is: {num_timed} of {num_problems} problems; --repeats 1 times all."
+        text += f" Timed within {MOST_SECONDS} s: {num_timed} of {num_problems} problems; --repeats 1 times all."
     console.print(Text(f"\n{text}"), style="dim")
 
 
@@ -310,54 +242,40 @@ def demo(
     Examples:
       multiverse demo
       multiverse demo --problems 8 --seed 1 --repeats 5
-      multiverse demo --model smollm2
       multiverse demo --json
     """
-    begin, slower = time.monotonic(), 1
+    begin = time.monotonic()
     shows_live = wants_live(live, as_json)
-    if model == SMOLLM2:
-        from multiverse_hf.training.smollm2 import merged_folder
-
-        slower, chosen = SLOWER, word_problems()
-        if problems > len(chosen):
-            raise CommandError(f"--model {SMOLLM2} has {len(chosen)} problems, got --problems {problems}")
-        chosen = chosen[:problems]
-        with waiting("loading SmolLM2; the first time takes a minute"):
-            quiet()
-            model = str(merged_folder())
-    else:
-        chosen = [as_problem(each) for each in demo_problems(seed, problems)]
+    chosen = demo_problems(seed, problems)
     console = Console(force_terminal=True) if shows_live else Console(width=None if sys.stdout.isatty() else 100)
     if as_json:
         console.quiet = True
-    console.print(Text(f"Problem 1: {chosen[0].text}\n", "bold"))
+    console.print(Text(f"Problem 1: {chosen[0]}\n", "bold"))
     sys.stdout.flush()
     with waiting("loading the model"):
         quiet()
         checkpoint = open_checkpoint(model)
         loaded = load_model(checkpoint, dtype, attn, device, threads)
-    if slower > 1:
-        begin = time.monotonic()
-    prompts = [checkpoint.encode(problem.prompt) for problem in chosen]
+    prompts = [checkpoint.encode(problem.prompt()) for problem in chosen]
     for number, (problem, prompt) in enumerate(zip(chosen, prompts, strict=True), start=1):
-        if as_json or (number > 1 and time.monotonic() - begin > slower * SHOW_SECONDS):
+        if as_json or (number > 1 and time.monotonic() - begin > SHOW_SECONDS):
             break
         if number > 1:
-            console.print(Text(f"Problem {number}: {problem.text}\n", "bold"))
+            console.print(Text(f"Problem {number}: {problem}\n", "bold"))
         show_problem(console, loaded, checkpoint, prompt, max_new_tokens, pace if shows_live else None)
     console.print("The same problems timed in both modes, without the display:\n")
     print_row(console, HEADINGS, "bold")
     sys.stdout.flush()
     rows: list[dict[str, Any]] = []
-    end = begin + slower * MOST_SECONDS
-    timed = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats, end)
+    timed = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats, begin)
     for problem in chosen:
         with waiting(f"timing problem {len(rows) + 1} of {problems}"):
             runs = next(timed, None)
         if runs is None:
             break
         rows.append(problem_row(problem, runs))
-        print_modes(console, problem.title, rows[-1])
+        nested = ", nested" if problem.kind is Kind.NESTED else ""
+        print_modes(console, f"{len(problem.chains)} chains{nested}", rows[-1])
         sys.stdout.flush()
     report = demo_report(checkpoint, loaded, rows, seed)
     if as_json:
