@@ -99,7 +99,7 @@ def test_a_model_that_solves_problems_solves_them_with_drafts():
     assert "Answer: 32" in tokenizer.decode(outputs[0][0])
 
 
-@pytest.mark.parametrize("decoding", ["packed", "static", "simple"])
+@pytest.mark.parametrize("decoding", ["packed", "simple", pytest.param("static", marks=pytest.mark.slow)])
 def test_preempted_answers_go_on_with_what_was_ready(decoding):
     model = tiny_model("qwen2")
     prompts = [[50 + row, 51, 52] * 3 for row in range(6)]

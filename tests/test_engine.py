@@ -204,7 +204,7 @@ class PressureOnSlidingWindows(Pressure):
     name = "gemma3_text"
 
 
-Pressure.TestCase.settings = settings(max_examples=20, stateful_step_count=30, deadline=None)
+Pressure.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 PressureOnLongBranches.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 PressureOnStaticShapes.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)

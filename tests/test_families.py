@@ -148,6 +148,7 @@ def test_a_users_own_family_is_built_from_its_folder(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "tasks.txt").read_text() == ""
 
 
+@pytest.mark.slow
 def test_two_builds_are_byte_equal_and_share_no_question(tmp_path: Path) -> None:
     pytest.importorskip("reasoning_gym")
     from multiverse_hf.data.records import number_rows, read_record

@@ -245,6 +245,7 @@ def test_the_recipe_trains_a_gguf_file_and_an_adapter_of_it_merges(files: Path, 
     assert f"error: cannot load {half}: ./{half} is no GGUF file, or damaged" in ended.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_base_to_train_from_is_the_same_of_a_gguf_file_and_of_a_folder(files: Path, tmp_path: Path) -> None:
     file, plain = files / "base.Q8_0.gguf", tmp_path / "plain"
     AutoModelForCausalLM.from_pretrained(files, **gguf_options(file.name)).save_pretrained(plain)
@@ -263,6 +264,7 @@ def test_a_base_to_train_from_is_the_same_of_a_gguf_file_and_of_a_folder(files: 
     assert made.tags.ids == {tag: tagged.get_vocab()[tag] for tag in made.tags.names.tokens}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "says"),
     [

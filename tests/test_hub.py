@@ -77,6 +77,7 @@ def test_a_pushed_model_branches_when_it_is_loaded_by_its_repositorys_name(saved
         assert not file.is_file() or TOKEN.encode() not in file.read_bytes(), f"the token is in {file}"
 
 
+@pytest.mark.slow
 def test_a_push_with_a_token_that_may_not_write_leaves_nothing_on_the_hub(saved, hub, tmp_path):  # noqa: F811
     pushed = run(PUSH, str(saved), "me/tiny", hub=hub | {"HF_TOKEN": "hf_of-another"}, cwd=tmp_path)
     assert pushed.returncode != 0

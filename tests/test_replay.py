@@ -84,7 +84,7 @@ def assert_replays(model, prompts: list[list[int]], tolerance: float = 1e-9, pla
 # Every architecture and attention implementation
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("attn", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @settings(max_examples=4)
 @given(plans=st.lists(plans, min_size=4, max_size=4), longer=st.permutations(range(4)))
@@ -283,7 +283,7 @@ def test_a_wide_nested_block_replays_at_every_budget(max_new_tokens):
 
 @pytest.mark.parametrize(
     "plan",
-    [pytest.param(plan, marks=[pytest.mark.slow] * (name != "nested"), id=name) for name, plan in PLANS.items()],
+    [pytest.param(plan, marks=[pytest.mark.slow] * (name != "sequential"), id=name) for name, plan in PLANS.items()],
 )
 def test_a_document_cut_at_any_token_is_continued_to_the_same_document(plan):
     plan = tuple(item for item in plan if item != "eos")

@@ -179,7 +179,9 @@ def test_a_family_of_another_name_is_found_by_its_preset():
 
 pieces = st.lists(
     st.one_of(
-        st.sampled_from([*MULTIVERSE.tokens, "<", "</", ">", "<Go", "al>", "Path>", "<|im_end|", "\n", " "]),
+        st.sampled_from(
+            [*MULTIVERSE.tokens, "<", "</", ">", "<Go", "al>", "Path>", "<|im_end|", "<|im_end|>", "<end>", "\n", " "]
+        ),
         st.text(max_size=5),
     ),
     min_size=1,
@@ -197,7 +199,7 @@ TOKENIZERS = pytest.mark.parametrize("tokenizer", [tiny_tokenizer, plain_tokeniz
 @example(text="<<Parallel>></Path></Path>")
 @example(text="<Parallel><Goal><Outline>1: a</Outline></Goal>")
 @example(text="a private \ue000 character and <\ue000Goal>")
-def test_a_prompt_that_spells_tags_holds_no_control_ids_and_decodes_to_its_text(tokenizer, text):
+def test_a_prompt_that_spells_tags_or_special_tokens_holds_none_and_decodes_to_its_text(tokenizer, text):
     tokenizer = tokenizer()
     tags = TagSet.from_tokenizer(tokenizer)
     ids = encode_prompt(tokenizer, text)
@@ -206,6 +208,9 @@ def test_a_prompt_that_spells_tags_holds_no_control_ids_and_decodes_to_its_text(
     if tokenizer.chat_template:
         rendered = f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(ids) == rendered
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    turns = ["<|im_start|>", "<|im_end|>", "<|im_start|>"] if tokenizer.chat_template else []
+    assert tokenizer.convert_ids_to_tokens([i for i in ids if i in special]) == turns, "those of the template only"
 
 
 @TOKENIZERS

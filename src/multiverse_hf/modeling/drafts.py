@@ -92,7 +92,7 @@ def foresee(sequence: Sequence) -> Iterator[Branch]:
             yield ahead
 
 
-def check(queries: list[tuple[Sequence, Branch]], choices: list[Any], cache: LogCache) -> None:
+def check_drafts(queries: list[tuple[Sequence, Branch]], choices: list[Any], cache: LogCache) -> None:
     """Make ready what each branch chose, up to its first draft that it did not choose. Other drafts leave the log.
 
     Args:

@@ -20,7 +20,7 @@ from .budget import Budget
 from .cache import LogCache
 from .cpu import packed_weights
 from .distributed import Broadcast
-from .drafts import check, draft, foresee
+from .drafts import check_drafts, draft, foresee
 from .grammar import TokenMask
 from .runner import make_runner
 from .sampling import choose, mask_scores, nothing_to_choose
@@ -251,7 +251,7 @@ class Engine:
         A token of each live branch is written at a time, so that an answer is written as it is without drafts.
         """
         if any(branch.drafts for _, branch in queries):
-            check(queries, choices, self.cache)
+            check_drafts(queries, choices, self.cache)
         else:
             for (_, branch), chosen in zip(queries, choices, strict=True):
                 branch.ready += [] if chosen is None else [Ready(chosen)]

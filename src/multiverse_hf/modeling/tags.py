@@ -304,7 +304,8 @@ def encode_prompt(
     """Tokenize a user's prompt, or a batch of them, so that tags it spells stay text and can never fork.
 
     A string becomes one user message where the tokenizer has a chat template. Tags in an assistant's message are
-    control tags (that is how a half-written answer is continued); in every other message they are text.
+    control tags (that is how a half-written answer is continued); in every other message they are text. So are the
+    tokenizer's special tokens, such as the end of a turn.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -378,13 +379,16 @@ def read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
 def _encode(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], names: TagNames, add_generation_prompt: bool
 ) -> list[int]:
-    # Rendered into user text between "<" and the name of a tag, then split on and dropped: the tag never forms. Any
-    # private character will do that the messages do not hold themselves.
+    # Rendered into user text after the first character of a tag or special token, then split on and dropped: the token
+    # never forms. Any private character will do that the messages do not hold themselves.
     contents = "".join(message["content"] for message in messages)
     tag_break = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)
-    tag = re.compile("<(?=/?(?:" + "|".join(name for _, name in names.items()) + ")>)")
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {str(token) for token in [*added, *tokenizer.all_special_tokens] if getattr(token, "special", True)}
+    acting = "|".join(re.escape(token) for token in sorted({*names.tokens, *special}) if len(token) > 1)
+    begin = re.compile(f"(?={acting})(.)", re.DOTALL)
     safe = [
-        {**m, "content": m["content"] if m["role"] == "assistant" else tag.sub("<" + tag_break, m["content"])}
+        {**m, "content": m["content"] if m["role"] == "assistant" else begin.sub(rf"\1{tag_break}", m["content"])}
         for m in messages
     ]
     if getattr(tokenizer, "chat_template", None):
