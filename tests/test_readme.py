@@ -5,7 +5,6 @@ import json
 import os
 import pkgutil
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -96,13 +95,6 @@ def test_every_name_of_the_reference_is_there() -> None:
     assert {f"multiverse_hf.{name}" for name in multiverse_hf.__all__} - set(names) == {"multiverse_hf.__version__"}
     for name in names:
         pkgutil.resolve_name(name)  # raises where there is none
-
-
-@pytest.mark.slow
-def test_the_pictures_are_what_their_script_draws() -> None:
-    drawn = runpy.run_path(str(ROOT / "docs/pictures.py"))
-    assert drawn["draw_branches"]() == (ROOT / "docs/branches.svg").read_text()
-    assert drawn["draw_layout"]() == (ROOT / "docs/layout.svg").read_text()
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")

@@ -1,18 +1,12 @@
-"""Draw the two pictures of the documentation: a real answer of the embedded model, and the worked example of a layout.
-
-python docs/pictures.py          # writes docs/branches.svg and docs/layout.svg, in about 10 s
-"""
+"""The two still drawings: an answer as lanes of marks, and the worked example of a layout."""
 
 from html import escape
-from pathlib import Path
 
-from transformers import AutoTokenizer
+from recording import QUESTION, Recording
 
-from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt
+from multiverse_hf import MultiverseForCausalLM, embedded_model
 from multiverse_hf.modeling.layout import build_layout
 
-PROMPT = "A=19-7+12; B=8+15-3; C=5+6; total?"
-SUFFIX = " Think step by step and in parallel before answering."
 WIDTH, LEFT = 860, 104
 LANE, BAR = 46, 14  # height of a lane, and of the tokens in it
 # The card has a background of its own: a page may be dark where the reader's system is light.
@@ -29,24 +23,6 @@ text.mono{font-family:ui-monospace,monospace;font-size:11px;stroke:none}
 """
 
 
-class Recorder:
-    """A streamer that notes, for every token, its branch and the step that wrote it."""
-
-    def __init__(self) -> None:
-        self.step = -1  # the pass over the prompt is step 0
-        self.tokens: list[tuple[str, int, bool, int]] = []  # branch, step, sampled, token id
-        self.fork = self.reduce = 0  # steps
-
-    def count(self, *_: object) -> None:
-        self.step += 1
-
-    def on_event(self, event) -> None:
-        if event.kind == "token":
-            self.tokens.append((event.branch, self.step, event.sampled, event.token))
-        elif event.kind in ("fork", "reduce"):
-            setattr(self, event.kind, self.step)
-
-
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(words)}</text>'
 
@@ -58,30 +34,21 @@ def svg(height: int, title: str, shapes: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw_branches() -> str:
+def draw_branches(recording: Recording) -> str:
     """Return the picture of an answer: branches as lanes on an axis of steps."""
-    tokenizer = AutoTokenizer.from_pretrained(embedded_model())
-    model = MultiverseForCausalLM.from_pretrained(embedded_model())
-    recorder = Recorder()
-    model.base_model.register_forward_hook(recorder.count)
-    ids = encode_prompt(tokenizer, PROMPT + SUFFIX, return_tensors="pt")
-    out = model.generate(ids, max_new_tokens=1024, streamer=recorder, return_dict_in_generate=True)
-    stats, total = out.stats[0], len(recorder.tokens)
-    if (stats.num_tokens, stats.num_steps) != (total, recorder.step):
-        raise RuntimeError(f"{total} tokens in {recorder.step} steps were seen, but stats say {stats}")
-
-    branches = ["", *sorted({branch for branch, *_ in recorder.tokens} - {""})]
+    stats, total = recording.stats, len(recording.tokens)
+    branches = ["", *sorted({branch for branch, *_ in recording.tokens} - {""})]
     cell = (WIDTH - LEFT - 24) / total
     lanes = {branch: 62 + LANE * lane for lane, branch in enumerate(branches)}
 
     def place(step: int) -> float:
         return LEFT + step * cell
 
-    shapes = [text(16, 28, PROMPT, "mono"), text(WIDTH - 16, 28, "one mark is one token", "soft", "end")]
-    fork, reduce = LEFT + (recorder.fork + 1) * cell, LEFT + (recorder.reduce + 1) * cell
+    shapes = [text(16, 28, QUESTION, "mono"), text(WIDTH - 16, 28, "one mark is one token", "soft", "end")]
+    fork, reduce = LEFT + (recording.fork + 1) * cell, LEFT + (recording.reduce + 1) * cell
     middle = lanes[""] + BAR / 2
     for number, branch in enumerate(branches):
-        top, mine = lanes[branch], [token for token in recorder.tokens if token[0] == branch]
+        top, mine = lanes[branch], [token for token in recording.tokens if token[0] == branch]
         shapes.append(text(16, top + BAR - 2, f"path {branch}" if branch else "answer"))
         # What one step writes in a branch stands in one column: forced tokens come several at once.
         columns: dict[int, list[bool]] = {}
@@ -95,7 +62,7 @@ def draw_branches() -> str:
                 shapes.append(f'<rect class="{kind}" {box} height="{part - 0.6:.1f}" stroke-width="0.4"/>')
         if branch:
             at, end = top + BAR / 2, place(max(columns) + 1)
-            last = tokenizer.decode([token for *_, token in mine]).strip().splitlines()[-2]
+            last = recording.tokenizer.decode([token for *_, token in mine]).strip().splitlines()[-2]
             shapes.append(text(fork + 4, top + BAR + 13, last.split(", ")[-1], "mono soft"))
             bend = f"M{fork - 4:.1f} {middle + BAR / 2} V{at - 4} Q{fork - 4:.1f} {at} {fork:.1f} {at}"
             back = f"M{end:.1f} {at} H{reduce - 6:.1f} Q{reduce:.1f} {at} {reduce:.1f} {at - 8} V{middle}"
@@ -103,8 +70,7 @@ def draw_branches() -> str:
     shapes.append(text(fork, lanes[""] - 6, "fork: </Goal>", "soft", "middle"))
     shapes.append(text(reduce, lanes[""] - 6, "merge: last </Path>", "soft", "middle"))
     end = LEFT + (stats.num_steps + 1) * cell
-    answer = tokenizer.decode([token for *_, token in recorder.tokens], skip_special_tokens=True).split()[-1]
-    shapes.append(text(end + 6, lanes[""] + BAR - 2, f"Answer: {answer}, after {stats.num_steps} steps"))
+    shapes.append(text(end + 6, lanes[""] + BAR - 2, f"Answer: {recording.answer}, after {stats.num_steps} steps"))
 
     top = 62 + LANE * len(branches)
     shapes += [text(16, top + BAR - 2, "one a step", "soft")]
@@ -152,9 +118,3 @@ def draw_layout() -> str:
     shapes.append(f'<rect class="no" x="680" y="{top + 118}" width="12" height="12" rx="2"/>')
     shapes.append(text(700, top + 129, "not visible"))
     return svg(top + len(names) * cell + 18, "Positions and visibility of a block with two paths", shapes)
-
-
-if __name__ == "__main__":
-    folder = Path(__file__).parent
-    (folder / "branches.svg").write_text(draw_branches())
-    (folder / "layout.svg").write_text(draw_layout())
