@@ -137,6 +137,45 @@ def test_what_cannot_be_copied_is_refused_at_a_fork_by_name_and_serves_until_the
             answer(tiny_model("qwen2"), prompts, FORKS, logits_processor=[Grammar()])
 
 
+class Leans(LogitsProcessor):
+    """Prefers tokens by the sum of the ids that a row sees, to which padding adds nothing."""
+
+    def __init__(self, is_stateless: bool) -> None:
+        self.is_stateless, self.shapes = is_stateless, []
+
+    def __call__(self, input_ids, scores):
+        self.shapes.append(tuple(input_ids.shape))
+        return scores + 9 * torch.sin(input_ids.sum(dim=1, keepdim=True) * torch.arange(scores.shape[1]))
+
+
+class Ends(StoppingCriteria):
+    """Ends a path at an even id."""
+
+    def __init__(self, is_stateless: bool) -> None:
+        self.is_stateless = is_stateless
+
+    def __call__(self, input_ids, scores, **kwargs):
+        is_path = (input_ids == TAGS.open("path")).any(dim=1) & ~(input_ids == TAGS.close("path")).any(dim=1)
+        return is_path & (input_ids[:, -1] >= FIRST_TEXT) & (input_ids[:, -1] % 2 == 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"structure": "off"}], ids=str)
+def test_what_says_that_it_keeps_no_state_is_asked_for_each_branch_and_gives_the_same(options):
+    model, plans = tiny_model("qwen2"), None if options.get("structure") == "off" else FORKS
+    answers, shapes = [], []
+    for is_stateless in (True, False):
+        leans, ends = Leans(is_stateless), Ends(is_stateless)
+        calls = {"max_new_tokens": 60, "output_logits": False} | options
+        output = answer(model, [ONE, TWO], plans, logits_processor=[leans], stopping_criteria=[ends], **calls)
+        answers.append((output.sequences.tolist(), [stats.closed_by for stats in output.stats]))
+        assert output.stats[0].num_forks == (0 if plans is None else 1)
+        shapes.append(leans.shapes)
+    assert answers[0] == answers[1]
+    assert plans is None or FinishReason.CRITERIA in answers[0][1][0]
+    assert shapes[0][:2] == [(1, 3), (1, 1)], "rows of one length, without padding"
+    assert shapes[1][0] == (2, 3)
+
+
 def test_one_rows_or_branchs_end_ends_no_other():
     word = FIRST_TEXT + 25
     model = tiny_model("qwen2")

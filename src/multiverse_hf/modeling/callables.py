@@ -7,7 +7,8 @@ branch's ids in as many rows as the batch has, since an object may have been mad
 made by ``copy.deepcopy``. A function is its own copy, and so is an object that says so by ``__deepcopy__``.
 
 transformers' own processors and criteria keep no state, and look at each branch's visible ids by themselves
-(:mod:`~.sampling`, :mod:`~.writing`).
+(:mod:`~.sampling`, :mod:`~.writing`). So does one of the caller's that has the attribute ``is_stateless = True``: its
+result depends on its arguments alone, and its rows may be branches of any prompts, without padding.
 """
 
 import copy
@@ -27,7 +28,12 @@ _SHARED = (torch.nn.Module, PreTrainedTokenizerBase, PretrainedConfig)  # what a
 
 
 def is_callers(each: Any) -> bool:
-    """Return whether a processor or criterion may keep a state: all but those of transformers that keep none."""
+    """Return whether a processor or criterion may keep a state.
+
+    Those of transformers keep none, but for two. One of the caller's says so by ``is_stateless = True``.
+    """
+    if getattr(each, "is_stateless", False) is True:
+        return False
     return type(each).__module__ not in _OWN or type(each).__name__ in _STATEFUL
 
 
