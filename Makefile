@@ -93,17 +93,17 @@ $(CORE): $(TORCH) pyproject.toml
 	$(PIP) install -c constraints.txt -e .
 	@touch $@
 
+# xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(DEV): $(TORCH) pyproject.toml
 	@echo "then what development needs:"
 	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev]'
+	$(PIP) install -q -c constraints.txt --no-deps xgrammar
 	@touch $(CORE) $@
 
 $(DOCS): $(CORE)
 	$(PIP) install -c constraints.txt -e '.[docs]'
 	@touch $@
 
-# xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(ECOSYSTEM): $(DEV)
-	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev,ecosystem]' apache-tvm-ffi
-	$(PIP) install -q -c constraints.txt --no-deps xgrammar
+	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev,ecosystem]'
 	@touch $@

@@ -56,7 +56,7 @@ class Worker:
                 reply, reason = self._read(process, timeout_s or self.timeout_s)
             except (OSError, ValueError) as err:  # it died, usually for lack of memory
                 self._stop()
-                raise VerifierError("the process that compares answers died") from err
+                raise VerifierError("its process died") from err
         if reason is not None:
             raise VerifierError(reason)
         return reply

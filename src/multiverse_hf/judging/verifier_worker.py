@@ -133,14 +133,15 @@ def limit(name: str, value: int) -> None:
         pass
 
 
-def serve(reply: Callable[..., tuple[Any, str | None]], start: Callable[[], Any]) -> None:
+def serve(reply: Callable[..., tuple[Any, str | None]], start: Callable[[], Any], memory: int = MEMORY) -> None:
     """Answer each line of standard input, a JSON list of arguments, with a line of JSON: value, reason of none.
 
     Args:
         reply: answers a request.
         start: imports what is needed, before the first clock runs.
+        memory: bytes that this process may take.
     """
-    limit("RLIMIT_AS", MEMORY)
+    limit("RLIMIT_AS", memory)
     out, sys.stdout = sys.stdout, sys.stderr  # printed lines must not look like replies
     start()
     print(json.dumps("ready"), file=out, flush=True)
