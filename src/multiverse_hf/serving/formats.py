@@ -166,6 +166,7 @@ class FormatProcessor(LogitsProcessor):
     def __init__(self, grammar: Any, reader: "_Reader", prompt_length: int) -> None:
         self.grammar, self.reader, self.prompt_length = grammar, reader, prompt_length
         self._matchers: OrderedDict[tuple[int, ...], Any] = OrderedDict()  # by the text they have matched
+        self._turn = np.zeros(0, dtype=np.int64), 0  # the last prompt seen, and where its last turn begins
         self._bits = torch.zeros(1, -(-reader.vocab_size // 32), dtype=torch.int32)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -183,8 +184,10 @@ class FormatProcessor(LogitsProcessor):
         return scores.masked_fill(~torch.from_numpy(allowed).to(scores.device), -torch.inf)
 
     def _restrict(self, ids: np.ndarray, allowed: np.ndarray) -> None:
-        reader = self.reader
-        begin, in_block = reader.find_text(ids, self.prompt_length)
+        reader, prompt = self.reader, ids[: self.prompt_length]
+        if not np.array_equal(prompt, self._turn[0]):
+            self._turn = prompt.copy(), reader.find_turn(prompt)
+        begin, in_block = reader.find_text(ids, self.prompt_length, self._turn[1])
         if begin is None:
             if not in_block:  # in a path they only end the path
                 allowed[list(reader.ends)] = False
@@ -194,7 +197,7 @@ class FormatProcessor(LogitsProcessor):
             return
         allowed[:] = False
         self._allow(text, allowed)
-        if reader.may_think(ids, self.prompt_length):
+        if reader.may_think(ids, self.prompt_length, self._turn[1]):
             allowed[reader.think] = True
 
     def _allow(self, text: tuple[int, ...], allowed: np.ndarray) -> None:
@@ -257,7 +260,7 @@ class _Reader:
         self.is_text = np.ones(vocab_size, dtype=bool)
         self.is_text[[token for token in acting if token < vocab_size]] = False
 
-    def find_text(self, ids: np.ndarray, prompt_length: int) -> tuple[int | None, bool]:
+    def find_text(self, ids: np.ndarray, prompt_length: int, turn: int) -> tuple[int | None, bool]:
         """Return where the text after the reasoning begins, None while it is open; and whether a block is.
 
         Reasoning that the prompt's last turn leaves open, and a block, go on in the answer. Else only a think tag that
@@ -266,11 +269,11 @@ class _Reader:
         Args:
             ids: (L,), what a row sees.
             prompt_length: tokens of the prompt.
+            turn: where its last turn begins.
         """
         scanner, roles = Scanner(self.tags), self.tags.roles
         begin, is_thinking, has_thought, is_open = prompt_length, False, False, False
-        first = self._find_turn(ids[:prompt_length])
-        tags = np.flatnonzero(np.isin(ids[first:], self.tags.control_ids)) + first
+        tags = np.flatnonzero(np.isin(ids[turn:], self.tags.control_ids)) + turn
         for place, token in zip(tags.tolist(), ids[tags].tolist(), strict=True):
             opens_answer = token == self.think and place == prompt_length and not has_thought
             if place >= prompt_length and not is_open and not opens_answer:
@@ -283,13 +286,11 @@ class _Reader:
             begin = max(place + 1, prompt_length)
         return None if is_open else begin, bool(scanner.open_blocks)
 
-    def may_think(self, ids: np.ndarray, prompt_length: int) -> bool:
+    def may_think(self, ids: np.ndarray, prompt_length: int, turn: int) -> bool:
         """Return whether reasoning may begin next: at the answer's first token, if its turn has none yet."""
-        if self.think is None or len(ids) != prompt_length:
-            return False
-        return self.think not in ids[self._find_turn(ids) :]
+        return self.think is not None and len(ids) == prompt_length and self.think not in ids[turn:]
 
-    def _find_turn(self, prompt: np.ndarray) -> int:
+    def find_turn(self, prompt: np.ndarray) -> int:
         """Return where the assistant's turn begins: after the last turn of the user's or the system's."""
         begin = 0
         for opening, end in self.tags.turns:

@@ -2,7 +2,11 @@
 
 xgrammar ignores some keywords, and some that stand beside others, with a warning in its log or without one. An answer
 could then break its schema. So each schema is read here first, and every keyword in it has to be one that xgrammar
-0.2.8 enforces where it stands. Annotations such as ``title`` are left out.
+0.2.8 enforces where it stands. Annotations such as ``title`` are left out. Three things are read in their own way:
+
+- ``oneOf`` is read as ``anyOf``
+- a pattern matches a whole string, and no quote or backslash in it
+- properties come in the order of the schema, and others only where ``additionalProperties`` allows them
 """
 
 import json
@@ -16,6 +20,10 @@ from multiverse_hf.errors import one_line
 MAX_SCHEMA_CHARS = 100_000
 MAX_DEPTH = 32  # of nested values; xgrammar reads a schema by recursion
 MAX_COUNT = 10_000  # most characters, items or properties that a keyword may count
+MAX_PATTERN_CHARS = 2_000  # more than about 30,000 nested groups crash xgrammar
+# Most repeats of repeats. (a{1,100}){1,100} takes milliseconds a token, and one level more takes tenths of a second.
+MAX_REPEATS = 1_000
+MAX_REPEAT = 128  # beyond it, xgrammar's classes take quotes and control characters that the pattern does not name
 FIELD = "response_format.json_schema.schema"
 
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
@@ -39,7 +47,8 @@ _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "m
 _DEFINITIONS = ("$defs", "definitions")
 # those of OpenAI's structured outputs; JSON Schema takes any other one for an annotation
 _FORMATS = {"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"}
-_PIECE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|.", re.DOTALL)  # of a pattern: an escape, a class of characters, or one
+# of a pattern: an escape, a class of characters, a count, or one character
+_PIECE = re.compile(r"\\.|\[(?:\\.|[^\]\\])*\]|\{\d+,?\d*\}|.", re.DOTALL)
 _ESCAPE = re.compile(r"\\[dDwWsS.\-/+*?()\[\]{}|^$]")
 
 
@@ -100,7 +109,7 @@ def _read(schema: Any, where: str) -> Any:
     read = {name: _read_keyword(name, value, f"{where}.{name}") for name, value in given.items()}
     types = _types(given)
     if {"minLength", "maxLength"} & read.keys():  # xgrammar's own count takes control characters, which no JSON has
-        read["pattern"] = f"^.{{{read.pop('minLength', 0)},{read.pop('maxLength', '')}}}$"
+        read["pattern"] = rf'^[^"\\\x00-\x1f]{{{read.pop("minLength", 0)},{read.pop("maxLength", "")}}}$'
     if "array" in types and not {"items", "prefixItems"} & read.keys():
         read["items"] = True  # else xgrammar takes a count for one of no items
     if "object" in types:
@@ -195,7 +204,12 @@ def _check_pattern(pattern: Any, where: str) -> None:
     """Check that a pattern can be matched inside a JSON string, and has no part that xgrammar ignores."""
     if not isinstance(pattern, str):
         raise _refuse(where, pattern, "a pattern is a string")
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise _refuse(where, pattern, f"it has {len(pattern)} characters; at most {MAX_PATTERN_CHARS} are compiled")
     pieces = _PIECE.findall(pattern)
+    if (repeats := _num_repeats(pieces)) > MAX_REPEATS:
+        raise _refuse(where, pattern, f"groups in groups repeat {repeats} times, at most {MAX_REPEATS} are allowed; "
+                      "lower the counts, or count only once")  # fmt: skip
     for place, piece in enumerate(pieces):
         is_edge = (piece == "^" and place == 0) or (piece == "$" and place == len(pieces) - 1)
         is_group = piece == "(" and pieces[place + 1 : place + 2] == ["?"] and pieces[place + 2 : place + 3] != [":"]
@@ -203,7 +217,31 @@ def _check_pattern(pattern: Any, where: str) -> None:
         # xgrammar leaves quotes and backslashes out of classes, but not out of ranges that end beyond ASCII
         is_range = any(first < "\x80" <= last for first, last in re.findall("(.)-(.)", piece))
         is_raw = piece == '"' or min(piece) < " "
+        is_count = len(piece) > 2 and piece[0] == "{"
+        if is_count and max(map(int, re.findall(r"\d+", piece))) > MAX_REPEAT:
+            raise _refuse(where, pattern, f"{piece} is more than {MAX_REPEAT}; state lengths by maxLength")
         if (piece in ("^", "$") and not is_edge) or is_group or is_escape or is_range or is_raw:
             raise _refuse(where, pattern, f"{_show(piece)} at {place} is not enforced; anchors stand at the ends, and "
                           "quotes, lookarounds, flags, escapes of single characters and ranges from ASCII to other "
                           "characters are left out")  # fmt: skip
+
+
+def _num_repeats(pieces: list[str]) -> int:
+    """Return the greatest product of counts that stand around each other; one without a bound counts as 10."""
+    most, inner, last = 1, [1], 1  # inner: of each open group the greatest so far; last: of what stands before
+    for before, piece in zip(["", *pieces], pieces, strict=False):
+        if piece == "(":
+            inner.append(1)
+            last = 1
+        elif piece == ")" and len(inner) > 1:
+            last = inner.pop()
+        elif len(piece) > 2 and piece[0] == "{":
+            count = max(int(number) for number in re.findall(r"\d+", piece))
+            most = max(most, last * count if last > 1 else 1)  # a count alone is cheap
+            last *= count
+        elif piece in ("*", "+", "?") and before != "(":
+            last = max(last, 10)
+        else:
+            last = 1
+        inner[-1] = max(inner[-1], last)
+    return most
