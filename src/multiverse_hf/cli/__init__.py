@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf import __version__
-from multiverse_hf.cli import curate, demo, evaluate, export, generate, inspect, view
+from multiverse_hf.cli import curate, demo, evaluate, export, generate, inspect, serve, view
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
@@ -54,6 +54,7 @@ app.command()(flowing(generate.generate))
 app.command()(flowing(demo.demo))
 app.command()(flowing(inspect.inspect))
 app.command()(flowing(view.view))
+app.command("serve")(flowing(serve.serve_model))
 app.command()(flowing(curate.curate))
 app.command()(flowing(export.merge))
 app.command()(flowing(export.export))

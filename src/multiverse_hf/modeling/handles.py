@@ -57,6 +57,7 @@ class RequestHandle:
         self._events: list[BranchEvent] = []
         self._changed = threading.Condition()
         self._listeners: list[Callable[[], None]] = []
+        self._when_done: list[Callable[[], None]] = []
         self._result: MultiverseResult | None = None
         self._error: BaseException | None = None
 
@@ -70,6 +71,17 @@ class RequestHandle:
         sequence = self._sequence  # read once: the engine's thread lets go of it
         if sequence is not None:
             self._cancel(sequence)
+
+    def add_done_callback(self, function: Callable[[], None]) -> None:
+        """Have a function called once the answer is complete or has failed, in the engine's thread; at once if it is.
+
+        Keep it short.
+        """
+        with self._changed:
+            if not self.done:
+                self._when_done.append(function)
+                return
+        function()
 
     def result(self, timeout: float | None = None) -> MultiverseResult:
         """Wait for the answer. One that was cancelled is given as far as it came.
@@ -157,5 +169,8 @@ class RequestHandle:
                 self._events.append(event)
             self._changed.notify_all()
             listeners = list(self._listeners)
+            if self.done:
+                listeners += self._when_done
+                self._when_done = []
         for listener in listeners:
             listener()

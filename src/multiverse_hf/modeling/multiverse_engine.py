@@ -92,6 +92,7 @@ class MultiverseEngine:
         generation_config: GenerationConfig | None = None,
         *,
         seed: int | None = None,
+        occurrence: int = 0,
         logprobs: int | None = None,
         on_event: Callable[[BranchEvent], None] | None = None,
         **kwargs: Any,
@@ -103,6 +104,8 @@ class MultiverseEngine:
             generation_config: as for the model's ``generate``.
             seed: of the sampling noise; with one, the same request gives the same answer. By default drawn from
                 torch's generator.
+            occurrence: which answer to this prompt it is. Others draw other noise with the same seed, as the rows of
+                ``num_return_sequences`` do.
             logprobs: keep the log-probability of each sampled token and the entropy, and so many likeliest tokens.
             on_event: called with every event, in the engine's thread; keep it short.
             **kwargs: as for the model's ``generate``; ``max_time`` counts from now.
@@ -112,6 +115,8 @@ class MultiverseEngine:
             RuntimeError: if the engine is closed.
         """
         handle = self._prepare(prompt, generation_config, seed, logprobs, on_event, kwargs)
+        if occurrence:
+            handle._sequence.request.key = sequence_key(handle._sequence.request.prompt, occurrence)
         self._enqueue([handle])
         return handle
 
@@ -224,7 +229,8 @@ class MultiverseEngine:
         """Report the cache: tokens it holds and has room for, bytes, and what is running and waiting.
 
         ``used_by`` gives the tokens that each running answer holds, in order of arrival; ``copied_tokens`` how many
-        are held a second time, for long branches on a CPU. Bytes are of both.
+        are held a second time, for long branches on a CPU. Bytes are of both. ``num_branches`` counts the branches
+        that are being written, and ``num_steps`` all steps so far.
         """
         scheduler, cache = self._engine.scheduler, self._engine.cache
         extents = dict(cache.extents)  # a copy: the engine's thread goes on
@@ -239,7 +245,19 @@ class MultiverseEngine:
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting) + len(self._inbox),
             "num_preemptions": scheduler.num_preemptions,
+            "num_branches": sum(len(sequence.live) for sequence in list(scheduler.running)),
+            "num_steps": self._engine.num_steps,
         }
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._closed
+
+    def cancel_all(self) -> None:
+        """Cancel what is running and waiting; the engine goes on."""
+        for handle in list(self._handles.values()):
+            handle.cancel()
 
     def close(self) -> None:
         """Cancel what is running, stop, and give the cache back; waits for the step in progress."""

@@ -376,38 +376,58 @@ def read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
     return list(messages)
 
 
-def _encode(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], names: TagNames, add_generation_prompt: bool
-) -> list[int]:
-    # Rendered into user text after the first character of a tag or special token, then split on and dropped: the token
-    # never forms. Any private character will do that the messages do not hold themselves.
-    contents = "".join(message["content"] for message in messages)
-    tag_break = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)
+def encode_text(tokenizer: Any, text: str, names: TagNames | None = None) -> list[int]:
+    """Return the ids of a text without a chat template. Tags and special tokens that it spells stay text."""
+    return _join(tokenizer, *_guard(tokenizer, [text], names or find_preset(tokenizer.get_vocab())), False)
+
+
+def _guard(tokenizer: Any, texts: Sequence[str], names: TagNames) -> tuple[list[str], str]:
+    """Return texts with a mark after the first character of each tag and special token, and the mark.
+
+    Split at the mark and put together again without it, the token never forms. Any private character will do that the
+    texts do not hold themselves.
+    """
+    contents = "".join(texts)
+    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in contents)
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {str(token) for token in [*added, *tokenizer.all_special_tokens] if getattr(token, "special", True)}
     acting = "|".join(re.escape(token) for token in sorted({*names.tokens, *special}) if len(token) > 1)
     begin = re.compile(f"(?={acting})(.)", re.DOTALL)
-    safe = [
-        {**m, "content": m["content"] if m["role"] == "assistant" else begin.sub(rf"\1{tag_break}", m["content"])}
-        for m in messages
-    ]
-    if getattr(tokenizer, "chat_template", None):
-        continues = safe[-1]["role"] == "assistant"
-        text = tokenizer.apply_chat_template(
-            safe,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt and not continues,
-            continue_final_message=continues,
-        )
-        first, *rest = text.split(tag_break)
+    return [begin.sub(rf"\1{mark}", text) for text in texts], mark
+
+
+def _join(tokenizer: Any, texts: Sequence[str], mark: str, has_template: bool) -> list[int]:
+    """Return the ids of texts that :func:`_guard` gave, one after the other on lines of their own."""
+    first, *rest = "\n".join(texts).split(mark)
+    if has_template:
         ids = tokenizer.encode(first, add_special_tokens=False)
     else:
-        first, *rest = "\n".join(m["content"] for m in safe).split(tag_break)
         ids = tokenizer.encode(first)
         bare = tokenizer.encode(first, add_special_tokens=False)
         while ids[len(bare) :] and ids[-1] == tokenizer.eos_token_id and bare[-1:] != ids[-1:]:
             ids.pop()  # some tokenizers end every text with it, and an answer is to follow
     return [*ids, *(i for piece in rest for i in encode_inside(tokenizer, piece))]
+
+
+def _encode(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], names: TagNames, add_generation_prompt: bool
+) -> list[int]:
+    contents = [message["content"] for message in messages]
+    guarded, mark = _guard(tokenizer, contents, names)
+    safe = [
+        {**message, "content": content if message["role"] == "assistant" else safe_content}
+        for message, content, safe_content in zip(messages, contents, guarded, strict=True)
+    ]
+    if not getattr(tokenizer, "chat_template", None):
+        return _join(tokenizer, [message["content"] for message in safe], mark, False)
+    continues = safe[-1]["role"] == "assistant"
+    text = tokenizer.apply_chat_template(
+        safe,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt and not continues,
+        continue_final_message=continues,
+    )
+    return _join(tokenizer, [text], mark, True)
 
 
 def encode_inside(tokenizer: Any, piece: str) -> list[int]:
