@@ -240,6 +240,8 @@ class ModelWorker:
         chain = LogitsProcessorList()
         if asked.frequency or asked.presence:
             chain.append(CountPenalty(prompt_length, asked.frequency, asked.presence))
+        if asked.response_format is not None and self.formats is None:
+            raise ApiError(400, "response_format: only text is written yet", "response_format")
         if asked.response_format is not None:
             chain.append(self.formats.compile(asked.response_format, prompt_length))
         return chain
