@@ -34,7 +34,7 @@ from .protocol import (
 from .reading import check_model, read_chat, read_completion, read_responses, read_tokens
 from .replies import chat_chunks, chat_completion, text_chunks, text_completion
 from .responses import response_events, whole_response
-from .worker import Ask, ModelWorker, Update
+from .worker import ModelRequest, ModelWorker, Update
 
 logger = logging.getLogger(__name__)
 
@@ -210,7 +210,11 @@ def create_app(worker: ModelWorker, config: ServerConfig, metrics: Metrics) -> F
         app.add_middleware(CORSMiddleware, allow_origins=list(config.cors), allow_methods=["*"], allow_headers=["*"])
 
     async def ask(
-        request: Request, body: Any, read: Callable[..., Ask], whole: Callable[..., Any], stream: Callable[..., Any]
+        request: Request,
+        body: Any,
+        read: Callable[..., ModelRequest],
+        whole: Callable[..., Any],
+        stream: Callable[..., Any],
     ) -> Response:
         worker.check_ready()
         check_model(body.model, config)

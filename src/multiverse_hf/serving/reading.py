@@ -21,7 +21,7 @@ from .protocol import (
     TokenizeRequest,
     suffix_of,
 )
-from .worker import Ask
+from .worker import ModelRequest
 
 _LIMITS = ("structure", "max_path_tokens", "max_depth", "max_paths", "speculate")
 
@@ -38,7 +38,7 @@ def check_model(name: str | None, config: ServerConfig) -> None:
         )
 
 
-def read_chat(body: ChatRequest, checkpoint: Checkpoint, config: ServerConfig) -> Ask:
+def read_chat(body: ChatRequest, checkpoint: Checkpoint, config: ServerConfig) -> ModelRequest:
     """Read a request of ``/v1/chat/completions``.
 
     Raises:
@@ -53,7 +53,7 @@ def read_chat(body: ChatRequest, checkpoint: Checkpoint, config: ServerConfig) -
     return asked
 
 
-def read_completion(body: CompletionRequest, checkpoint: Checkpoint, config: ServerConfig) -> Ask:
+def read_completion(body: CompletionRequest, checkpoint: Checkpoint, config: ServerConfig) -> ModelRequest:
     """Read a request of ``/v1/completions``.
 
     Raises:
@@ -74,7 +74,7 @@ def read_completion(body: CompletionRequest, checkpoint: Checkpoint, config: Ser
     return asked
 
 
-def read_responses(body: ResponsesRequest, checkpoint: Checkpoint, config: ServerConfig) -> Ask:
+def read_responses(body: ResponsesRequest, checkpoint: Checkpoint, config: ServerConfig) -> ModelRequest:
     """Read a request of ``/v1/responses``.
 
     Raises:
@@ -145,7 +145,7 @@ def encode_messages(messages: Sequence[Message], checkpoint: Checkpoint, suffix:
 
 def _read(
     body: Sampling, prompts: list[list[int]], limit: int | None, checkpoint: Checkpoint, config: ServerConfig
-) -> Ask:
+) -> ModelRequest:
     """Read the fields that all ways of asking share."""
     context = getattr(checkpoint.config, "max_position_embeddings", None)
     longest = max(map(len, prompts))
@@ -177,7 +177,7 @@ def _read(
         options["max_total_tokens"] = config.max_total_tokens
     options["max_time"] = config.max_time
     options |= _sampling(body)
-    asked = Ask(prompts, options=options, seed=body.seed)
+    asked = ModelRequest(prompts, options=options, seed=body.seed)
     if isinstance(body, Completing):
         asked.copies = body.n or 1
         if asked.copies * len(prompts) > config.max_choices:

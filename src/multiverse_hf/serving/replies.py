@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from .events import EventWriter
 from .protocol import ChatRequest, CompletionRequest
 from .text import CONTENT, INCOMPLETE, REASONING, Delta, TextToken
-from .worker import Ask, Final, ModelWorker, Update
+from .worker import Final, ModelRequest, ModelWorker, Update
 
 DONE = "data: [DONE]\n\n"
 
@@ -34,7 +34,7 @@ def stats_of(finals: Sequence[Final]) -> dict[str, Any]:
     }
 
 
-def usage_of(asked: Ask, finals: Sequence[Final]) -> dict[str, Any]:
+def usage_of(asked: ModelRequest, finals: Sequence[Final]) -> dict[str, Any]:
     """Return OpenAI's usage, with what branches add under ``multiverse``."""
     prompt = sum(map(len, asked.prompts))
     completion = sum(final.result.stats.num_tokens for final in finals)
@@ -117,7 +117,7 @@ class Gathered:
         self.finals[update.choice] = update.final
 
 
-async def gather_answers(worker: ModelWorker, asked: Ask) -> Gathered:
+async def gather_answers(worker: ModelWorker, asked: ModelRequest) -> Gathered:
     """Return whole answers.
 
     Raises:
@@ -134,7 +134,7 @@ def _named(text: str) -> dict[str, Any]:
     return {"reasoning_content": text, "reasoning": text}
 
 
-async def chat_completion(worker: ModelWorker, body: ChatRequest, asked: Ask) -> dict[str, Any]:
+async def chat_completion(worker: ModelWorker, body: ChatRequest, asked: ModelRequest) -> dict[str, Any]:
     """Return a whole chat completion."""
     gathered = await gather_answers(worker, asked)
     choices = []
@@ -159,7 +159,7 @@ def _id(kind: str) -> str:
 
 
 async def chat_chunks(
-    worker: ModelWorker, body: ChatRequest, asked: Ask, updates: AsyncIterator[Update]
+    worker: ModelWorker, body: ChatRequest, asked: ModelRequest, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
     """Return a chat completion as server-sent events."""
     count = len(asked.prompts) * asked.copies
@@ -200,7 +200,7 @@ async def chat_chunks(
     yield DONE
 
 
-async def text_completion(worker: ModelWorker, body: CompletionRequest, asked: Ask) -> dict[str, Any]:
+async def text_completion(worker: ModelWorker, body: CompletionRequest, asked: ModelRequest) -> dict[str, Any]:
     """Return a whole text completion."""
     gathered = await gather_answers(worker, asked)
     choices = []
@@ -218,7 +218,7 @@ async def text_completion(worker: ModelWorker, body: CompletionRequest, asked: A
 
 
 async def text_chunks(
-    worker: ModelWorker, body: CompletionRequest, asked: Ask, updates: AsyncIterator[Update]
+    worker: ModelWorker, body: CompletionRequest, asked: ModelRequest, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
     """Return a text completion as server-sent events."""
     head = {"id": _id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": worker.config.name}

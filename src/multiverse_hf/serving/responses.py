@@ -10,7 +10,7 @@ from openai.types import responses as types
 from .protocol import ResponsesRequest
 from .replies import ended_of, gather_answers, sse, stats_of
 from .text import CONTENT, REASONING
-from .worker import Ask, Final, ModelWorker, Update
+from .worker import Final, ModelRequest, ModelWorker, Update
 
 
 class ResponseWriter:
@@ -22,7 +22,7 @@ class ResponseWriter:
         asked: the request, read.
     """
 
-    def __init__(self, worker: ModelWorker, body: ResponsesRequest, asked: Ask) -> None:
+    def __init__(self, worker: ModelWorker, body: ResponsesRequest, asked: ModelRequest) -> None:
         self.worker, self.body, self.asked = worker, body, asked
         self.id, self.created = f"resp_{uuid.uuid4().hex}", time.time()
         self.item_ids = {REASONING: f"rs_{uuid.uuid4().hex}", CONTENT: f"msg_{uuid.uuid4().hex}"}
@@ -72,7 +72,7 @@ def _status(final: Final) -> str:
     return "completed" if final.finish_reason == "stop" else "incomplete"
 
 
-async def whole_response(worker: ModelWorker, body: ResponsesRequest, asked: Ask) -> dict[str, Any]:
+async def whole_response(worker: ModelWorker, body: ResponsesRequest, asked: ModelRequest) -> dict[str, Any]:
     """Return a whole response."""
     gathered = await gather_answers(worker, asked)
     writer, final, texts = ResponseWriter(worker, body, asked), gathered.finals[0], gathered.texts[0]
@@ -83,7 +83,7 @@ async def whole_response(worker: ModelWorker, body: ResponsesRequest, asked: Ask
 
 
 async def response_events(
-    worker: ModelWorker, body: ResponsesRequest, asked: Ask, updates: AsyncIterator[Update]
+    worker: ModelWorker, body: ResponsesRequest, asked: ModelRequest, updates: AsyncIterator[Update]
 ) -> AsyncIterator[str]:
     """Return a response as server-sent events."""
     writer, number = ResponseWriter(worker, body, asked), 0

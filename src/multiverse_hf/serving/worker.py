@@ -28,7 +28,7 @@ STUCK = 60.0  # seconds without a step, while one is due, after which the server
 
 
 @dataclasses.dataclass(slots=True)
-class Ask:
+class ModelRequest:
     """A request, read: what the engine is given.
 
     Attributes:
@@ -194,7 +194,7 @@ class ModelWorker:
 
     # Answering
 
-    def submit(self, asked: Ask, mailbox: Mailbox) -> list[RequestHandle]:
+    def submit(self, asked: ModelRequest, mailbox: Mailbox) -> list[RequestHandle]:
         """Put a request's answers in the engine's queue; their events go to the mailbox. Any thread may.
 
         Raises:
@@ -236,7 +236,7 @@ class ModelWorker:
             self.num_active -= 1
         mailbox.put((number, None))
 
-    def _processors(self, asked: Ask, prompt_length: int) -> LogitsProcessorList:
+    def _processors(self, asked: ModelRequest, prompt_length: int) -> LogitsProcessorList:
         chain = LogitsProcessorList()
         if asked.frequency or asked.presence:
             chain.append(CountPenalty(prompt_length, asked.frequency, asked.presence))
@@ -246,7 +246,7 @@ class ModelWorker:
             chain.append(self.formats.compile(asked.response_format, prompt_length))
         return chain
 
-    async def answer(self, asked: Ask) -> AsyncIterator[Update]:
+    async def answer(self, asked: ModelRequest) -> AsyncIterator[Update]:
         """Answer a request. If the loop over it ends early or is cancelled, so are its answers.
 
         Raises:
@@ -288,7 +288,7 @@ class ModelWorker:
                 handle.cancel()
             timer.close()
 
-    def _text(self, asked: Ask, prompt: Sequence[int]) -> AnswerText:
+    def _text(self, asked: ModelRequest, prompt: Sequence[int]) -> AnswerText:
         tags = self.checkpoint.tags if asked.splits else None
         opens, closes = (None, None) if tags is None else (tags.open("think"), tags.close("think"))
         marks = [token for token in prompt if token in (opens, closes)]
