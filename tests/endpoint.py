@@ -48,7 +48,7 @@ def serving(model: str | None = None, dtype: Dtype = Dtype.FLOAT32, **options: A
         server.should_exit = True
         thread.join(20)
         listener.close()
-        worker.engine.close()
+        worker.close()
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ pytest.importorskip("xgrammar")
 
 from multiverse_hf.serving.formats import FormatCompiler, FormatProcessor
 from multiverse_hf.serving.formats_worker import compile_schema
-from multiverse_hf.serving.schemas import MAX_DEPTH, read_schema
+from multiverse_hf.serving.schemas import MAX_SCHEMA_DEPTH, read_schema
 
 PROMPT = "A=19-7+12; B=8+15-3; total? Think step by step and in parallel before answering."
 TOTAL = {
@@ -380,9 +380,9 @@ def test_a_schema_that_is_not_enforced_is_refused_with_its_place_and_value(schem
 
 def test_a_schema_that_is_too_deep_is_refused():
     schema = {}
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_SCHEMA_DEPTH):
         schema = {"items": schema}
-    with pytest.raises(ValueError, match=f"deeper than {MAX_DEPTH} levels"):
+    with pytest.raises(ValueError, match=f"deeper than {MAX_SCHEMA_DEPTH} levels"):
         read_schema(schema)
 
 

@@ -255,6 +255,27 @@ def test_responses_have_reasoning_and_text(client: Any) -> None:
         assert stream.get_final_response().output_text == message.content
 
 
+def test_the_answer_after_the_reasoning_keeps_to_a_schema(client: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"total": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["total"],
+        "additionalProperties": False,
+    }
+    asked = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema}}
+    message = chat(client, response_format=asked, max_tokens=400).choices[0].message
+    assert message.reasoning_content == chat(client).choices[0].message.reasoning_content
+    found = json.loads(message.content)
+    assert list(found) == ["total"]
+    assert isinstance(found["total"], int)
+    form = {"type": "json_schema", "name": "sum", "schema": schema}
+    again = client.responses.create(model=NAME, input=SHORT, text={"format": form}, max_output_tokens=400)
+    assert json.loads(again.output_text) == found
+    asked["json_schema"]["schema"] = {"type": "array", "uniqueItems": True}
+    with pytest.raises(openai.BadRequestError, match="uniqueItems"):
+        chat(client, response_format=asked)
+
+
 def test_an_asynchronous_client_is_answered(served: Served) -> None:
     async def ask() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:

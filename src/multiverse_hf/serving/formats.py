@@ -28,7 +28,7 @@ from multiverse_hf.modeling.tags import TagSet
 from .formats_worker import compile_schema
 from .schemas import FIELD, read_schema
 
-TIMEOUT_S = 30.0
+COMPILE_TIMEOUT_S = 30.0
 MAX_GRAMMAR_BYTES = 256 << 20  # of one compiled grammar
 MAX_CACHE_BYTES = 512 << 20  # of all that are kept
 MAX_GRAMMARS = 256
@@ -60,7 +60,7 @@ class FormatCompiler:
         tags: TagSet,
         vocab_size: int,
         end_tokens: Collection[int] | int | None = None,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = COMPILE_TIMEOUT_S,
     ) -> None:
         if find_spec("xgrammar") is None:
             raise ImportError(f"response_format needs xgrammar: {install_line('serve')}")

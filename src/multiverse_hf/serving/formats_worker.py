@@ -32,7 +32,7 @@ def compile_schema(vocabulary: Any, schema: str) -> Any:
     return xgrammar.GrammarCompiler(vocabulary, cache_enabled=False).compile_grammar(grammar)
 
 
-def measure(vocabulary: str, schema: str) -> tuple[int, str | None]:
+def measure_grammar(vocabulary: str, schema: str) -> tuple[int, str | None]:
     """Return how many bytes the compiled grammar of a schema takes, and a reason if nothing keeps to it."""
     import xgrammar
 

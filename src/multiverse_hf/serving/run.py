@@ -113,8 +113,7 @@ def run_server(
     finally:
         signal.signal(signal.SIGTERM, before)
         listener.close()
-        if worker.engine is not None:
-            worker.engine.close()
+        worker.close()
     if failures:
         raise failures[0]
     tell("stopped")

@@ -18,7 +18,7 @@ from typing import Any
 from multiverse_hf.errors import one_line
 
 MAX_SCHEMA_CHARS = 100_000
-MAX_DEPTH = 32  # of nested values; xgrammar reads a schema by recursion
+MAX_SCHEMA_DEPTH = 32  # of nested values; xgrammar reads a schema by recursion
 MAX_COUNT = 10_000  # most characters, items or properties that a keyword may count
 MAX_PATTERN_CHARS = 2_000  # more than about 30,000 nested groups crash xgrammar
 # Most repeats of repeats. (a{1,100}){1,100} takes milliseconds a token, and one level more takes tenths of a second.
@@ -80,12 +80,12 @@ def _refuse(where: str, value: Any, why: str) -> ValueError:
 
 def _check_depth(schema: Any) -> None:
     level = [schema]
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_SCHEMA_DEPTH):
         inner = [list(each.values()) if isinstance(each, dict) else each for each in level]
         level = [part for each in inner if isinstance(each, list) for part in each]
         if not level:
             return
-    raise ValueError(f"{FIELD} is nested deeper than {MAX_DEPTH} levels; use $defs and $ref")
+    raise ValueError(f"{FIELD} is nested deeper than {MAX_SCHEMA_DEPTH} levels; use $defs and $ref")
 
 
 def _read(schema: Any, where: str) -> Any:

@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import secrets
 import threading
@@ -19,6 +20,7 @@ from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.modeling.state import BranchEvent, FinishReason
 
 from .config import ServerConfig
+from .formats import FormatCompiler
 from .metrics import Metrics
 from .penalties import CountPenalty
 from .protocol import ApiError
@@ -122,7 +124,7 @@ class ModelWorker:
         self.config, self.metrics = config, metrics
         self.engine: MultiverseEngine | None = None
         self.checkpoint: Checkpoint | None = None
-        self.formats: Any = None
+        self.formats: FormatCompiler | None = None
         self.is_draining = False
         self.num_active = 0
         self._lock = threading.Lock()
@@ -143,6 +145,9 @@ class ModelWorker:
             engine = MultiverseEngine(model, checkpoint.tokenizer, EngineConfig(**self.config.engine))
         except ValueError as err:
             raise CommandError(one_line(err)) from err
+        ends = model.generation_config.eos_token_id
+        with contextlib.suppress(ImportError, ValueError):  # without xgrammar, or an end token, text only
+            self.formats = FormatCompiler(checkpoint.tokenizer, checkpoint.tags, model.config.vocab_size, ends)
         self.checkpoint, self.engine = checkpoint, engine
         self.metrics.watch(engine, lambda: self.num_active)
 
@@ -240,9 +245,11 @@ class ModelWorker:
         chain = LogitsProcessorList()
         if asked.frequency or asked.presence:
             chain.append(CountPenalty(prompt_length, asked.frequency, asked.presence))
-        if asked.response_format is not None and self.formats is None:
-            raise ApiError(400, "response_format: only text is written yet", "response_format")
         if asked.response_format is not None:
+            if self.formats is None:
+                raise ApiError(
+                    400, "response_format: this server has no xgrammar and writes text only", "response_format"
+                )
             chain.append(self.formats.compile(asked.response_format, prompt_length))
         return chain
 
@@ -303,6 +310,13 @@ class ModelWorker:
             raise ApiError(500, f"the answer failed: {one_line(err, 300)}") from err
         ended = text.is_stopped or result.finish_reason in (FinishReason.STOP, FinishReason.CRITERIA)
         return Final(result, "stop" if ended else "length", text.num_reasoning)
+
+    def close(self) -> None:
+        """End the engine and what belongs to it."""
+        if self.formats is not None:
+            self.formats.close()
+        if self.engine is not None:
+            self.engine.close()
 
     def cancel_all(self) -> None:
         """Cancel what is running; the answers end with the next step."""
