@@ -46,7 +46,7 @@ def measure_grammar(vocabulary: str, schema: str) -> tuple[int, str | None]:
 
 def main() -> None:
     worker = runpy.run_path(str(Path(__file__).parents[1] / "judging" / "verifier_worker.py"))
-    worker["serve"](measure, lambda: __import__("xgrammar"), ADDRESSES)
+    worker["serve"](measure_grammar, lambda: __import__("xgrammar"), ADDRESSES)
 
 
 if __name__ == "__main__":
