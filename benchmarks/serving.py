@@ -165,7 +165,7 @@ def main() -> None:
         checkpoint = open_checkpoint(args.model)
         model = load_model(checkpoint, Dtype(args.dtype), Attention.SDPA, "cpu", args.threads)
         folder, name = str(args.model or embedded_model()), re.sub(r".*/", "", checkpoint.name)
-        result = {"benchmark": "serving", **environment(), "dtype": args.dtype, "clients": {}}
+        result = {"benchmark": "serving", **environment(), "dtype": args.dtype, "results": []}
         show_environment(result)
         with contextlib.ExitStack() as stack:
             port = free_port()
@@ -195,7 +195,8 @@ def main() -> None:
                     prompts = make_prompts(clients * args.requests, args.seed + clients)
                     for each in names[repeat % len(names) :] + names[: repeat % len(names)]:
                         runs[each].append(side(each)(prompts, clients))
-                result["clients"][str(clients)] = summary = summarize(runs)
+                summary = summarize(runs)
+                result["results"].append({"clients": clients, **summary})
                 store(result, args.output)
                 print(f"\n{clients} clients, {clients * args.requests} requests")
                 for each, values in summary.items():

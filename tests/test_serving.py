@@ -3,11 +3,14 @@
 import asyncio
 import functools
 import json
+import os
+import re
 import signal
 import socket
 import time
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,6 +30,7 @@ from multiverse_hf import MultiverseForCausalLM, embedded_model, encode_prompt  
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX  # noqa: E402
 from multiverse_hf.modeling.tags import encode_text  # noqa: E402
 from multiverse_hf.serving.client import BranchClient, TextPiece  # noqa: E402
+from multiverse_hf.serving.events import EVENTS_VERSION, StreamEvent, StreamEvents  # noqa: E402
 from multiverse_hf.serving.protocol import ChatRequest, CompletionRequest, ResponsesRequest  # noqa: E402
 
 NAME = "multiverse-tiny"
@@ -142,6 +146,13 @@ def test_branches_are_streamed_while_they_are_written(served: Served) -> None:
     written = [each.branch for each in tokens if each.branch]
     assert written[written.index("2") :].count("1") > 5  # side by side, not one after the other
     assert "".join(part.text for part in parts if part.kind == "content") == "Answer: 44"
+
+
+def test_the_page_names_every_field_of_the_events() -> None:
+    page = (Path(__file__).parents[1] / "docs/serving.md").read_text()
+    named = set(re.findall(r"`(\w+)`", page[page.index("## Stream branches") : page.index("## Keys")]))
+    assert {*StreamEvent.model_fields, *StreamEvents.model_fields} - {"events"} <= named
+    assert f"now {EVENTS_VERSION}." in page
 
 
 def test_sampling_with_a_seed_is_that_of_generate(client: Any) -> None:
@@ -290,8 +301,9 @@ def test_an_asynchronous_client_is_answered(served: Served) -> None:
 # What many do at once
 
 
-def test_many_clients_get_their_own_answers_while_others_stop_and_leave(served: Served) -> None:
-    prompts = [f"A={n}+{n + 3}; B={n + 7}-{n % 5}; total? {PARALLEL_SUFFIX}" for n in range(1, 25)]
+@pytest.mark.parametrize("clients", [24, pytest.param(64, marks=pytest.mark.slow)])
+def test_many_clients_get_their_own_answers_while_others_stop_and_leave(served: Served, clients: int) -> None:
+    prompts = [f"A={n}+{n + 3}; B={n + 7}-{n % 5}; total? {PARALLEL_SUFFIX}" for n in range(1, clients + 1)]
 
     async def ask() -> list[Any]:
         async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
@@ -512,6 +524,60 @@ def test_metrics_agree_with_what_was_asked(tmp_path: Any) -> None:
             assert float(values[f"multiverse:num_{name}"]) == 0
         assert float(values["multiverse:kv_cache_usage_perc"]) == 0
         assert float(values["multiverse:num_preemptions_total"]) == 0
+
+
+@pytest.mark.long
+def test_a_server_is_as_it_was_after_minutes_of_load() -> None:
+    seconds, clients = float(os.environ.get("SOAK_S", "600")), 16
+    counted = {"stop": 0, "length": 0, "cancelled": 0, "tokens": 0}
+    sizes: list[int] = []
+    with served_process("--dtype", "float32", "--threads", "1") as (process, url):
+
+        async def work(client: Any, number: int) -> None:
+            turn = 0
+            while time.monotonic() < until:
+                turn += 1
+                prompt = f"A={number + 2}+{turn % 17}; B={turn % 9}+8; total? {PARALLEL_SUFFIX}"
+                stream = await chat(
+                    client, prompt, stream=True, max_tokens=300, stream_options={"include_usage": True}
+                )
+                if (turn + number) % 10 == 0:  # goes away after a few chunks
+                    for _ in range(5):
+                        await anext(stream.__aiter__())
+                    await stream.close()
+                    counted["cancelled"] += 1
+                    continue
+                async for chunk in stream:
+                    if chunk.usage is not None:
+                        counted["tokens"] += chunk.usage.completion_tokens
+                    elif chunk.choices[0].finish_reason is not None:
+                        counted[chunk.choices[0].finish_reason] += 1
+
+        async def watch() -> None:
+            while time.monotonic() < until:
+                await asyncio.sleep(seconds / 20)
+                sizes.append(int(Path(f"/proc/{process.pid}/statm").read_text().split()[1]) * 4096)
+
+        async def run() -> None:
+            async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                await asyncio.gather(watch(), *(work(client, number) for number in range(clients)))
+
+        until = time.monotonic() + seconds
+        asyncio.run(run())
+        time.sleep(2)
+        text = httpx2.get(f"{url}/metrics").text
+        values = {n: float(v) for n, v in (x.rsplit(" ", 1) for x in text.splitlines() if x[0] != "#")}
+    print(counted, [size >> 20 for size in sizes])
+    for name in ("num_requests_running", "num_requests_waiting", "num_answers_active", "kv_cache_usage_perc"):
+        assert values[f"multiverse:{name}"] == 0, name
+    ended = [
+        values.get(f'multiverse:request_success_total{{finished_reason="{each}"}}', 0) for each in ("stop", "length")
+    ]
+    # an answer may end before the server hears that its client went away
+    late = sum(ended) - counted["stop"] - counted["length"]
+    assert 0 <= late == counted["cancelled"] - values["multiverse:request_cancelled_total"]
+    assert values["multiverse:generation_tokens_total"] >= counted["tokens"]
+    assert max(sizes[len(sizes) // 2 :]) < 1.1 * max(sizes[: len(sizes) // 2])
 
 
 def test_each_request_is_logged_with_its_user_and_no_key() -> None:

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from endpoint import serving  # noqa: E402
+from endpoint import serving
 
 pytestmark = pytest.mark.slow
 ASKED = "A=19-7+12; B=8+15-3; total? Think step by step and in parallel before answering."
