@@ -575,7 +575,7 @@ def merged(branch: str, text: str) -> list[BranchEvent]:
 
 
 def drawn(events: Sequence[BranchEvent], width: int, height: int | None = None, ascii_only: bool = False) -> list[str]:
-    tree = BranchTree(decode, TAGS)
+    tree = BranchTree(decode, TAGS.roles)
     for event in events:
         tree.feed(event)
     console = Console(file=io.StringIO(), width=width)
@@ -662,7 +662,7 @@ def test_the_live_view_leaves_the_whole_answer_and_a_restored_terminal():
     events += spoken("1", "".join(f"\nLINE {line}" for line in range(10, 40)))
 
     def interrupted() -> None:
-        with LiveView(console, decode, TAGS) as view:
+        with LiveView(console, decode, TAGS.roles) as view:
             for event in events:
                 view.on_event(event)
             raise KeyboardInterrupt

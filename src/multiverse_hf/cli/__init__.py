@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf import __version__
-from multiverse_hf.cli import curate, demo, evaluate, export, generate, inspect, serve, view
+from multiverse_hf.cli import chat, curate, demo, evaluate, export, generate, inspect, serve, view
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
@@ -51,6 +51,7 @@ def multiverse(
 
 
 app.command()(flowing(generate.generate))
+app.command()(flowing(chat.chat))
 app.command()(flowing(demo.demo))
 app.command()(flowing(inspect.inspect))
 app.command()(flowing(view.view))

@@ -69,7 +69,7 @@ def show_problem(
     if pace is None:
         answer_prompt(model, checkpoint, prompt, TextStream(sys.stdout, checkpoint.decode), **options)
     else:
-        with LiveView(console, checkpoint.decode, checkpoint.tags, pace) as view:
+        with LiveView(console, checkpoint.decode, checkpoint.tags.roles, pace) as view:
             answer_prompt(model, checkpoint, prompt, view, **options)
     console.print()
 

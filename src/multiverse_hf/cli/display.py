@@ -8,7 +8,7 @@ columns, one per path.
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
@@ -18,17 +18,27 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
-from multiverse_hf.modeling.tags import LABEL, TagSet
+from multiverse_hf.modeling.tags import LABEL, PRESETS
 
-if TYPE_CHECKING:  # it imports torch, which only a running model needs
+if TYPE_CHECKING:  # they import torch, which only a running model needs
     from multiverse_hf.modeling.state import BranchEvent
+    from multiverse_hf.serving.events import StreamEvent
 
 MIN_COLUMN = 24  # characters; in narrower columns, text breaks at every second word
 FRAMES_PER_SECOND = 12
 # All controls except newline and tab: a model's text may hold escape codes, which must not reach the terminal.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
-Decode = Callable[[Sequence[int]], str]
+Token = int | str  # an id, or from an endpoint the text that the token adds
+Decode = Callable[[Sequence[Token]], str]
+Roles = Mapping[Token, tuple[str, bool]]  # of each tag: its role, and whether it opens
+# The tags of all families, for events that carry text.
+TEXT_ROLES: Roles = {
+    tag: (role, opens)
+    for names in PRESETS.values()
+    for role, _ in names.items()
+    for tag, opens in ((names.open(role), True), (names.close(role), False))
+}
 
 
 class TokenText:
@@ -38,7 +48,7 @@ class TokenText:
         self._decode, self._lines, self._ids, self._tail = decode, "", [], ""
         self._before = ""  # text of the token at the end of the line before
 
-    def add(self, token: int) -> None:
+    def add(self, token: Token) -> None:
         """Add the next token."""
         self._ids.append(token)
         self._tail = self._decode(self._ids)[len(self._before) :]
@@ -58,7 +68,10 @@ class TokenText:
 
 
 class TextStream:
-    """Streamer that writes an answer as plain text in document order, with a newline at the end."""
+    """Streamer that writes an answer as plain text in document order, with a newline at the end.
+
+    A terminal gets no control codes.
+    """
 
     def __init__(self, file: TextIO, decode: Decode) -> None:
         self.file, self.text, self.num_written, self.is_prompt = file, TokenText(decode), 0, True
@@ -78,9 +91,14 @@ class TextStream:
 
     def _write(self, text: str) -> None:
         if len(text) > self.num_written:
-            self.file.write(text[self.num_written :])
+            self.file.write(printable(text[self.num_written :], self.file))
             self.file.flush()
             self.num_written = len(text)
+
+
+def printable(text: str, file: TextIO) -> str:
+    """Return text for a file, for a terminal without control codes."""
+    return CONTROLS.sub("", text) if file.isatty() else text
 
 
 class TextRole(Enum):
@@ -117,22 +135,29 @@ class Flow:
 
 
 class BranchTree:
-    """An answer as a tree of flows, built from the events of a generation. Tags become structure and are not shown."""
+    """An answer as a tree of flows, built from the events of a generation. Tags become structure and are not shown.
 
-    def __init__(self, decode: Decode, tags: TagSet) -> None:
+    Args:
+        decode: returns the text of tokens; ``"".join`` for events of an endpoint, which carry text.
+        roles: the model's control tags; :data:`TEXT_ROLES` for events of an endpoint.
+    """
+
+    def __init__(self, decode: Decode, roles: Roles) -> None:
         self.root = Flow()
-        self._decode, self._tags = decode, tags
+        self._decode, self._roles = decode, roles
         self._flows = {"": self.root}  # by label; a later block reuses the labels of an earlier one
 
-    def feed(self, event: "BranchEvent") -> None:
+    def feed(self, event: "BranchEvent | StreamEvent") -> None:
         """Add the next event."""
         flow = self._flows[event.branch]
-        if event.kind == "token" and event.token is not None:
-            role, opens = self._tags.roles.get(event.token, (None, False))
+        text = getattr(event, "text", None)
+        token = event.token if text is None else text
+        if event.kind == "token" and token is not None:
+            role, opens = self._roles.get(text.strip() if text else token, (None, False))
             if role is None:
                 if not flow.items or isinstance(flow.items[-1], Columns):
                     self._start(flow, TextRole.TEXT)
-                flow.items[-1].content.add(event.token)
+                flow.items[-1].content.add(token)
             else:
                 begins = {"outline": TextRole.OUTLINE, "conclusion": TextRole.CONCLUSION}.get(role) if opens else None
                 self._start(flow, begins or TextRole.TEXT)
@@ -294,14 +319,13 @@ class LiveView:
 
     Args:
         console: the terminal.
-        decode: returns the text of token ids.
-        tags: the model's control tags.
+        decode, roles: as for :class:`BranchTree`.
         pace: most steps per second, so that people can read; None for the model's own speed.
     """
 
-    def __init__(self, console: Console, decode: Decode, tags: TagSet, pace: float | None = None) -> None:
+    def __init__(self, console: Console, decode: Decode, roles: Roles, pace: float | None = None) -> None:
         self.console, self.pace = console, pace
-        self.tree = BranchTree(decode, tags)
+        self.tree = BranchTree(decode, roles)
         self.painter = Painter(console, console.options.ascii_only)
         self.num_printed = 0  # items of the answer that were printed
         self._lock = threading.Lock()  # the live display draws in another thread
@@ -319,7 +343,7 @@ class LiveView:
         self._print_settled(len(self.tree.root.items))
         self._live.stop()
 
-    def on_event(self, event: "BranchEvent") -> None:
+    def on_event(self, event: "BranchEvent | StreamEvent") -> None:
         """Handle an event of the generation."""
         if self.pace is not None and event.sampled:
             self._keep_pace(event.branch)

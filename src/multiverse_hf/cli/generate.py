@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from multiverse_hf.checkpoints import (
     MAX_NUM_SEQS,
     Answer,
     Attention,
+    Checkpoint,
     Dtype,
     answer_prompt,
     load_model,
@@ -209,16 +211,26 @@ def generate(
     if as_json:
         answer = answer_prompt(loaded, checkpoint, ids, **options)
         print_json({"prompt": text, **answer.to_dict(), "model": checkpoint.name})
-    elif shows_live and structure is not StructureMode.OFF:
-        console = Console(force_terminal=True)
-        with LiveView(console, checkpoint.decode, checkpoint.tags) as view:
-            answer = answer_prompt(loaded, checkpoint, ids, view, **options)
-        console.print(_summary(answer), style="dim")
     else:
-        answer = answer_prompt(loaded, checkpoint, ids, TextStream(sys.stdout, checkpoint.decode), **options)
-        room = (getattr(checkpoint.config, "max_position_embeddings", None) or float("inf")) - len(ids)
-        if note := _cut_off(answer, room, max_new_tokens):
-            print(f"note: {note}", file=sys.stderr)
+        show_answer(loaded, checkpoint, ids, shows_live and structure is not StructureMode.OFF, **options)
+
+
+def show_answer(
+    model: Any, checkpoint: Checkpoint, ids: Sequence[int], live: bool, *, max_new_tokens: int, **options: Any
+) -> Answer:
+    """Answer a prompt and show the answer while it is written: its branches side by side, or plain text."""
+    options["max_new_tokens"] = max_new_tokens
+    if live:
+        console = Console(force_terminal=True)
+        with LiveView(console, checkpoint.decode, checkpoint.tags.roles) as view:
+            answer = answer_prompt(model, checkpoint, ids, view, **options)
+        console.print(_summary(answer), style="dim")
+        return answer
+    answer = answer_prompt(model, checkpoint, ids, TextStream(sys.stdout, checkpoint.decode), **options)
+    room = (getattr(checkpoint.config, "max_position_embeddings", None) or float("inf")) - len(ids)
+    if note := _cut_off(answer, room, max_new_tokens):
+        print(f"note: {note}", file=sys.stderr)
+    return answer
 
 
 def wants_many(source: Path | None, output: Path | None, single: dict[str, Any], many: dict[str, Any]) -> bool:
