@@ -87,6 +87,9 @@ class Gate:
             await self.app(scope, _replay(body, receive), note)
         except ApiError as err:
             await error_response(err)(scope, receive, note)
+        except Exception:  # the answer is made outside of this
+            status = status or 500
+            raise
         finally:
             path = scope["path"] if scope["path"] in (*BODIES, *OPEN_PATHS, "/v1/models") else "other"
             self.metrics.requests.labels(path, str(status)).inc()
@@ -290,6 +293,7 @@ def create_app(worker: ModelWorker, config: ServerConfig, metrics: Metrics) -> F
         reasons = {
             404: f"there is no path {request.url.path!r:.200}; this server has {', '.join((*BODIES, '/v1/models'))}",
             405: f"{request.url.path:.200} takes no {request.method}",
+            400: "the body cannot be parsed; send JSON in UTF-8, uncompressed, with ordinary numbers and nesting",
         }
         message = reasons.get(error.status_code, str(error.detail))
         response = error_response(ApiError(error.status_code, message))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from multiverse_hf.data.suffixes import Suffix
 
 MAX_TEMPERATURE, MAX_TOP_LOGPROBS, MAX_STOPS = 2.0, 20, 16
+MIN_TEMPERATURE = 1e-6  # scores divided by less overflow; below it the likeliest token is taken
 
 
 class ApiError(Exception):
@@ -162,7 +163,7 @@ class Sampling(Strict):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, description="-1 and 0 for all tokens")
     min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     seed: Seed
     stream: bool | None = None
     user: str | None = Field(default=None, max_length=256, description="written to the log")
@@ -369,6 +370,8 @@ def describe_fault(faults: Sequence[Mapping[str, Any]], body: type[BaseModel] | 
     reason = str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {fault.get('ctx', {}).get('error', reason)}")
+    if isinstance(fault.get("input"), bytes):  # FastAPI parses a body by its type
+        return ApiError(400, "the body is not read without its type; send the header 'Content-Type: application/json'")
     if fault["type"] == "extra_forbidden":
         close = difflib.get_close_matches(str(where[-1]), known if len(where) == 1 else [], 1)
         reason = f"is not a field of this request{f'; did you mean {close[0]}?' if close else '; leave it out'}"

@@ -10,6 +10,7 @@ from multiverse_hf.modeling.tags import encode_prompt, encode_text
 
 from .config import ServerConfig
 from .protocol import (
+    MIN_TEMPERATURE,
     ApiError,
     ChatRequest,
     Completing,
@@ -65,8 +66,14 @@ def read_completion(body: CompletionRequest, checkpoint: Checkpoint, config: Ser
         raise ApiError(400, "prompt: the list is empty; give at least one prompt", "prompt")
     if len(several) > config.max_choices:
         raise ApiError(400, f"prompt: {len(several)} prompts; at most {config.max_choices}", "prompt")
-    prompts = [encode_text(checkpoint.tokenizer, each, checkpoint.tags.names) if isinstance(each, str) else list(each)
-               for each in several]  # fmt: skip
+    prompts = [_encode(each, checkpoint) if isinstance(each, str) else list(each) for each in several]
+    for token in (token for each in prompts for token in each):
+        if not 0 <= token < checkpoint.config.vocab_size:
+            raise ApiError(
+                400,
+                f"prompt: {token!r:.40} is no token id; ids are from 0 to {checkpoint.config.vocab_size - 1}",
+                "prompt",
+            )
     asked = _read(body, prompts, body.max_tokens, checkpoint, config)
     asked.num_logprobs, asked.splits = body.logprobs, False
     if body.ignore_eos:
@@ -110,7 +117,22 @@ def read_tokens(body: TokenizeRequest, checkpoint: Checkpoint, config: ServerCon
     """
     if body.messages is not None:
         return encode_messages(body.messages, checkpoint, config.suffix)
-    return encode_text(checkpoint.tokenizer, body.prompt, checkpoint.tags.names)
+    return _encode(body.prompt, checkpoint)
+
+
+def _encode(text: str, checkpoint: Checkpoint) -> list[int]:
+    """Return the ids of a text without a chat template."""
+    _check_text(text, "prompt")
+    return encode_text(checkpoint.tokenizer, text, checkpoint.tags.names)
+
+
+def _check_text(text: str, param: str) -> None:
+    r"""Check that a text has a UTF-8 form. JSON can escape half a character, such as ``"\ud800"``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        half = f"{text[err.start]!r} at character {err.start}"
+        raise ApiError(400, f"{param}: half of a surrogate pair, {half}; send both or none", param) from err
 
 
 def encode_messages(messages: Sequence[Message], checkpoint: Checkpoint, suffix: Suffix) -> list[int]:
@@ -129,6 +151,7 @@ def encode_messages(messages: Sequence[Message], checkpoint: Checkpoint, suffix:
             raise ApiError(400, f"messages.{number}.content: a {message.role}'s message has a text", "messages")
         if reasoning and think is not None:
             content = f"{names.open('think')}\n{reasoning}\n{names.close('think')}\n\n{content}"
+        _check_text(content, "messages")
         role = "system" if message.role == "developer" else message.role
         chat.append({"role": role, "content": content})
     last = next((message for message in reversed(chat) if message["role"] == "user"), None)
@@ -197,8 +220,8 @@ def _sampling(body: Sampling) -> dict[str, Any]:
     """Return transformers' options. Where nothing is said, the checkpoint's generation config decides."""
     asked: dict[str, Any] = {}
     if body.temperature is not None:
-        asked["do_sample"] = body.temperature > 0
-        if body.temperature > 0:
+        asked["do_sample"] = body.temperature >= MIN_TEMPERATURE
+        if asked["do_sample"]:
             asked["temperature"] = body.temperature
     narrowing = {"top_p": body.top_p, "top_k": body.top_k, "min_p": body.min_p}
     narrowing = {name: value for name, value in narrowing.items() if value is not None}
@@ -214,7 +237,7 @@ def _sampling(body: Sampling) -> dict[str, Any]:
 def _biases(given: dict[str, float], checkpoint: Checkpoint) -> list[tuple[int, float]]:
     biases = []
     for name, bias in given.items():
-        if not name.isdecimal() or int(name) >= checkpoint.config.vocab_size:
+        if not name.isdecimal() or len(name) > 9 or int(name) >= checkpoint.config.vocab_size:
             raise ApiError(
                 400,
                 f"logit_bias: {name!r:.40} is no token id; ids are from 0 to {checkpoint.config.vocab_size - 1}",
