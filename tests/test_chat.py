@@ -32,7 +32,7 @@ from endpoint import Served, serving
 from multiverse_hf.checkpoints import EMBEDDED, Attention, Dtype, answer_prompt, load_model, open_checkpoint, quiet
 from multiverse_hf.cli import run
 from multiverse_hf.cli.chat import content_of
-from multiverse_hf.cli.display import TEXT_ROLES, BranchTree, Painter
+from multiverse_hf.cli.display import TEXT_ROLES, BranchTree, Painter, TextStream
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.serving.client import BranchClient, TextPiece
 
@@ -249,6 +249,16 @@ def test_options_that_do_not_fit(arguments: tuple[str, ...], words: str, capfd, 
     assert code == 2
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("is_terminal", "text"), [(True, "a[2Jb\n"), (False, "a\x1b[2Jb\n")])
+def test_plain_text_has_no_control_codes_in_a_terminal(is_terminal: bool, text: str) -> None:
+    file = io.StringIO()
+    file.isatty = lambda: is_terminal
+    stream = TextStream(file, "".join)
+    stream.text.add("a\x1b[2Jb")
+    stream.end()
+    assert file.getvalue() == text
 
 
 class OtherServer(http.server.BaseHTTPRequestHandler):
