@@ -200,3 +200,19 @@ def test_a_request_that_fails_is_counted_as_500() -> None:
         assert post(broken, CHATS, CHAT).status_code == 500
         count = 'multiverse:http_requests_total{path="/v1/chat/completions",status="500"} 1.0'
         assert count in httpx2.get(f"{broken.url}/metrics").text
+
+
+def test_a_schema_whose_process_is_killed_can_be_asked_for_again(served: Served) -> None:
+    pytest.importorskip("xgrammar")
+    form = {"name": "x", "schema": {"type": "object", "properties": {"killed": {"type": "boolean"}}}}
+    body = {**CHAT, "response_format": {"type": "json_schema", "json_schema": form}}
+    worker = served.worker.formats._trial
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(post, served, CHATS, body)
+        while worker._process is None:
+            assert not reply.done()
+            time.sleep(0.001)
+        worker._process.kill()  # while it imports xgrammar
+        killed = reply.result()
+    assert (killed.status_code, killed.headers["retry-after"]) == (503, "5"), killed.text
+    assert post(served, CHATS, body).status_code == 200

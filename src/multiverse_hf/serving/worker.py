@@ -233,6 +233,8 @@ class ModelWorker:
                 handle.cancel()
             if isinstance(err, ValueError | TypeError):
                 raise ApiError(400, one_line(err, 1000)) from err
+            if isinstance(err, CommandError):  # the process that compiles schemas does not start
+                raise ApiError(503, one_line(err, 1000), retry_after=5) from err
             raise
         return handles
 
