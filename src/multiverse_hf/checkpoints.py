@@ -30,6 +30,8 @@ MAX_NUM_SEQS = 64  # the engine's default; it is defined beside torch
 # Files that hold one JSON object. transformers ignores a generation config that it cannot parse, and fails with an
 # obscure error on other JSON.
 _JSON_FILES = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+# Sampling is greedy well above this value; far below, divided scores leave float32's range.
+MIN_TEMPERATURE = 1e-6
 # One of these holds the vocabulary. Without any, transformers makes an empty tokenizer.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 SAMPLE = 1 << 20  # bytes at each end of a weights file that its fingerprint covers: training changes every tensor

@@ -31,8 +31,8 @@ from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, install_line, one_line
 
 Messages = list[dict[str, str]]
-Ask = Callable[[Messages], str]  # shows the answer to a conversation while it is written, and returns its content
-MAX_NEW_TOKENS = 2048
+AskModel = Callable[[Messages], str]  # shows the answer to a conversation while it is written, and returns its content
+CHAT_TOKENS = 2048
 ENDPOINT = "An endpoint"  # panel of the help
 HELP = """\
 /new forgets the conversation, /help prints this, /quit or Ctrl-D ends the chat.
@@ -64,7 +64,7 @@ def chat(
         typer.Option(
             min=1,
             metavar="N",
-            help=f"Most tokens along the longest path; by default {MAX_NEW_TOKENS}, or the endpoint's limit.",
+            help=f"Most tokens along the longest path; by default {CHAT_TOKENS}, or the endpoint's limit.",
         ),
     ] = None,
     temperature: Annotated[
@@ -110,11 +110,11 @@ def chat(
             loaded = load_model(checkpoint, dtype, attn, device, threads)
         if {"temperature", "top_p"} & sampling.keys():
             sampling["do_sample"] = True
-        ask = ask_model(loaded, checkpoint, suffix, max_new_tokens or MAX_NEW_TOKENS, sampling, shows_live)
+        ask = ask_model(loaded, checkpoint, suffix, max_new_tokens or CHAT_TOKENS, sampling, shows_live)
     talk(ask)
 
 
-def talk(ask: Ask) -> None:
+def talk(ask: AskModel) -> None:
     """Read messages and show answers until the user ends the conversation. Errors of an answer do not end it."""
     if sys.stdin is None:
         raise CommandError("standard input is closed; run the chat in a terminal, or pipe messages into it")
@@ -147,7 +147,7 @@ def talk(ask: Ask) -> None:
             answer_line(ask, messages, line)
 
 
-def answer_line(ask: Ask, messages: Messages, line: str) -> None:
+def answer_line(ask: AskModel, messages: Messages, line: str) -> None:
     """Show the answer to a message. Add both to the conversation, unless the answer failed or has no content."""
     question = {"role": "user", "content": line}
     try:
@@ -171,7 +171,7 @@ def _tell(line: str) -> None:
 
 def ask_model(
     model: Any, checkpoint: Checkpoint, suffix: Suffix, max_new_tokens: int, sampling: dict[str, Any], live: bool
-) -> Ask:
+) -> AskModel:
     """Return the function that asks a model of this process."""
 
     def ask(messages: Messages) -> str:
@@ -204,7 +204,7 @@ def ask_endpoint(
     max_new_tokens: int | None,
     sampling: dict[str, Any],
     live: bool,
-) -> Ask:
+) -> AskModel:
     """Return the function that asks an endpoint.
 
     Raises:

@@ -8,15 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from multiverse_hf.checkpoints import Attention, Dtype
+from multiverse_hf.checkpoints import MIN_TEMPERATURE, Attention, Dtype
 from multiverse_hf.errors import CommandError
 from multiverse_hf.jobs.options import JobOutcome
 from multiverse_hf.outputs import json_text
 
 CLUSTER = "Slurm and Ray"  # a panel of the help
 TRACEBACK = "MULTIVERSE_TRACEBACK"  # environment variable: show where an error came from
-# Sampling is greedy well above this value; far below, divided scores leave float32's range.
-MIN_TEMPERATURE = 1e-6
 
 
 def _show_traceback(value: bool) -> bool:

@@ -13,7 +13,6 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from multiverse_hf.data.suffixes import Suffix
 
 MAX_TEMPERATURE, MAX_TOP_LOGPROBS, MAX_STOPS = 2.0, 20, 16
-MIN_TEMPERATURE = 1e-6  # scores divided by less overflow; below it the likeliest token is taken
 
 
 class ApiError(Exception):

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from multiverse_hf.checkpoints import Checkpoint
+from multiverse_hf.checkpoints import MIN_TEMPERATURE, Checkpoint
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import one_line
 from multiverse_hf.modeling.tags import encode_prompt, encode_text
 
 from .config import ServerConfig
 from .protocol import (
-    MIN_TEMPERATURE,
     ApiError,
     ChatRequest,
     Completing,
