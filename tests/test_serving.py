@@ -301,7 +301,7 @@ def test_an_asynchronous_client_is_answered(served: Served) -> None:
 # What many do at once
 
 
-@pytest.mark.parametrize("clients", [24, pytest.param(64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clients", [24, pytest.param(64, marks=pytest.mark.long)])
 def test_many_clients_get_their_own_answers_while_others_stop_and_leave(served: Served, clients: int) -> None:
     prompts = [f"A={n}+{n + 3}; B={n + 7}-{n % 5}; total? {PARALLEL_SUFFIX}" for n in range(1, clients + 1)]
 
