@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import signal
 import socket
 import struct
 import time
@@ -15,7 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("prometheus_client")
 
 import httpx2  # comes with openai
-from endpoint import Served, serving
+from endpoint import Served, served_process, serving
 
 NAME = "multiverse-tiny"
 CHAT = {"model": NAME, "messages": [{"role": "user", "content": "A=5+6; total?"}], "max_tokens": 4}
@@ -216,3 +217,18 @@ def test_a_schema_whose_process_is_killed_can_be_asked_for_again(served: Served)
         killed = reply.result()
     assert (killed.status_code, killed.headers["retry-after"]) == (503, "5"), killed.text
     assert post(served, CHATS, body).status_code == 200
+
+
+@pytest.mark.slow
+def test_a_schema_that_compiles_does_not_hold_up_the_end() -> None:
+    pytest.importorskip("xgrammar")
+    texts = {f"k{number}": {"type": "string", "maxLength": 3000} for number in range(20)}  # about a minute
+    form = {"name": "x", "schema": {"type": "object", "properties": texts, "required": list(texts)}}
+    body = {**CHAT, "response_format": {"type": "json_schema", "json_schema": form}}
+    with served_process("--grace", "1") as (process, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(httpx2.post, f"{url}{CHATS}", json=body, timeout=100)
+        while "num_answers_active 1.0" not in httpx2.get(f"{url}/metrics", timeout=60).text:
+            assert not reply.done()
+        process.send_signal(signal.SIGTERM)
+        assert reply.result().status_code in (400, 503)
+        assert process.wait(60) == 0

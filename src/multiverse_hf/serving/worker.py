@@ -322,6 +322,8 @@ class ModelWorker:
 
     def cancel_all(self) -> None:
         """Cancel what is running; the answers end with the next step."""
+        if self.formats is not None:
+            threading.Thread(target=self.formats.close, daemon=True).start()  # a schema may compile for long
         if self.engine is not None:
             self.engine.cancel_all()
 
