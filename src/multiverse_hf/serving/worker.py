@@ -73,6 +73,15 @@ class Update:
     events: list[BranchEvent]
     final: "Final | None" = None
 
+    def add(self, deltas: list[Delta]) -> None:
+        """Add text. A path that is complete when its turn comes is one piece, not one for each token."""
+        for delta in deltas:
+            if self.deltas and self.deltas[-1].part == delta.part:
+                self.deltas[-1].text += delta.text
+                self.deltas[-1].tokens += delta.tokens
+            else:
+                self.deltas.append(delta)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Final:
@@ -281,13 +290,13 @@ class ModelWorker:
                 for number, update in new.items():
                     text = answers[number]
                     for event in orders[number].settled():
-                        update.deltas += text.add(event.token, event.scores)
+                        update.add(text.add(event.token, event.scores))
                     if text.is_stopped:
                         handles[number].cancel()
                     timer.note(number, update.events)
                     if number in ended:
                         left -= 1
-                        update.deltas += text.end()
+                        update.add(text.end())
                         update.final = self._final(handles[number], text)
                         timer.end(update.final.result, update.final.finish_reason)
                     if update.deltas or update.events or update.final:
