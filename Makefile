@@ -33,7 +33,7 @@ venv: $(DEV)  ## make .venv with all that development needs
 demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU, core install only)
 	@$(BIN)/multiverse demo
 
-test: $(DEV)  ## run the default tests (offline, CPU; 8 minutes on two quiet cores)
+test: $(DEV)  ## run the default tests (offline, CPU; 11 minutes on two quiet cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(DEV)  ## run the slow and the long tests (PYTEST_ARGS="-m slow": what CI runs of them)
