@@ -343,6 +343,7 @@ async def _in_thread(function: Callable[..., Any], *args: Any) -> Any:
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        for handle in await task:
-            handle.cancel()
+        with contextlib.suppress(Exception):  # nobody waits for the reason any more
+            for handle in await task:
+                handle.cancel()
         raise
