@@ -23,12 +23,20 @@ ECOSYSTEM := $(VENV)/.stamp-ecosystem
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test test-slow test-ecosystem style quality docs train-tiny evaluate-tiny paper-tiny clean
+.PHONY: help venv system demo test test-slow test-ecosystem style quality docs train-tiny evaluate-tiny paper-tiny clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(DEV)  ## make .venv with all that development needs
+
+# Package of Debian and the program that it brings, for tests that start it; they are skipped where it is missing.
+SYSTEM := nginx:/usr/sbin/nginx
+system:  ## install what slow tests start beside Python, on Debian as root (elsewhere nothing is done)
+	@missing=""; for each in $(SYSTEM); do test -x $${each#*:} || missing="$$missing $${each%%:*}"; done; \
+	if test -z "$$missing"; then exit 0; fi; \
+	if test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null; then echo "not installed:$$missing"; exit 0; fi; \
+	apt-get update -q && apt-get install -q -y --no-install-recommends $$missing
 
 demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU, core install only)
 	@$(BIN)/multiverse demo

@@ -24,11 +24,11 @@ from multiverse_hf.cli.options import (
     TracebackOption,
     check_sampling,
 )
-from multiverse_hf.cli.serve import KEY
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import is_problem
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, install_line, one_line
+from multiverse_hf.serving.config import KEY
 
 Messages = list[dict[str, str]]
 AskModel = Callable[[Messages], str]  # shows the answer to a conversation while it is written, and returns its content

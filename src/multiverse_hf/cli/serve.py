@@ -1,6 +1,5 @@
 """``multiverse serve``: an endpoint for OpenAI's clients, whose answers branch."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,8 +16,8 @@ from multiverse_hf.cli.options import (
 )
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, install_line
+from multiverse_hf.serving.config import KEY, ServerConfig, read_keys
 
-KEY = "MULTIVERSE_API_KEY"
 BOUNDS = "Bounds"  # panel of the help
 
 
@@ -102,7 +101,6 @@ def serve_model(
         -d '{"model": "multiverse-tiny", "messages": [{"role": "user", "content": "A=5+6; B=7+8; total?"}]}'
     """
     try:
-        from multiverse_hf.serving.config import ServerConfig
         from multiverse_hf.serving.run import run_server
         from multiverse_hf.serving.worker import ModelWorker
     except ModuleNotFoundError as err:
@@ -126,27 +124,3 @@ def serve_model(
         worker.open(checkpoint, dtype, attn, device, threads)
 
     run_server(config, load, host, port, tell)
-
-
-def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
-    """Return the API keys of the options, a file and the environment.
-
-    Raises:
-        CommandError: if a key is empty or no line of a header, or the file cannot be read.
-    """
-    keys = list(given)
-    if os.environ.get(KEY):
-        keys.append(os.environ[KEY])
-    if file is not None:
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as err:
-            raise CommandError(f"cannot read --api-key-file {file}: {err}; check the path") from err
-        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
-        if not found:
-            raise CommandError(f"--api-key-file {file} holds no key; write one on a line, or leave the option out")
-        keys += found
-    for key in keys:
-        if not key.strip() or not key.isascii() or not key.isprintable() or " " in key:
-            raise CommandError("an API key must be printable ASCII without spaces; choose another")
-    return tuple(dict.fromkeys(keys))

@@ -1,10 +1,15 @@
 """Options of the server."""
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import CommandError
+
+KEY = "MULTIVERSE_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +54,27 @@ class ServerConfig:
     def room(self) -> int:
         """Answers that may run or wait."""
         return self.engine.get("max_num_seqs", 64) + self.max_queue
+
+
+def read_keys(given: list[str], file: Path | None) -> tuple[str, ...]:
+    """Return the API keys of the options, a file and the environment.
+
+    Raises:
+        CommandError: if a key is empty or no line of a header, or the file cannot be read.
+    """
+    keys = list(given)
+    if os.environ.get(KEY):
+        keys.append(os.environ[KEY])
+    if file is not None:
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as err:
+            raise CommandError(f"cannot read --api-key-file {file}: {err}; check the path") from err
+        found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+        if not found:
+            raise CommandError(f"--api-key-file {file} holds no key; write one on a line, or leave the option out")
+        keys += found
+    for key in keys:
+        if not key.strip() or not key.isascii() or not key.isprintable() or " " in key:
+            raise CommandError("an API key must be printable ASCII without spaces; choose another")
+    return tuple(dict.fromkeys(keys))
