@@ -32,9 +32,10 @@ from endpoint import Served, serving
 from multiverse_hf.checkpoints import EMBEDDED, Attention, Dtype, answer_prompt, load_model, open_checkpoint, quiet
 from multiverse_hf.cli import run
 from multiverse_hf.cli.chat import content_of
-from multiverse_hf.cli.display import TEXT_ROLES, BranchTree, Painter, TextStream
+from multiverse_hf.cli.display import Painter, TextStream
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.serving.client import BranchClient, TextPiece
+from multiverse_hf.viewing.branches import TEXT_ROLES, BranchTree
 
 SUM, SHORT = "A=19-7+12; B=8+15-3; total?", "A=5+6; B=7+8; total?"
 # A program whose controlling terminal is the one that its first argument names.

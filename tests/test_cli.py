@@ -23,13 +23,14 @@ from transformers import AutoConfig, Qwen3Config
 from multiverse_hf.checkpoints import Attention, Dtype, load_model, open_checkpoint
 from multiverse_hf.cli import run
 from multiverse_hf.cli.demo import demo_problems, time_modes
-from multiverse_hf.cli.display import BranchTree, LiveView, Painter, TextStream, share
+from multiverse_hf.cli.display import LiveView, Painter, TextStream, share
 from multiverse_hf.cli.generate import read_prompt
 from multiverse_hf.data.chains import Kind
 from multiverse_hf.data.suffixes import PARALLEL_SUFFIX
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.state import BranchEvent
 from multiverse_hf.modeling.tags import TagSet
+from multiverse_hf.viewing.branches import BranchTree
 
 ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, "-m", "multiverse_hf.cli"]

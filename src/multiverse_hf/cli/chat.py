@@ -6,15 +6,14 @@ import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from multiverse_hf.checkpoints import Attention, Checkpoint, Dtype, load_model, open_checkpoint, quiet
-from multiverse_hf.cli.display import CONTROLS, TEXT_ROLES, LiveView, printable
-from multiverse_hf.cli.generate import ONLY_CHAINS, show_answer
+from multiverse_hf.cli.display import CONTROLS, LiveView, printable
+from multiverse_hf.cli.generate import show_answer
 from multiverse_hf.cli.options import (
     AttentionOption,
     DeviceOption,
@@ -25,10 +24,11 @@ from multiverse_hf.cli.options import (
     check_sampling,
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
-from multiverse_hf.data.chains import is_problem
+from multiverse_hf.data.chains import ONLY_CHAINS, is_problem
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, install_line, one_line
 from multiverse_hf.serving.config import KEY
+from multiverse_hf.viewing.branches import TEXT_ROLES
 
 Messages = list[dict[str, str]]
 AskModel = Callable[[Messages], str]  # shows the answer to a conversation while it is written, and returns its content
@@ -211,17 +211,10 @@ def ask_endpoint(
         CommandError: if the address is none, or a package is missing.
     """
     try:
-        from multiverse_hf.serving.client import BranchClient
+        from multiverse_hf.serving.client import BranchClient, describe_failure, endpoint_base
     except ModuleNotFoundError as err:
         raise CommandError(f"{err.name}, which --url needs, is missing; {install_line('serve')}") from err
-    try:
-        parts = urlsplit(url)
-        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        fits = False
-    if not fits:
-        raise CommandError(f"--url {url!r:.100} is no address; give one such as http://127.0.0.1:8000")
-    base = url if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+    base = endpoint_base(url)
     client = BranchClient(base, api_key or os.environ.get(KEY), name, max_retries=0)
     own = {"suffix": suffix.value} | ({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
 
@@ -230,7 +223,7 @@ def ask_endpoint(
             events = client.stream(messages, multiverse=own, **sampling)
             return (show_events if live else write_text)(events)
         except Exception as err:  # what answers at an address may be anything
-            raise CommandError(_describe(err, base)) from err
+            raise CommandError(describe_failure(err, base)) from err
 
     return ask
 
@@ -275,23 +268,3 @@ def write_text(events: Any) -> str:
     if reason not in (None, "stop"):
         _tell(f"note: the answer was cut off by {reason}")
     return content
-
-
-def _describe(error: Exception, url: str) -> str:
-    """Return one line about what an endpoint did, and the next step."""
-    import openai
-
-    reason = error.body.get("message") if isinstance(getattr(error, "body", None), dict) else None
-    reason = one_line(str(reason or error), 300).rstrip(".")
-    if isinstance(error, openai.APIConnectionError):
-        cause = one_line(error.__cause__ or error, 100).rstrip(".")
-        return f"cannot reach {url}: {cause}; check the address, and that the server runs"
-    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-        return f"{url} refuses the key; give its key with --api-key or {KEY} ({reason})"
-    if isinstance(error, openai.APIStatusError):
-        return f"{url} refuses the request ({error.status_code}): {reason}"
-    if isinstance(error, IndexError):
-        return f"{url} lists no model; name one with --model-name"
-    if isinstance(error, openai.APIError):
-        return f"{url} failed: {reason}; send the message again"
-    return f"{url} sent what no OpenAI endpoint sends: {reason} ({type(error).__name__}); check the address"

@@ -46,16 +46,12 @@ from multiverse_hf.cli.options import (
     print_json,
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
-from multiverse_hf.data.chains import is_problem
+from multiverse_hf.data.chains import ONLY_CHAINS, is_problem
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError
 from multiverse_hf.jobs.options import Cluster, Executor, JobOutcome
 
 LIMITS = {"length": "--max-new-tokens", "max_total_tokens": "--max-total-tokens", "max_time": "--max-time"}
-ONLY_CHAINS = (
-    "the built-in model only adds chains, such as 'A=19-7+12; B=8+15-3; total?'. Its answer to this prompt means "
-    "nothing; for other prompts, name a model: --model PATH"
-)
 MANY = "Many prompts"  # panel of the help
 
 

@@ -15,6 +15,10 @@ from multiverse_hf.data.suffixes import PARALLEL_SUFFIX, SEQUENTIAL_SUFFIX, Suff
 MAX_CHAINS = 8
 MAX_OPS = 8
 NAMES = "ABCDEFGH"
+ONLY_CHAINS = (
+    "the built-in model only adds chains, such as 'A=19-7+12; B=8+15-3; total?'. Its answer to this prompt means "
+    "nothing; for other prompts, name a model: --model PATH"
+)
 
 
 class Kind(StrEnum):

@@ -10,10 +10,15 @@ for event in client.stream("A=19-7+12; B=8+15-3; total?"):
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import openai
 from openai import OpenAI
 from openai.types.chat import ChatCompletionChunk
 
+from multiverse_hf.errors import CommandError, one_line
+
+from .config import KEY
 from .events import EVENTS_VERSION, StreamEvent, StreamEvents
 
 
@@ -94,3 +99,37 @@ class BranchClient:
                 for kind, text in (("reasoning", reasoning), ("content", choice.delta.content)):
                     if text:
                         yield TextPiece(kind, choice.index, text)
+
+
+def endpoint_base(url: str) -> str:
+    """Return an endpoint's address with its path, which is ``/v1`` if the address has none.
+
+    Raises:
+        CommandError: if it is no address.
+    """
+    try:
+        parts = urlsplit(url)
+        fits = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        fits = False
+    if not fits:
+        raise CommandError(f"--url {url!r:.100} is no address; give one such as http://127.0.0.1:8000")
+    return url if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
+
+
+def describe_failure(error: Exception, url: str) -> str:
+    """Return one line about what an endpoint did, and the next step."""
+    reason = error.body.get("message") if isinstance(getattr(error, "body", None), dict) else None
+    reason = one_line(str(reason or error), 300).rstrip(".")
+    if isinstance(error, openai.APIConnectionError):
+        cause = one_line(error.__cause__ or error, 100).rstrip(".")
+        return f"cannot reach {url}: {cause}; check the address, and that the server runs"
+    if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+        return f"{url} refuses the key; give its key with --api-key or {KEY} ({reason})"
+    if isinstance(error, openai.APIStatusError):
+        return f"{url} refuses the request ({error.status_code}): {reason}"
+    if isinstance(error, IndexError):
+        return f"{url} lists no model; name one with --model-name"
+    if isinstance(error, openai.APIError):
+        return f"{url} failed: {reason}; send the message again"
+    return f"{url} sent what no OpenAI endpoint sends: {reason} ({type(error).__name__}); check the address"

@@ -58,10 +58,11 @@ class EventWriter:
 
     def write(self, events: Sequence[BranchEvent]) -> dict[str, Any]:
         """Return the JSON form of some events."""
-        written = StreamEvents(choice=self.choice, events=[self._write(event) for event in events])
+        written = StreamEvents(choice=self.choice, events=[self.read(event) for event in events])
         return written.model_dump(exclude_none=True)
 
-    def _write(self, event: BranchEvent) -> StreamEvent:
+    def read(self, event: BranchEvent) -> StreamEvent:
+        """Return an event with the text that it adds."""
         if event.kind == "token":
             decoder = self._decoders.setdefault(event.branch, TokenDecoder(self._decode))
             scores = event.scores

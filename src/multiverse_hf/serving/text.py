@@ -2,10 +2,14 @@
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from multiverse_hf.modeling.sampling import TokenScores
 from multiverse_hf.modeling.state import BranchEvent
 from multiverse_hf.modeling.tags import TagSet
+
+if TYPE_CHECKING:
+    from .events import StreamEvent
 
 REASONING, CONTENT = "reasoning", "content"
 INCOMPLETE = "\ufffd"  # what a tokenizer writes for a character whose bytes are not all there
@@ -44,7 +48,7 @@ class TokenDecoder:
 class Run:
     """Tokens of one branch in order, and the block that follows them."""
 
-    events: list[BranchEvent] = field(default_factory=list)
+    events: "list[BranchEvent | StreamEvent]" = field(default_factory=list)
     paths: "list[Run] | None" = None
     after: "Run | None" = None  # what follows the block's paths
     is_closed: bool = False
@@ -57,8 +61,8 @@ class DocumentOrder:
         self._open = {"": Run()}  # by label; a later block reuses the labels of an earlier one
         self._walk = self._settled(self._open[""])
 
-    def feed(self, event: BranchEvent) -> None:
-        """Add the next event of the engine."""
+    def feed(self, event: "BranchEvent | StreamEvent") -> None:
+        """Add the next event of the engine, or of an endpoint."""
         run = self._open[event.branch]
         if event.kind == "token":
             run.events.append(event)
@@ -73,12 +77,12 @@ class DocumentOrder:
         elif event.kind == "finish":
             run.is_closed = True
 
-    def settled(self) -> Iterator[BranchEvent]:
+    def settled(self) -> "Iterator[BranchEvent | StreamEvent]":
         """Return the token events that are settled since the last call."""
         while (event := next(self._walk, None)) is not None:
             yield event
 
-    def _settled(self, run: Run) -> Iterator[BranchEvent | None]:
+    def _settled(self, run: Run) -> "Iterator[BranchEvent | StreamEvent | None]":
         at = 0
         while True:
             while at < len(run.events):
