@@ -1,6 +1,9 @@
 """From tokens to text: document order, pieces of text, reasoning and content, stop strings."""
 
+import asyncio
 import functools
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,10 +16,16 @@ from transformers import GenerationConfig, LogitsProcessorList
 pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
 
+from openai.types.chat import ChatCompletionChunk
+
 from multiverse_hf import MultiverseEngine
 from multiverse_hf.modeling.tags import TagSet, encode_text
+from multiverse_hf.serving.config import ServerConfig
 from multiverse_hf.serving.penalties import CountPenalty
-from multiverse_hf.serving.text import CONTENT, REASONING, AnswerText, DocumentOrder, TokenDecoder
+from multiverse_hf.serving.protocol import ChatRequest
+from multiverse_hf.serving.replies import chat_chunks
+from multiverse_hf.serving.text import CONTENT, REASONING, AnswerText, Delta, DocumentOrder, TokenDecoder
+from multiverse_hf.serving.worker import ModelRequest, Update
 
 PLANS = [
     (3, "eos"),
@@ -183,3 +192,23 @@ def test_text_without_a_template_keeps_tags_as_text() -> None:
     assert not set(ids) & set(tags.control_ids)
     assert tokenizer.decode(ids) == "1 <Parallel> 2"
     assert TAGS.open("parallel") is not None
+
+
+@given(st.text())
+def test_a_chunk_around_a_text_is_what_openais_type_writes(text: str) -> None:
+    worker = SimpleNamespace(config=ServerConfig("m"), decode=None)
+    body = ChatRequest(model="m", messages=[{"role": "user", "content": "?"}], stream_options={}, stream=True)
+
+    async def updates() -> AsyncIterator[Update]:
+        yield Update(0, [Delta(REASONING, text), Delta(CONTENT, text)], [])
+
+    async def lines() -> list[str]:
+        return [line async for line in chat_chunks(worker, body, ModelRequest([[1]]), updates())]
+
+    written = [line.removeprefix("data: ").removesuffix("\n\n") for line in asyncio.run(lines())[1:-1]]
+    chunks = [ChatCompletionChunk.model_validate_json(line) for line in written]
+    assert [chunk.model_dump_json(exclude_unset=True) for chunk in chunks] == written
+    assert [chunk.choices[0].delta.model_dump(exclude_unset=True) for chunk in chunks] == [
+        {"reasoning_content": text, "reasoning": text},
+        {"content": text},
+    ]

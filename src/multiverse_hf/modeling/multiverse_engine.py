@@ -71,6 +71,7 @@ class MultiverseEngine:
         self._wake, self._stop = threading.Event(), threading.Event()
         self._closed = False
         self._thread: threading.Thread | None = None
+        self._after_step: list[Callable[[], None]] = []
         logger.warning_once(self.describe())
 
     def describe(self) -> str:
@@ -225,6 +226,10 @@ class MultiverseEngine:
                 handle.cancel()
             raise
 
+    def add_step_callback(self, function: Callable[[], None]) -> None:
+        """Have a function called after each step, in the engine's thread, once its events are told. Keep it short."""
+        self._after_step.append(function)
+
     def memory(self) -> dict[str, Any]:
         """Report the cache: tokens it holds and has room for, bytes, and what is running and waiting.
 
@@ -318,6 +323,8 @@ class MultiverseEngine:
             done = engine.fail_running(err)
         for sequence in done:
             self._complete(sequence)
+        for function in self._after_step:
+            function()
 
     def _give_up(self, error: BaseException) -> None:
         """Fail every request there is."""

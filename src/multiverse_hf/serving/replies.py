@@ -1,5 +1,6 @@
 """Answers in the form of OpenAI's chat and text completions, whole and as a stream."""
 
+import functools
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -7,12 +8,14 @@ from typing import Any
 
 from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic_core import to_json
 
 from .events import EventWriter
 from .protocol import ChatRequest, CompletionRequest
 from .text import CONTENT, INCOMPLETE, REASONING, Delta, TextToken
 from .worker import Final, ModelRequest, ModelWorker, Update
 
+MARK = uuid.uuid4().hex  # stands for the text in a chunk that is made once
 DONE = "data: [DONE]\n\n"
 
 
@@ -61,7 +64,7 @@ def logprobs_of(tokens: Sequence[TextToken], worker: ModelWorker) -> list[dict[s
         | {
             "top_logprobs": []
             if each.scores is None
-            else [_logprob(worker.checkpoint.decode([token]), value) for token, value in each.scores.top]
+            else [_logprob(worker.decode([token]), value) for token, value in each.scores.top]
         }
         for each in tokens
     ]
@@ -89,7 +92,7 @@ def text_logprobs_of(tokens: Sequence[TextToken], offset: int, num_top: int, wor
         offsets.append(offset)
         offset += len(each.text)
     tops = [
-        {} if each.scores is None else {worker.checkpoint.decode([token]): value for token, value in each.scores.top}
+        {} if each.scores is None else {worker.decode([token]): value for token, value in each.scores.top}
         for each in tokens
     ]
     return {
@@ -166,7 +169,7 @@ async def chat_chunks(
     head = {"id": _id("chatcmpl"), "object": "chat.completion.chunk", "created": int(time.time())}
     head["model"] = worker.config.name
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-    writers = [EventWriter(index, worker.checkpoint.decode) for index in range(count)]
+    writers = [EventWriter(index, worker.decode) for index in range(count)]
     finals: list[Final] = []
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
@@ -177,11 +180,19 @@ async def chat_chunks(
     def choice(index: int, delta: dict[str, Any], logprobs: Any = None, **more: Any) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **more}
 
+    @functools.cache
+    def around(index: int, part: str) -> list[str]:
+        """Return the JSON of a chunk around its text. openai's types make it once, not for each token."""
+        delta = _named(MARK) if part == REASONING else {"content": MARK}
+        return chunk([choice(index, delta)]).split(f'"{MARK}"')
+
     def write(index: int, delta: Delta) -> str | None:
-        if delta.part == REASONING:
-            return None if body.include_reasoning is False else chunk([choice(index, _named(delta.text))])
-        logprobs = {"content": logprobs_of(delta.tokens, worker), "refusal": None} if body.logprobs else None
-        return chunk([choice(index, {"content": delta.text}, logprobs)])
+        if delta.part == REASONING and body.include_reasoning is False:
+            return None
+        if delta.part == CONTENT and body.logprobs:
+            logprobs = {"content": logprobs_of(delta.tokens, worker), "refusal": None}
+            return chunk([choice(index, {"content": delta.text}, logprobs)])
+        return to_json(delta.text).decode().join(around(index, delta.part))
 
     yield chunk([choice(index, {"role": "assistant", "content": ""}) for index in range(count)])
     async for update in updates:
@@ -224,7 +235,7 @@ async def text_chunks(
     head = {"id": _id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": worker.config.name}
     wants_usage = bool(body.stream_options and body.stream_options.include_usage)
     count = len(asked.prompts) * asked.copies
-    writers = [EventWriter(index, worker.checkpoint.decode) for index in range(count)]
+    writers = [EventWriter(index, worker.decode) for index in range(count)]
     offsets, finals = [0] * count, []
 
     def chunk(index: int | None, text: str, finish_reason: str | None, logprobs: Any = None, **more: Any) -> str:

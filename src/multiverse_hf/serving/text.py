@@ -1,5 +1,6 @@
 """From the events of an answer to its text: in document order, with reasoning apart, cut at stop strings."""
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +16,12 @@ REASONING, CONTENT = "reasoning", "content"
 INCOMPLETE = "\ufffd"  # what a tokenizer writes for a character whose bytes are not all there
 
 DecodeIds = Callable[[Sequence[int]], str]
+
+
+def remember_short(decode: DecodeIds, size: int = 1 << 16) -> DecodeIds:
+    """Return a decoder that remembers the texts of one and two tokens, which a stream asks for with each token."""
+    known = functools.lru_cache(size)(decode)
+    return lambda ids: known(tuple(ids)) if len(ids) <= 2 else decode(ids)
 
 
 class TokenDecoder:

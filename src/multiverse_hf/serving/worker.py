@@ -4,6 +4,7 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 import secrets
 import threading
 import time
@@ -24,7 +25,7 @@ from .formats import FormatCompiler
 from .metrics import Metrics
 from .penalties import CountPenalty
 from .protocol import ApiError
-from .text import AnswerText, Delta, DocumentOrder
+from .text import AnswerText, DecodeIds, Delta, DocumentOrder, remember_short
 
 STUCK = 60.0  # seconds without a step, while one is due, after which the server is no longer healthy
 
@@ -93,32 +94,45 @@ class Final:
 
 
 class Mailbox:
-    """Passes things from the engine's thread to the event loop, which is woken once for all that came meanwhile."""
+    """Passes things from the engine's thread to the event loop.
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    Args:
+        filled: of all that share an engine, those that have something new. :func:`deliver` wakes their loop.
+    """
+
+    def __init__(self, filled: "collections.deque[Mailbox]") -> None:
+        self.loop = asyncio.get_running_loop()
+        self.is_listed = False
+        self.has_more = asyncio.Event()
+        self._filled = filled
         self._items: collections.deque[Any] = collections.deque()
-        self._filled = asyncio.Event()
-        self._is_waking = False
 
     def put(self, item: Any) -> None:
         """Add an item, in any thread."""
         self._items.append(item)
-        if not self._is_waking:
-            self._is_waking = True
-            self._loop.call_soon_threadsafe(self._wake)
-
-    def _wake(self) -> None:
-        self._is_waking = False
-        self._filled.set()
+        if not self.is_listed:
+            self.is_listed = True
+            self._filled.append(self)
 
     async def take(self) -> list[Any]:
         """Return all items there are, at least one."""
         while not self._items:
-            self._filled.clear()
+            self.has_more.clear()
             if not self._items:
-                await self._filled.wait()
+                await self.has_more.wait()
         return [self._items.popleft() for _ in range(len(self._items))]
+
+
+def deliver(filled: collections.deque[Mailbox]) -> None:
+    """Wake the event loop once for all mailboxes that were filled. Each wake makes it and the engine share the GIL."""
+    loops: dict[asyncio.AbstractEventLoop, list[Mailbox]] = {}
+    while filled:
+        mailbox = filled.popleft()
+        mailbox.is_listed = False  # before the wake, so that what is put from now on is listed anew
+        loops.setdefault(mailbox.loop, []).append(mailbox)
+    for loop, mailboxes in loops.items():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(lambda mailboxes=mailboxes: [each.has_more.set() for each in mailboxes])
 
 
 class ModelWorker:
@@ -134,9 +148,11 @@ class ModelWorker:
         self.engine: MultiverseEngine | None = None
         self.checkpoint: Checkpoint | None = None
         self.formats: FormatCompiler | None = None
+        self.decode: DecodeIds | None = None
         self.is_draining = False
         self.num_active = 0
         self._lock = threading.Lock()
+        self._filled: collections.deque[Mailbox] = collections.deque()
         self._last_step = (-1, time.monotonic())  # number of steps, and when it was first seen
 
     # Loading and state
@@ -157,6 +173,8 @@ class ModelWorker:
         ends = model.generation_config.eos_token_id
         with contextlib.suppress(ImportError, ValueError):  # without xgrammar, or an end token, text only
             self.formats = FormatCompiler(checkpoint.tokenizer, checkpoint.tags, model.config.vocab_size, ends)
+        engine.add_step_callback(functools.partial(deliver, self._filled))
+        self.decode = remember_short(checkpoint.decode)
         self.checkpoint, self.engine = checkpoint, engine
         self.metrics.watch(engine, lambda: self.num_active)
 
@@ -251,6 +269,7 @@ class ModelWorker:
         with self._lock:
             self.num_active -= 1
         mailbox.put((number, None))
+        deliver(self._filled)  # it may have failed outside of a step
 
     def _processors(self, asked: ModelRequest, prompt_length: int) -> LogitsProcessorList:
         chain = LogitsProcessorList()
@@ -270,7 +289,7 @@ class ModelWorker:
         Raises:
             ApiError: as :meth:`submit`, and if an answer fails.
         """
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._filled)
         begun = time.monotonic()
         handles = await _in_thread(self.submit, asked, mailbox)
         answers = [self._text(asked, asked.prompts[number // asked.copies]) for number in range(len(handles))]
@@ -311,7 +330,7 @@ class ModelWorker:
         opens, closes = (None, None) if tags is None else (tags.open("think"), tags.close("think"))
         marks = [token for token in prompt if token in (opens, closes)]
         begins_inside = bool(marks) and opens is not None and marks[-1] == opens
-        return AnswerText(self.checkpoint.decode, tags, self.checkpoint.hidden, asked.stops, begins_inside)
+        return AnswerText(self.decode, tags, self.checkpoint.hidden, asked.stops, begins_inside)
 
     @staticmethod
     def _final(handle: RequestHandle, text: AnswerText) -> Final:
