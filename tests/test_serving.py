@@ -336,6 +336,23 @@ def test_many_clients_get_their_own_answers_while_others_stop_and_leave(served: 
     wait_until_idle(served)
 
 
+@pytest.mark.slow
+def test_a_preempted_answer_is_that_of_generate() -> None:
+    prompts = [f"A={n}+{n + 3}; B={n + 7}-{n % 5}; total? {PARALLEL_SUFFIX}" for n in range(1, 9)]
+    with serving(max_new_tokens=300, max_total_tokens=300, engine={"max_cache_tokens": 600}) as served:
+
+        async def ask() -> list[Any]:
+            async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as client:
+                return await asyncio.gather(*(chat(client, each, max_tokens=200) for each in prompts))
+
+        replies = asyncio.run(ask())
+        assert served.worker.engine.memory()["num_preemptions"] > 0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        assert parts_of(reply.choices[0].message) == parts_in(
+            generated(prompt, max_new_tokens=200, max_total_tokens=200)
+        )
+
+
 def wait_until_idle(served: Served) -> None:
     """All slots are given back, and all memory."""
     until = time.monotonic() + 30
@@ -605,6 +622,18 @@ def test_the_command_serves_and_ends_running_answers_at_a_signal() -> None:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in begun + rest)
         assert text == "Answer: 44"
         assert process.wait(30) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "after"), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 1.0)])
+def test_a_signal_while_the_model_is_loaded_ends_the_server_quietly(number: signal.Signals, after: float) -> None:
+    with served_process(wait=False) as (process, _):
+        time.sleep(after)
+        process.send_signal(number)
+        assert process.wait(60) == 0
+        *before, last = process.stderr.read().splitlines()
+        assert last == "stopped"
+        assert all(line.startswith("ready") for line in before)  # it was loaded by then
 
 
 def test_a_server_that_is_being_stopped_takes_no_requests(served: Served, client: Any) -> None:

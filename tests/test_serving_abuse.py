@@ -2,11 +2,13 @@
 
 import concurrent.futures
 import json
+import os
 import signal
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,6 +172,36 @@ def test_pipelined_requests_are_answered_in_order(served: Served) -> None:
     assert [b"chat.completion" in each for each in answers] == [True, True, True, False]
 
 
+def test_a_client_that_closes_its_sending_side_counts_as_gone(served: Served) -> None:
+    body = json.dumps({**CHAT, "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
+    with connect(served) as raw:
+        raw.sendall(request(body, JSON, f"Content-Length: {len(body)}"))
+        raw.shutdown(socket.SHUT_WR)
+        assert b"[DONE]" not in read_all(raw)
+
+
+@pytest.mark.slow
+def test_ten_thousand_connections_that_are_dropped_leave_nothing(served: Served) -> None:
+    body = json.dumps({**CHAT, "max_tokens": 400, "ignore_eos": True}).encode()
+    whole = request(body, JSON, f"Content-Length: {len(body)}")
+    folder = Path("/proc/self/fd")  # the server runs in this process
+    before = len(list(folder.iterdir()))
+    for turn in range(100):
+        connections = [connect(served) for _ in range(100)]
+        for number, raw in enumerate(connections):
+            if turn % 2:
+                raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            # nothing, a part of the headers, a part of the body, and of a few the whole request
+            raw.sendall(whole[: (0, 30, -20, None if number < 4 else 0)[number % 4]])
+        for raw in connections:
+            raw.close()
+    until = time.monotonic() + 60
+    while len(list(folder.iterdir())) > before + 10:
+        assert time.monotonic() < until, len(list(folder.iterdir()))
+        time.sleep(0.1)
+    assert post(served, CHATS, CHAT).status_code == 200
+
+
 def test_clients_that_leave_at_any_moment_change_no_other_answer(served: Served) -> None:
     def ask(number: int) -> Any:
         messages = [{"role": "user", "content": f"A={number}+6; B=7+8; total?"}]
@@ -219,12 +251,42 @@ def test_a_schema_whose_process_is_killed_can_be_asked_for_again(served: Served)
     assert post(served, CHATS, body).status_code == 200
 
 
+def slow_format(name: str) -> dict[str, Any]:
+    """Return a response format that takes about a minute to compile."""
+    texts = {f"{name}{number}": {"type": "string", "maxLength": 3000} for number in range(20)}
+    schema = {"type": "object", "properties": texts, "required": list(texts)}
+    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+
+
+@pytest.mark.slow
+def test_a_schema_whose_process_is_killed_while_it_compiles_is_one_error(served: Served) -> None:
+    pytest.importorskip("xgrammar")
+    form = {"name": "x", "schema": {"type": "object", "properties": {"first": {"type": "boolean"}}}}
+    easy = {**CHAT, "response_format": {"type": "json_schema", "json_schema": form}}
+    assert post(served, CHATS, easy).status_code == 200
+    process = served.worker.formats._trial._process
+
+    def seconds() -> float:
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    before = seconds()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        reply = pool.submit(post, served, CHATS, {**CHAT, "response_format": slow_format("killed")})
+        while seconds() < before + 0.5:
+            assert not reply.done()
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        killed = reply.result()
+    assert (killed.status_code, "its process died" in killed.text) == (400, True)
+    form["schema"]["properties"]["second"] = {"type": "boolean"}
+    assert post(served, CHATS, easy).status_code == 200
+
+
 @pytest.mark.slow
 def test_a_schema_that_compiles_does_not_hold_up_the_end() -> None:
     pytest.importorskip("xgrammar")
-    texts = {f"k{number}": {"type": "string", "maxLength": 3000} for number in range(20)}  # about a minute
-    form = {"name": "x", "schema": {"type": "object", "properties": texts, "required": list(texts)}}
-    body = {**CHAT, "response_format": {"type": "json_schema", "json_schema": form}}
+    body = {**CHAT, "response_format": slow_format("held")}
     with served_process("--grace", "1") as (process, url), concurrent.futures.ThreadPoolExecutor(1) as pool:
         reply = pool.submit(httpx2.post, f"{url}{CHATS}", json=body, timeout=100)
         while "num_answers_active 1.0" not in httpx2.get(f"{url}/metrics", timeout=60).text:

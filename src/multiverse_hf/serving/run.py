@@ -1,7 +1,6 @@
 """Runs the server: it listens at once, loads the model, answers, and ends what runs before it stops."""
 
 import asyncio
-import contextlib
 import signal
 import socket
 import threading
@@ -102,16 +101,15 @@ def run_server(
             tell(f"ready: {url}/v1 serves {config.name}")
 
     thread = threading.Thread(target=open_model, daemon=True)
-    tell(f"listening on {url}; loading the model")
-    thread.start()
-    before = signal.getsignal(signal.SIGTERM)
+    # uvicorn has its own handlers while it runs, and raises the signal again once it has ended
+    before = {number: signal.signal(number, server.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # uvicorn raises the signal again once it has ended, which here is an ordinary end
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+        tell(f"listening on {url}; loading the model")
+        thread.start()
+        server.run(sockets=[listener])
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         listener.close()
         worker.close()
     if failures:
