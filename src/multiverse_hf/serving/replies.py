@@ -15,7 +15,7 @@ from .protocol import ChatRequest, CompletionRequest
 from .text import CONTENT, INCOMPLETE, REASONING, Delta, TextToken
 from .worker import Final, ModelRequest, ModelWorker, Update
 
-MARK = uuid.uuid4().hex  # stands for the text in a chunk that is made once
+TEXT_MARK = uuid.uuid4().hex  # stands for the text in a chunk that is made once
 DONE = "data: [DONE]\n\n"
 
 
@@ -183,8 +183,8 @@ async def chat_chunks(
     @functools.cache
     def around(index: int, part: str) -> list[str]:
         """Return the JSON of a chunk around its text. openai's types make it once, not for each token."""
-        delta = _named(MARK) if part == REASONING else {"content": MARK}
-        return chunk([choice(index, delta)]).split(f'"{MARK}"')
+        delta = _named(TEXT_MARK) if part == REASONING else {"content": TEXT_MARK}
+        return chunk([choice(index, delta)]).split(f'"{TEXT_MARK}"')
 
     def write(index: int, delta: Delta) -> str | None:
         if delta.part == REASONING and body.include_reasoning is False:
