@@ -510,7 +510,8 @@ def test_events_come_in_the_engines_thread_from_the_first_on(front):
     )
     handle.result(timeout=1800)
     assert {thread for thread, _ in seen} == {front._thread.ident}
-    first = [event for _, event in seen[:3]]
+    fork, *first = [event for _, event in seen[:4]]
+    assert (fork.kind, fork.branch) == ("fork", ""), "the block that the prompt leaves open"
     assert [(event.kind, event.branch, event.sampled) for event in first] == [("token", "1", False)] * 3
 
 

@@ -286,7 +286,7 @@ def test_an_answer_that_just_fits_is_not_cut(limit):
     (stats,) = output.stats
     positions = build_layout(document, TAGS).position_ids
     fork, last = document.index(CLOSE("goal")), len(document) - 1 - document[::-1].index(OPEN("conclusion"))
-    reduce = last - len(TAGS.conclusion_prefix()[: TAGS.conclusion_prefix().index(OPEN("conclusion"))])
+    reduce = last - len(TAGS.reduce_prefix[: TAGS.reduce_prefix.index(OPEN("conclusion"))])
     longest = int(positions[reduce] - positions[fork]) - 1
     fits = {"max_new_tokens": stats.length, "max_total_tokens": stats.num_tokens, "max_path_tokens": longest}[limit]
     again, same = forced(NESTED, **{limit: fits})

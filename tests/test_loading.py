@@ -298,12 +298,12 @@ def test_a_tokenizer_with_other_ids_for_the_tags_than_the_config_is_told(tmp_pat
     assert MultiverseForCausalLM.from_pretrained(tmp_path, tags=tags).tags == tags
 
 
-def test_names_that_are_not_the_checkpoints_are_told(tmp_path):
+def test_a_family_that_is_not_the_checkpoints_is_told(tmp_path):
     saved_with_tokenizer(tmp_path)
-    MultiverseForCausalLM.from_pretrained(tmp_path, names="multiverse")
-    for names in ("npr", NPR):
-        with pytest.raises(ValueError, match=r"the checkpoint's tags are <Think>, .* leave names out"):
-            MultiverseForCausalLM.from_pretrained(tmp_path, names=names)
+    MultiverseForCausalLM.from_pretrained(tmp_path, family="multiverse")
+    for family in ("npr", NPR):
+        with pytest.raises(ValueError, match=r"the checkpoint's tags are <Think>, .* leave family out"):
+            MultiverseForCausalLM.from_pretrained(tmp_path, family=family)
 
 
 def test_missing_weights_are_refused_by_name_unless_the_caller_asks_for_the_report(tmp_path):

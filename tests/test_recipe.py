@@ -576,7 +576,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([SFT, "--max_length", "20"], ["none of 8 rows", "max_length is 20"]),
         ([SFT, "--attn_implementation", "flex_attention"], ["flex_attention", "GPU", "sdpa"]),
         ([SFT, "--eos_token", "<stop>"], ["<stop>"]),
-        ([SFT, "--tags", "nope"], ["nope", "multiverse or npr"]),
+        ([SFT, "--tags", "nope"], ["nope", "choose one of multiverse, npr"]),
         ([SFT, "--chat_template_path", "none.jinja"], ["none.jinja"]),
         ([SFT, "--max_chains", "9"], ["max_chains", "3 to 8"]),
         ([SFT, "--num_train_epochs", "0"], ["num_train_epochs", "max_steps"]),

@@ -156,7 +156,7 @@ def test_a_path_begins_with_the_ids_the_engine_writes_whatever_the_tokenizer_joi
     runs = [ids[run.start : run.stop] for run in find_forced(ids, tags)]
     first = [*tags.digits["1"], *tags.digits["."]]
     labels = [tags.ordinal(1), first + tags.ordinal(1), first + tags.ordinal(2), None, tags.ordinal(2), None]
-    assert runs == [tags.conclusion_prefix() if label is None else tags.path_prefix(label) for label in labels]
+    assert runs == [tags.reduce_prefix if label is None else tags.path_prefix(label) for label in labels]
     assert tokenizer.decode(ids) == text
 
 

@@ -135,14 +135,14 @@ def test_a_tag_set_spells_what_the_tokenizer_writes(tokenizer):
     tags = TagSet.from_tokenizer(tokenizer)
     assert tags.names == MULTIVERSE
     assert tokenizer.decode(tags.path_prefix(tags.ordinal(12))) == "\n<Path>\n12:"
-    assert tokenizer.decode(tags.conclusion_prefix()) == "\n<Conclusion>\n"
+    assert tokenizer.decode(tags.reduce_prefix) == "\n<Conclusion>\n"
     for label in ("1:", "10:", "2.1:", "12.34.5:"):
         ids = tokenizer.encode(f"<Outline>{label} do it</Outline>", add_special_tokens=False)[1:-1]
         assert tokenizer.decode(tags.label(ids, 9)) == label
     document = tokenizer.encode("<Goal></Goal>\n<Path>\n1: x</Path>\n<Conclusion>\n", add_special_tokens=False)
     prefix = tags.path_prefix(tags.ordinal(1))
     assert document[2 : 2 + len(prefix)] == prefix, "forced tokens are those a document is tokenized to"
-    assert document[-len(tags.conclusion_prefix()) :] == tags.conclusion_prefix()
+    assert document[-len(tags.reduce_prefix) :] == tags.reduce_prefix
 
 
 def test_a_tokenizer_without_tags_is_refused_with_the_way_out():

@@ -160,7 +160,7 @@ def test_another_family_of_tags_is_added_by_its_name(tmp_path):
     base = load_base(path, tokens=load_tokens(path, names="npr"))
     assert base.tags.names == NPR
     assert TagSet.from_tokenizer(base.tokenizer).names == NPR
-    with pytest.raises(ValueError, match="multiverse or npr"):
+    with pytest.raises(ValueError, match="choose one of multiverse, npr"):
         load_tokens(path, names="nope")
 
 

@@ -21,8 +21,9 @@ from typing import Any
 from multiverse_hf.data.records import read_answer
 from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
+from multiverse_hf.modeling.families import MULTIVERSE, Family, find_family
 from multiverse_hf.modeling.gguf_files import SUFFIX, GgufError, gguf_options, reading, split_path
-from multiverse_hf.modeling.tags import MULTIVERSE, TagSet, encode_prompt
+from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 EMBEDDED = Path(__file__).parent / "assets" / "multiverse-tiny"
 EMBEDDED_NAMES = ("multiverse-tiny", "multiverse-tiny-sequential")
@@ -112,12 +113,13 @@ class Answer:
     document: str
     stats: Any  # GenerationStats
     seconds: float
+    family: Family = MULTIVERSE
 
     @property
     def text(self) -> str:
         """The answer without parallel structure; the document itself if it does not parse."""
         try:
-            return parse_document(self.document).sequential()
+            return parse_document(self.document, self.family).sequential()
         except DocumentError:
             return self.document
 
@@ -218,8 +220,8 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
         raise _unreadable(shown, "generation config", err, is_local) from err
     generation = generation or GenerationConfig.from_model_config(config)
     try:
-        stored = getattr(config, "multiverse", None)
-        has_tags = needs_tags or stored is not None or bool(set(MULTIVERSE.tokens) & tokenizer.get_vocab().keys())
+        stored, vocab = getattr(config, "multiverse", None), tokenizer.get_vocab()
+        has_tags = needs_tags or stored is not None or bool(vocab.keys() & set(find_family(vocab).tokens))
         if not has_tags:
             beyond, hidden = TagSet.add_to(copy.deepcopy(tokenizer)), frozenset(tokenizer.all_special_ids)
             return Checkpoint(shown, source, config, tokenizer, beyond, hidden, revision, gguf_file)
@@ -427,4 +429,5 @@ def answer_prompt(
     except ValueError as err:  # the commands check their own options, so the checkpoint is at fault
         raise CommandError(f"{checkpoint.name} cannot answer: {one_line(err).rstrip('.')}") from err
     seconds = time.perf_counter() - begin  # the ids are on the host, so the device is done
-    return Answer(checkpoint.decode(output.sequences[0, len(prompt) :].tolist()), output.stats[0], seconds)
+    document = checkpoint.decode(output.sequences[0, len(prompt) :].tolist())
+    return Answer(document, output.stats[0], seconds, checkpoint.tags.names)

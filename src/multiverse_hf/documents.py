@@ -1,36 +1,51 @@
 """Text <-> tree for Multiverse documents: parse, render, validate, and strip to sequential text.
 
 A document is a whole answer as text. Its tree mirrors the text piece by piece, so rendering returns the same text.
-Only the names in ``TagNames`` are control tags; any other ``<`` is text. Parsing refuses text whose tags form no tree.
-``validate`` then finds what makes a well-formed document unfit as a training row.
+Only the names in the ``Family`` are control tags; any other ``<`` is text. Parsing refuses text whose tags form no
+tree. ``validate`` then finds what makes a well-formed document unfit as a training row.
 
     document: text, <Think> regions and blocks      block: <Parallel> goal path+ conclusion </Parallel>
     <Think>, <Path>: text and blocks                goal:  outline+
+
+A family may lack some of these. Its conclusion may follow the block instead of ending it.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import ClassVar, NamedTuple
 
-from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
+from multiverse_hf.modeling.families import MULTIVERSE, Family
+from multiverse_hf.modeling.tags import LABEL
 
-# What may come next inside an element: "+" opens a role, "-" closes it. The key is the element's role, followed by the
-# role it last closed where that matters.
-_GRAMMAR: dict[str, tuple[str, ...]] = {
-    "document": ("+think", "+parallel"),
-    "think": ("+parallel", "-think"),
-    "parallel": ("+goal",),
-    "parallel goal": ("+path",),
-    "parallel path": ("+path", "+conclusion"),
-    "parallel conclusion": ("-parallel",),
-    "goal": ("+outline",),
-    "goal outline": ("+outline", "-goal"),
-    "outline": ("-outline",),
-    "path": ("+parallel", "-path"),
-    "conclusion": ("-conclusion",),
-}
+
+def _grammar(family: Family) -> dict[str, tuple[str, ...]]:
+    """Return what may come next inside an element: "+" opens a role, "-" closes it.
+
+    The key is the element's role, followed by the role it last closed where that matters. The tags after the paths
+    come in the order of the family's ending.
+    """
+    grammar = {
+        "document": ("+think", "+parallel"),
+        "think": ("+parallel", "-think"),
+        "parallel": ("+path",) if family.goal is None else ("+goal",),
+        "parallel goal": ("+path",),
+        "goal": ("+outline",),
+        "goal outline": ("+outline", "-goal"),
+        "outline": ("-outline",),
+        "path": ("+parallel", "-path"),
+        "conclusion": ("-conclusion",),
+    }
+    ending = [("-" if tag[1] == "/" else "+") + tag.strip("</>") for tag in family.ending]
+    grammar["parallel path"] = ("+path", ending[0])
+    for before, move in itertools.pairwise(ending):
+        if before == "-parallel":  # the conclusion follows the block, wherever that stands
+            grammar |= {f"{around} parallel": (move,) for around in ("document", "think", "path")}
+        elif before == "-conclusion":
+            grammar["parallel conclusion"] = (move,)
+    return grammar
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,20 +122,24 @@ class Conclusion(Element):
 
 
 class Parallel(Element):
-    """A MapReduce block: one goal, its paths and one conclusion, with the text between them."""
+    """A MapReduce block: one goal, its paths and one conclusion, with the text between them.
+
+    Some families have no goal, and no conclusion or one that follows the block.
+    """
 
     __slots__ = ()
     role = "parallel"
 
     @property
-    def goal(self) -> Goal:
-        """The block's goal."""
-        return next(child for child in self.children if isinstance(child, Goal))
+    def goal(self) -> Goal | None:
+        """The block's goal, if it has one."""
+        return next((child for child in self.children if isinstance(child, Goal)), None)
 
     @property
     def outlines(self) -> tuple[Outline, ...]:
         """The outlines of the goal, in order."""
-        return tuple(child for child in self.goal.children if isinstance(child, Outline))
+        children = () if self.goal is None else self.goal.children
+        return tuple(child for child in children if isinstance(child, Outline))
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -128,9 +147,9 @@ class Parallel(Element):
         return tuple(child for child in self.children if isinstance(child, Path))
 
     @property
-    def conclusion(self) -> Conclusion:
-        """The block's conclusion."""
-        return next(child for child in self.children if isinstance(child, Conclusion))
+    def conclusion(self) -> Conclusion | None:
+        """The block's conclusion, if it is in the block."""
+        return next((child for child in self.children if isinstance(child, Conclusion)), None)
 
 
 _ELEMENTS = {element.role: element for element in (Think, Parallel, Goal, Outline, Path, Conclusion)}
@@ -152,7 +171,7 @@ class Document:
     """A whole answer: text, ``<Think>`` regions and blocks, in order, with the tag names they are written in."""
 
     children: tuple[Text | Element, ...]
-    tags: TagNames = field(default=MULTIVERSE)
+    tags: Family = field(default=MULTIVERSE)
 
     def walk(self) -> Iterator[DocumentPiece]:
         """Yield every piece of the document in text order. Tags that the family lacks are empty pieces."""
@@ -280,13 +299,13 @@ class _Open:
     """An element whose close tag was not read yet."""
 
     role: str
-    state: str  # key into _GRAMMAR
+    state: str  # key into the grammar
     start: int
     children: list[Text | Element] = field(default_factory=list)
 
 
 @lru_cache(maxsize=32)
-def _open_close(tags: TagNames) -> dict[str, tuple[str, str]]:
+def _open_close(tags: Family) -> dict[str, tuple[str, str]]:
     """Return the open and the close tag of each role; both are empty if the family lacks the role."""
     return {
         role: ("", "") if getattr(tags, role) is None else (tags.open(role), tags.close(role)) for role in _ELEMENTS
@@ -294,10 +313,10 @@ def _open_close(tags: TagNames) -> dict[str, tuple[str, str]]:
 
 
 @lru_cache(maxsize=32)
-def _moves(tags: TagNames) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
-    """Return _GRAMMAR in a family's tags: a pattern of all tags, and by state each allowed tag with its move."""
+def _moves(tags: Family) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
+    """Return a family's grammar in its tags: a pattern of all tags, and by state each allowed tag with its move."""
     moves: dict[str, dict[str, str]] = {}
-    for state, allowed in _GRAMMAR.items():
+    for state, allowed in _grammar(tags).items():
         moves[state] = {}
         for move in allowed:
             role = "goal" if move == "+parallel" and tags.parallel is None else move[1:]
@@ -306,12 +325,12 @@ def _moves(tags: TagNames) -> tuple[re.Pattern[str], dict[str, dict[str, str]]]:
     return re.compile("|".join(map(re.escape, tags.tokens))), moves
 
 
-def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
+def parse_document(text: str, tags: Family = MULTIVERSE) -> Document:
     """Read a text into its tree.
 
     Args:
         text: a whole document. Everything except control tags is free text, including ``<``, ``&`` and unknown tags.
-        tags: the names of the control tags. Without ``parallel``, a block runs from its goal to its conclusion.
+        tags: the family. Without ``parallel``, a block runs from its goal to its conclusion.
 
     Returns:
         The tree, whose ``render()`` is ``text``.
@@ -326,7 +345,7 @@ def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
         done, parent = open_elements.pop(), open_elements[-1]
         parent.children.append(_ELEMENTS[done.role](tuple(done.children)))
         state = f"{parent.role} {done.role}"
-        parent.state = state if state in _GRAMMAR else parent.state
+        parent.state = state if state in moves else parent.role
 
     end = 0
     for match in pattern.finditer(text):
@@ -347,14 +366,14 @@ def parse_document(text: str, tags: TagNames = MULTIVERSE) -> Document:
             if role == "conclusion" and tags.parallel is None:
                 close_innermost()
     root = open_elements[-1]
-    if len(open_elements) > 1:
+    if len(open_elements) > 1 or root.state != root.role:
         raise _unexpected(text, len(text), "the end of the text", root, tags)
     if end < len(text):
         root.children.append(Text(text[end:]))
     return Document(tuple(root.children), tags)
 
 
-def is_well_formed(text: str, tags: TagNames = MULTIVERSE) -> bool:
+def is_well_formed(text: str, tags: Family = MULTIVERSE) -> bool:
     """Return whether a text parses: its tags fit the grammar and are closed (paper, MapReduce structure)."""
     try:
         parse_document(text, tags)
@@ -363,12 +382,14 @@ def is_well_formed(text: str, tags: TagNames = MULTIVERSE) -> bool:
     return True
 
 
-def _unexpected(text: str, offset: int, found: str, current: _Open, tags: TagNames) -> DocumentError:
+def _unexpected(text: str, offset: int, found: str, current: _Open, tags: Family) -> DocumentError:
     """Return the error for a tag, or an end of the text, that does not fit into the innermost open element."""
     expected = " or ".join(_moves(tags)[1][current.state])
-    if current.role == "document":
+    if current.state == "document":
         advice = f"remove {found}, or put it inside the element it belongs to"
         expected += " or the end of the text"
+    elif current.role == "document":
+        advice = f"write {expected} before it"
     else:
         role = "goal" if current.role == "parallel" and tags.parallel is None else current.role
         line, column = _line_column(text, current.start)
@@ -417,7 +438,7 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
         elif isinstance(node, Parallel):
             if max_depth is not None and piece.depth > max_depth:
                 report(start, f"a block at depth {piece.depth}", f"at most {max_depth}", "write it as plain text")
-            labels_due[piece.depth] = _check_goal(node, start, report)
+            labels_due[piece.depth] = _check_goal(node, document.tags.num_paths, start, report)
         elif isinstance(node, Path):
             label, required = next(labels_due[piece.depth], (node.label, False))
             if node.label != label and (required or node.label is not None):
@@ -427,10 +448,21 @@ def validate(document: Document, max_depth: int | None = None) -> list[Problem]:
 
 
 def _check_goal(
-    block: Parallel, start: int, report: Callable[[int, str, str, str], None]
+    block: Parallel, fixed: int | None, start: int, report: Callable[[int, str, str, str], None]
 ) -> Iterator[tuple[str, bool]]:
-    """Check a block's outlines against its paths. Return each path's label, and whether the path must have it."""
+    """Check a block's outlines against its paths. Return each path's label, and whether the path must have it.
+
+    Args:
+        block: the block.
+        fixed: number of paths, in a family without outlines.
+        start: where the block begins.
+        report: takes a problem.
+    """
     outlines, num_paths = block.outlines, len(block.paths)
+    if fixed is not None:
+        if num_paths != fixed:
+            report(start, f"{num_paths} paths", f"{fixed} paths, as in every block", "add or remove paths")
+        return iter(())
     labels = [outline.label or str(ordinal) for ordinal, outline in enumerate(outlines, start=1)]
     if len(outlines) != num_paths:
         found = f"{len(outlines)} outlines and {num_paths} paths"

@@ -109,7 +109,8 @@ class AnswerRows(PartStep):
                         still.append((row, handle, begin))
                         continue
                     result = handle.result()
-                    answer = Answer(checkpoint.decode(result.ids), result.stats, time.perf_counter() - begin)
+                    seconds = time.perf_counter() - begin
+                    answer = Answer(checkpoint.decode(result.ids), result.stats, seconds, checkpoint.tags.names)
                     self._write(file, row, answer.to_dict())
                 if len(still) == len(running):
                     time.sleep(_POLL_S)

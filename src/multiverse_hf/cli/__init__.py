@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf import __version__
-from multiverse_hf.cli import chat, curate, demo, evaluate, export, generate, inspect, serve, view
+from multiverse_hf.cli import chat, curate, demo, evaluate, export, families, generate, inspect, serve, view
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
@@ -61,6 +61,7 @@ app.command()(flowing(export.merge))
 app.command()(flowing(export.export))
 app.command("eval")(flowing(evaluate.evaluate))
 app.command()(flowing(evaluate.compare))
+app.command("families")(flowing(families.list_families))
 app.add_typer(evaluate.experiments, name="experiment")
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from multiverse_hf.curator.forms import BlockText, PlacedStep, RefillReply, StructureReply
 from multiverse_hf.documents import Document, Element, Path, Text
-from multiverse_hf.modeling.tags import LABEL, MULTIVERSE, TagNames
+from multiverse_hf.modeling.families import MULTIVERSE, Family
+from multiverse_hf.modeling.tags import LABEL
 
 _SURROUNDING = re.compile(
     r"\A(?:[ \t]*\n)+|\s+\Z"
@@ -151,7 +152,7 @@ def character_parallelism(document: Document) -> float:
     return sum(size for size, _ in sizes) / longest if longest else 1.0
 
 
-def _sizes(node: Text | Element, tags: TagNames) -> tuple[int, int]:
+def _sizes(node: Text | Element, tags: Family) -> tuple[int, int]:
     """Return the length of a part of a document, and of its critical path."""
     if isinstance(node, Text):
         return len(node.text), len(node.text)

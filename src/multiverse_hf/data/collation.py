@@ -73,8 +73,8 @@ class DocumentCollator:
 
     def _one_segment(self, packs: list[list[EncodedRow]], ids: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return a layout of one segment if the model would find a block in plain text, else nothing."""
-        goal_end = self.tags.close("goal")
-        if not any(row.get("plain") and goal_end in row["input_ids"] for pack in packs for row in pack):
+        trigger = self.tags.trigger
+        if not any(row.get("plain") and trigger in row["input_ids"] for pack in packs for row in pack):
             return {}
         return {
             "segment_ids": torch.zeros_like(ids),

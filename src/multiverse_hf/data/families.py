@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.documents import Document, parse_document, validate
-from multiverse_hf.modeling.tags import MULTIVERSE, TagNames
+from multiverse_hf.modeling.families import MULTIVERSE, Family
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Solution:
     steps: tuple[str | Fork, ...]
     answer: str
 
-    def document(self, tags: TagNames = MULTIVERSE) -> Document:
+    def document(self, tags: Family = MULTIVERSE) -> Document:
         """Return the document. Its ``sequential()`` is the autoregressive form."""
         text = _write_steps(self.steps, "", tags)
         return parse_document(f"{tags.open('think')}\n{text}\n{tags.close('think')}\n\nAnswer: {self.answer}", tags)
@@ -67,11 +67,11 @@ class Solution:
                 waiting += [inner for part in step.parts for inner in step.write(part).steps]
 
 
-def _write_steps(steps: Sequence[str | Fork], label: str, tags: TagNames) -> str:
+def _write_steps(steps: Sequence[str | Fork], label: str, tags: Family) -> str:
     return "\n".join(step if isinstance(step, str) else _write_fork(step, label, tags) for step in steps)
 
 
-def _write_fork(fork: Fork, label: str, tags: TagNames) -> str:
+def _write_fork(fork: Fork, label: str, tags: Family) -> str:
     def wrap(role: str, text: str, space: str = "\n") -> str:
         return f"{tags.open(role)}{space}{text}{space}{tags.close(role)}"
 

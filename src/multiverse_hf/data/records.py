@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.documents import Document, DocumentError, Text, Think, check, parse_document
-from multiverse_hf.modeling.tags import MULTIVERSE, TagNames, read_messages
+from multiverse_hf.modeling.families import MULTIVERSE, Family
+from multiverse_hf.modeling.tags import read_messages
 
 
 class Form(StrEnum):
@@ -66,7 +67,7 @@ class Record:
     doubt: str | None = None
 
 
-def read_record(row: Any, names: TagNames = MULTIVERSE, system_prompt: str | None = None) -> Record:
+def read_record(row: Any, names: Family = MULTIVERSE, system_prompt: str | None = None) -> Record:
     """Read a row of a dataset.
 
     Args:
@@ -146,7 +147,7 @@ def _answer(value: Any) -> str | None:
     return str(value)
 
 
-def _with_answer(text: str, answer: str | None, names: TagNames) -> str:
+def _with_answer(text: str, answer: str | None, names: Family) -> str:
     """Return the document with its answer appended, unless it has one."""
     if answer is None or not answer.strip():
         return text

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import takewhile
 from typing import Any
 
 from multiverse_hf.data.records import Form, Reason, Record, RowError
@@ -67,8 +68,7 @@ def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[boo
     """
     kinds: list[TokenKind] = []
     is_open: list[bool] = []
-    block = "goal" if tags.names.parallel is None else "parallel"
-    block_end = "conclusion" if tags.names.parallel is None else "parallel"
+    begin, end = tags.ids[tags.names.opener], tags.ending[-1]
     stack: list[str] = []
     num_blocks = 0
     for token in ids:
@@ -77,7 +77,7 @@ def token_kinds(ids: list[int], tags: TagSet) -> tuple[list[TokenKind], list[boo
             kinds.append(KIND_BY_ROLE[stack[-1]] if stack else TokenKind.ANSWER)
         else:
             kinds.append(TokenKind.TAG)
-            num_blocks += (role == block and opens) - (role == block_end and not opens)
+            num_blocks += (token == begin) - (token == end)
             if opens:
                 stack.append(role)
             elif role in stack:
@@ -112,8 +112,9 @@ def with_forced_starts(ids: list[int], text: str, tokenizer: Any, tags: TagSet) 
         if token == tags.open("path") and structure.stage is Stage.FORKED:
             prefix = structure.path_prefix(structure.open_blocks[-1].path)
             forced = prefix[prefix.index(token) + 1 :]
-        elif token == tags.open("conclusion") and structure.stage is Stage.REDUCED:
-            forced = list(tags.newline)
+        elif token in tags.reduce_prefix and structure.stage in (Stage.REDUCED, Stage.CONCLUDED):
+            written = tags.reduce_prefix[tags.reduce_prefix.index(token) + 1 :]
+            forced = list(takewhile(lambda each: each not in tags.roles, written))
         spelling = "\n" + tokenizer.decode(forced[len(tags.newline) :]).strip()
         if forced and rest[: len(forced)] != forced and after[number].startswith(spelling):
             rest = forced + encode_inside(tokenizer, after[number][len(spelling) :])

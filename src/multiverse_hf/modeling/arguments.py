@@ -217,7 +217,7 @@ def split_options(model: Any, generation_config: GenerationConfig | None, kwargs
     """Take the structure options out of ``kwargs``, the config given, or the checkpoint's config, in that order.
 
     As in transformers, None in a config says nothing, and None in ``kwargs`` takes back what a config says: it stands
-    for the default of :class:`StructureOptions`.
+    for the default of the model's family.
 
     Raises:
         TypeError, ValueError: as :func:`check_call`, and if a value is out of range.
@@ -230,7 +230,8 @@ def split_options(model: Any, generation_config: GenerationConfig | None, kwargs
                 values[name] = kwargs.pop(name)
             elif source.get(name) is not None:
                 values[name] = source[name]
-    return StructureOptions(**{name: value for name, value in values.items() if value is not None})
+    asked = {name: value for name, value in values.items() if value is not None}
+    return StructureOptions(**model.tags.names.limits | asked)
 
 
 def asked_structure(model: Any, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> Any:

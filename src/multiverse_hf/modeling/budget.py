@@ -92,7 +92,7 @@ class Budget:
             after = structure.copy()
             event = after.feed(token)
             cost += _cost_after(event, after) - closing_cost(structure)[0]
-            if event is not Event.TEXT:  # it closes something, for which there always is room
+            if event is not Event.TEXT and cost <= 0:  # it closes something, for which there always is room
                 self.room -= cost
                 return None
             structure = after
@@ -154,14 +154,15 @@ def closing_cost(structure: Structure) -> tuple[int, int]:
 
 
 def reduce_cost(structure: Structure, depth: int) -> int:
-    """Return the tokens that end what follows the paths of a block: conclusion, block, and path or thinking.
+    """Return the tokens that end what follows the paths of a block: its ending, and the path or the thinking around.
 
     Args:
         structure: state of a branch in or before the block.
         depth: blocks around that block.
     """
     tags = structure.tags
-    return len(tags.conclusion_prefix()) + 1 + (tags.names.parallel is not None) + bool(depth or structure.thinking)
+    num_tags = len(tags.ending) - tags.names.num_started
+    return len(tags.reduce_prefix) + num_tags + bool(depth or structure.thinking)
 
 
 def closing_positions(structure: Structure, keep: int = ANSWER) -> int:

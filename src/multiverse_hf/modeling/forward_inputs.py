@@ -75,11 +75,11 @@ def read_rows(module: Any, kwargs: dict[str, Any], tags: TagSet) -> Rows | None:
     if ids is None:
         embeds = kwargs.get("inputs_embeds")
         ids = None if embeds is None else recover_ids(module, embeds, tags)
-    if ids is None or not bool((ids == tags.close("goal")).any()):
+    if ids is None or not bool((ids == tags.trigger).any()):
         return None
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise ValueError(
-            f"{tags.names.close('goal')} comes after past_key_values, whose text the layout cannot see; pass the "
+            f"{tags.names.trigger} comes after past_key_values, whose text the layout cannot see; pass the "
             "whole text as input_ids, or call model.generate. Prefix tuning brings such a cache: use LoRA or prompt "
             "tuning"
         )
@@ -135,7 +135,7 @@ def check_cache(cache: Any) -> None:
 
 
 def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor | None:
-    """Return the ids that a layout needs from rows that came as embeddings, None if no ``</Goal>`` is among them.
+    """Return the ids that a layout needs from rows that came as embeddings, None if nothing opens paths in them.
 
     Args:
         module: has ``get_input_embeddings``.
@@ -146,12 +146,12 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
         (B, L) int64; 0 where the token is none that the layout or a forced text needs.
 
     Raises:
-        ValueError: if a vector is almost that of ``</Goal>``, as noise makes it.
+        ValueError: if a vector is almost that of the tag that opens paths, as noise makes it.
     """
     table = module.get_input_embeddings()
-    goal_end = tags.close("goal")
+    trigger = tags.trigger
     texts = [*tags.newline, *tags.colon, *(token for ids in tags.digits.values() for token in ids)]
-    tokens = list(dict.fromkeys([goal_end, *tags.control_ids, *texts, *tags.label_pieces]))
+    tokens = list(dict.fromkeys([trigger, *tags.control_ids, *texts, *tags.label_pieces]))
 
     with torch.no_grad():
         vectors = table(torch.tensor(tokens, device=embeds.device))
@@ -167,7 +167,7 @@ def recover_ids(module: Any, embeds: torch.Tensor, tags: TagSet) -> torch.Tensor
                 break
         if len(near):
             raise ValueError(
-                f"inputs_embeds hold a vector that is almost the one of {tags.names.close('goal')}: noise was added, "
+                f"inputs_embeds hold a vector that is almost the one of {tags.names.trigger}: noise was added, "
                 "or the table has changed; pass input_ids, and let the model embed them"
             )
         if not bool((found & (nearest == 0)).any()):

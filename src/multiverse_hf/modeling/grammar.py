@@ -2,7 +2,8 @@
 
 Pure state machines over token ids, without a model. :class:`Scanner` is the one definition of what a tag does. The
 layout runs it over whole documents. The engine runs a :class:`Structure` for each branch: a scanner that also keeps
-what only generation needs, such as the outlines' labels.
+what only generation needs, such as the outlines' labels. Comments name Multiverse's tags; the family of the tag set
+says which tags there are, which opens the paths, and which follow them.
 """
 
 import copy
@@ -32,12 +33,13 @@ class Stage(Enum):
     GOAL = auto()  # inside the goal, between outlines
     OUTLINE = auto()  # inside an outline
     FORKED = auto()  # a path begins, its <Path> to come
-    REDUCED = auto()  # the paths are merged, <Conclusion> to come
+    REDUCED = auto()  # the paths are merged, the text that the engine writes to come
     CONCLUSION = auto()  # inside the conclusion
-    CONCLUDED = auto()  # </Conclusion> read, </Parallel> to come
+    CONCLUDED = auto()  # past that text and outside the conclusion, another tag of the block's ending to come
 
 
 IN_GOAL = (Stage.GOAL, Stage.OUTLINE)
+IN_ENDING = (Stage.REDUCED, Stage.CONCLUSION, Stage.CONCLUDED)
 
 
 @dataclass(slots=True)
@@ -57,6 +59,7 @@ class Scanner:
         stage: where the last token stands in the grammar.
         open_blocks: blocks whose paths are being read, outermost first.
         num_outlines: of the goal being read, opened so far.
+        num_ended: tags of the ending of the block read last, which follow its paths.
         turn_end: in a turn of the user's or the system's, where tags are text: the token that ends it.
         recent: the last tokens outside every block, among which such a turn may open.
     """
@@ -65,6 +68,7 @@ class Scanner:
     stage: Stage = Stage.TEXT
     open_blocks: list[OpenBlock] = field(default_factory=list)
     num_outlines: int = 0
+    num_ended: int = 0
     turn_end: int | None = None
     recent: tuple[int, ...] = ()
 
@@ -102,7 +106,14 @@ class Scanner:
         role, opens = tags.roles[token]
         if stage in IN_GOAL:  # here only the goal's own tags count
             return self._read_in_goal(role, opens)
-        if role == "parallel":
+        if stage in IN_ENDING and token == tags.ending[self.num_ended]:
+            self.num_ended += 1
+            is_last = self.num_ended == len(tags.ending)
+            inside = Stage.CONCLUSION if role == "conclusion" and opens else Stage.CONCLUDED
+            self.stage = Stage.TEXT if is_last else inside
+        elif role == "parallel" and opens and tags.names.num_paths is not None:
+            return self._fork(tags.names.num_paths)
+        elif role == "parallel":
             self.stage = Stage.ARMED if opens else Stage.TEXT
         elif role == "goal" and opens and (stage is Stage.ARMED or tags.names.parallel is None):
             self.stage, self.num_outlines = Stage.GOAL, 0
@@ -113,14 +124,10 @@ class Scanner:
                 self.stage = Stage.FORKED
                 return Event.NEXT_PATH
             self.open_blocks.pop()
-            self.stage = Stage.REDUCED
+            self.stage, self.num_ended = Stage.REDUCED, 0
             return Event.REDUCE
         elif role == "path" and opens and stage is Stage.FORKED:
             self.stage = Stage.TEXT
-        elif role == "conclusion" and opens and stage is Stage.REDUCED:
-            self.stage = Stage.CONCLUSION
-        elif role == "conclusion" and not opens and stage is Stage.CONCLUSION:
-            self.stage = Stage.TEXT if tags.names.parallel is None else Stage.CONCLUDED
         return Event.TEXT
 
     def _read_in_goal(self, role: str, opens: bool) -> Event:
@@ -128,12 +135,16 @@ class Scanner:
             self.num_outlines += opens and self.stage is Stage.GOAL
             self.stage = Stage.OUTLINE if opens else Stage.GOAL
         elif role == "goal" and not opens:
-            self.stage = Stage.FORKED if self.num_outlines else Stage.TEXT  # an empty goal goes on as text
+            self.stage = Stage.TEXT  # an empty goal goes on as text
             if self.num_outlines:
-                self.open_blocks.append(OpenBlock(self.num_outlines))
-                self.num_outlines = 0
-                return Event.FORK
+                num_paths, self.num_outlines = self.num_outlines, 0
+                return self._fork(num_paths)
         return Event.TEXT
+
+    def _fork(self, num_paths: int) -> Event:
+        self.stage = Stage.FORKED
+        self.open_blocks.append(OpenBlock(num_paths))
+        return Event.FORK
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,6 +180,7 @@ class Structure(Scanner):
         has_text: something but newlines stands in the outline, path or conclusion being written.
         outlines: token ids of each outline of the goal being written.
         labels: of every open block, the label of each path.
+        num_blocks: blocks opened so far, those in other paths not counted; a turn of the user's begins anew.
         malformed: tags that fitted no rule.
         masks: made so far; shared by all copies.
     """
@@ -179,6 +191,7 @@ class Structure(Scanner):
     outlines: list[list[int]] = field(default_factory=list)
     labels: list[list[list[int]]] = field(default_factory=list)
     malformed: int = 0
+    num_blocks: int = 0
     masks: dict[Any, TokenMask] = field(default_factory=dict, repr=False)
 
     @property
@@ -195,6 +208,10 @@ class Structure(Scanner):
         if not self.hears(token) or token not in tags.roles:
             if stage is Stage.OUTLINE:
                 self.outlines[-1].append(token)
+            elif stage is Stage.REDUCED and not tags.names.num_started:  # the engine's text has no tag
+                self.stage = Stage.CONCLUDED
+            if self.turn_end is not None:
+                self.num_blocks = 0
             self.has_text = self.has_text or token not in tags.newline
             return Event.TEXT
         if token not in self._allowed():
@@ -205,6 +222,7 @@ class Structure(Scanner):
         if event is Event.FORK:
             self.labels.append(self.path_labels())
             self.outlines = []
+            self.num_blocks += 1
         elif event is Event.REDUCE:
             self.labels.pop()
         elif stage is Stage.GOAL and self.stage is Stage.OUTLINE:
@@ -218,8 +236,10 @@ class Structure(Scanner):
         return event
 
     def path_labels(self) -> list[list[int]]:
-        """Return the label of every path that the outlines written so far ask for."""
+        """Return the label of every path that the outlines written so far ask for; none has one without outlines."""
         tags = self.tags
+        if tags.names.num_paths is not None:
+            return [[] for _ in range(tags.names.num_paths)]
         labels = [tags.label(outline, n) for n, outline in enumerate(self.outlines, 1)]
         labels = [label if len(label) <= MAX_LABEL_TOKENS else tags.ordinal(n) for n, label in enumerate(labels, 1)]
         if len({tuple(label) for label in labels}) < len(labels):  # siblings could not be told apart
@@ -243,7 +263,7 @@ class Structure(Scanner):
         other = self.copy()
         other.open_blocks.pop()
         other.labels.pop()
-        other.stage = Stage.REDUCED
+        other.stage, other.num_ended = Stage.REDUCED, 0
         other.malformed = 0
         return other
 
@@ -257,7 +277,12 @@ class Structure(Scanner):
     # What may come next
 
     def mask(
-        self, is_guided: bool, max_depth: int, max_paths: int, end_tokens: frozenset[int] = frozenset()
+        self,
+        is_guided: bool,
+        max_depth: int,
+        max_paths: int,
+        end_tokens: frozenset[int] = frozenset(),
+        max_blocks: int | None = None,
     ) -> TokenMask | None:
         """Return what may not be chosen next.
 
@@ -274,9 +299,12 @@ class Structure(Scanner):
             max_depth: most blocks around any token.
             max_paths: most outlines of a block.
             end_tokens: tokens that end a branch.
+            max_blocks: most blocks, as :attr:`num_blocks` counts them.
         """
         stage, depth = self.stage, len(self.open_blocks)
         may_open, may_outline = depth < max_depth, len(self.outlines) < max_paths
+        may_open = may_open and (max_blocks is None or self.num_blocks < max_blocks)
+        may_open = may_open and (self.tags.names.num_paths or 0) <= max_paths
         if not is_guided:
             return self._bound(may_open, may_outline)
         if stage is Stage.OUTLINE:
@@ -284,7 +312,8 @@ class Structure(Scanner):
         else:
             is_bare = not self.has_text and (stage is Stage.CONCLUSION or (stage is Stage.TEXT and depth > 0))
         may_outline = may_outline and stage is Stage.GOAL
-        state = stage, depth > 0, self.thinking, self.has_thought, bool(self.outlines), is_bare
+        ended = self.num_ended if stage in IN_ENDING else 0
+        state = stage, ended, depth > 0, self.thinking, self.has_thought, bool(self.outlines), is_bare
         key = (*state, may_open, may_outline, end_tokens)
         if key not in self.masks:
             allowed = self._allowed(may_open, may_outline)
@@ -293,7 +322,7 @@ class Structure(Scanner):
             else:
                 closing = {self.tags.close(role) for role in ("outline", "path", "conclusion")} if is_bare else set()
                 ending = end_tokens if is_bare or stage is Stage.OUTLINE else set()
-                mask = TokenMask(tuple(sorted(set(self.tags.control_ids) - allowed | closing | ending)))
+                mask = TokenMask(tuple(sorted((set(self.tags.control_ids) - allowed | closing | ending) - {None})))
             self.masks[key] = mask
         return self.masks[key]
 
@@ -324,7 +353,7 @@ class Structure(Scanner):
         allowed: list[int | None] = []
         if stage is Stage.TEXT:
             if may_open:
-                allowed.append(tags.open("goal") if tags.names.parallel is None else tags.open("parallel"))
+                allowed.append(tags.ids[tags.names.opener])
             if self.depth:
                 allowed.append(tags.close("path"))
             elif self.thinking:
@@ -342,12 +371,8 @@ class Structure(Scanner):
             allowed.append(tags.close("outline"))
         elif stage is Stage.FORKED:
             allowed.append(tags.open("path"))
-        elif stage is Stage.REDUCED:
-            allowed.append(tags.open("conclusion"))
-        elif stage is Stage.CONCLUSION:
-            allowed.append(tags.close("conclusion"))
-        elif stage is Stage.CONCLUDED:
-            allowed.append(tags.close("parallel"))
+        elif stage in IN_ENDING:
+            allowed.append(tags.ending[self.num_ended])
         return {token for token in allowed if token is not None}
 
     # Closing what is open
@@ -364,12 +389,13 @@ class Structure(Scanner):
                 tokens.append(tags.close("outline"))
             return [*tokens, tags.close("goal")]
         tokens = []
-        if self.stage is Stage.REDUCED:
-            tokens += tags.conclusion_prefix()
-        if self.stage in (Stage.REDUCED, Stage.CONCLUSION):
-            tokens.append(tags.close("conclusion"))
-        if self.stage in (Stage.REDUCED, Stage.CONCLUSION, Stage.CONCLUDED) and tags.names.parallel is not None:
-            tokens.append(tags.close("parallel"))
+        if self.stage in IN_ENDING:
+            num_ended = self.num_ended
+            if self.stage is Stage.REDUCED or num_ended < tags.names.num_started:  # the engine's text is not complete
+                begun = tags.reduce_prefix.index(tags.ending[num_ended - 1]) + 1 if num_ended else 0
+                tokens += tags.reduce_prefix[begun:]
+                num_ended = tags.names.num_started
+            tokens += tags.ending[num_ended:]
         if self.depth:
             if self.stage is Stage.FORKED:
                 tokens += self.path_prefix(self.open_blocks[-1].path)

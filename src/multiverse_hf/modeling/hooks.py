@@ -53,7 +53,7 @@ class LayoutHook:
         if is_traced(module, kwargs):
             return self._trace(module, kwargs)
         if refuses_traced(kwargs):
-            ids = refuse_blocks(kwargs["input_ids"], torch.tensor(False), self.tags.close("goal"))
+            ids = refuse_blocks(kwargs["input_ids"], torch.tensor(False), self.tags.trigger)
             return {**kwargs, "input_ids": ids}
         rows = read_rows(module, kwargs, self.tags)
         segment_ids, visible = kwargs.pop("segment_ids", None), kwargs.pop("visible", None)
@@ -79,7 +79,7 @@ class LayoutHook:
         ids, mask, cache = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get(CACHE)
         if cache is not None and cache.get_seq_length() > 0:
             mark = torch.as_tensor(getattr(cache, MARK, False))
-            return {**kwargs, "input_ids": refuse_blocks(ids, mark, self.tags.close("goal"))}
+            return {**kwargs, "input_ids": refuse_blocks(ids, mark, self.tags.trigger)}
         check_cache(cache)
         positions, seen, _, found = lay_out(ids, mask, kwargs.get("position_ids"), self.text)
         self._mark_cache(module, kwargs, found)

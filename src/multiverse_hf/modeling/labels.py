@@ -37,7 +37,7 @@ def find_forced(ids: Sequence[int], tags: TagSet) -> list[range]:
             continue
         at = index + 1
         if event is Event.REDUCE:
-            prefix = tags.conclusion_prefix()
+            prefix = tags.reduce_prefix
         else:
             prefix = structure.path_prefix(structure.open_blocks[-1].path)
         length = 1

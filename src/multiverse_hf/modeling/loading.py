@@ -12,10 +12,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, find_adapter_config_file, is_peft_available
 
 from .configuration_multiverse import MultiverseConfig
+from .families import FAMILIES, Family
 from .gguf_files import reading
 from .masks import layer_kinds
 from .remote_code import AUTO_MAP
-from .tags import PRESETS, TagNames, TagSet
+from .tags import TagSet
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def spelled_tags(
     path: str | os.PathLike[str] | None,
     base: str | os.PathLike[str] | None,
     hub: dict[str, Any],
-    names: TagNames | str | None,
+    family: Family | None,
     gguf_file: str | None,
 ) -> TagSet:
     """Read the tags from a base's tokenizer.
@@ -134,7 +135,7 @@ def spelled_tags(
         gguf = {} if gguf_file is None else {"gguf_file": gguf_file}
         with reading(base, gguf_file):
             tokenizer = AutoTokenizer.from_pretrained(base, **hub, **gguf)
-        tags = TagSet.from_tokenizer(tokenizer, names)
+        tags = TagSet.from_tokenizer(tokenizer, family)
     except ValueError as err:
         if base == path:
             raise
@@ -194,9 +195,9 @@ def _added_tokens(path: str | os.PathLike[str], hub: dict[str, Any]) -> dict[str
 
 
 def spells_tags(config: PretrainedConfig, path: str | os.PathLike[str], hub: dict[str, Any]) -> bool:
-    """Return whether the tokenizer at ``path`` has all tags of a preset, and a model of this config can use them."""
+    """Return whether the tokenizer at ``path`` has all tags of a family, and a model of this config can use them."""
     added, size = _added_tokens(path, hub), config.vocab_size
-    if not any(max(added.get(tag, size) for tag in preset.tokens) < size for preset in PRESETS.values()):
+    if not any(max(added.get(tag, size) for tag in family.tokens) < size for family in FAMILIES.values()):
         return False
     try:
         base_class(config)

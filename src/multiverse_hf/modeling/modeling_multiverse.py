@@ -22,6 +22,7 @@ from .arguments import asked_structure, check_streamer, needs_base, read_callabl
 from .attention_chunked import CHUNKED
 from .callables import is_callers
 from .configuration_multiverse import MultiverseConfig
+from .families import Family, read_family
 from .generation import MultiverseGenerateOutput, generate, generate_plain
 from .gguf_files import gguf_options, reading, split_path
 from .hooks import ForcedTokenHooks, execution_device, follow_layout, follow_layouts, hooked_forward
@@ -40,7 +41,7 @@ from .loading import (
     with_tags,
 )
 from .remote_code import AUTO_MAP, replace_empty_card, state_structure, write_code
-from .tags import PRESETS, TagNames, TagSet
+from .tags import TagSet
 
 
 class MultiverseForCausalLM:
@@ -130,7 +131,7 @@ class MultiverseForCausalLM:
         """
         self.config.auto_map = dict(AUTO_MAP)
         if getattr(self, "generation_config", None) is not None:
-            state_structure(self.generation_config)
+            state_structure(self.generation_config, self.tags.names)
         if kwargs.get("is_main_process", True):  # first, so that push_to_hub=True finds the files
             write_code(save_directory, self._base_class.__name__)
         super().save_pretrained(save_directory, *args, **kwargs)
@@ -205,7 +206,7 @@ class MultiverseForCausalLM:
         *args: Any,
         config: PretrainedConfig | str | os.PathLike[str] | None = None,
         tags: TagSet | None = None,
-        names: TagNames | str | None = None,
+        family: Family | str | None = None,
         **kwargs: Any,
     ) -> PreTrainedModel:
         """Load a checkpoint from a folder or the Hub.
@@ -222,19 +223,21 @@ class MultiverseForCausalLM:
                 ``quantization_config`` is a ``GgufConfig``; only dequantized, they can be saved and trained.
             config: in place of the checkpoint's own, or where to read it.
             tags: the control tags; by default those the config holds, else those the tokenizer beside it has.
-            names: how the tokenizer spells the tags, if it is none of the presets.
+            family: the family of the tags, or its name; by default that of the config, else the first known one whose
+                tags the tokenizer has.
 
         Raises:
             ValueError: if the architecture cannot branch, the tokenizer has no tags or other ids for them than the
                 config, or weights are missing.
             OSError: if there is no checkpoint at that place, or its GGUF file cannot be read.
         """
+        family = None if family is None else read_family(family)
         path, gguf_file = pretrained_model_name_or_path, kwargs.get("gguf_file")
         if gguf_file is None:
             path, gguf_file = split_path(path)
         kwargs |= {name: value for name, value in gguf_options(gguf_file).items() if kwargs.get(name) is None}
         is_made = cls is not MultiverseForCausalLM
-        if is_made and tags is None and names is None:  # its base knows how
+        if is_made and tags is None and family is None:  # its base knows how
             with reading(path, gguf_file, NotImplementedError):
                 loaded = super().from_pretrained(path, *args, config=config, **kwargs)
             if gguf_file is not None:  # an adapter's config names its base by this
@@ -254,12 +257,15 @@ class MultiverseForCausalLM:
         model_class = cls if is_made else multiverse_class(base_class(config))
         stored = getattr(config, "multiverse", None)
         if tags is None and stored is None:
-            tags = spelled_tags(path, base, hub, names, gguf_file)
+            tags = spelled_tags(path, base, hub, family, gguf_file)
         warn_of_missing_code(base, config)
         config = with_tags(config, tags)
         used = TagSet.from_dict(config.multiverse)
-        if names is not None and used.names != PRESETS.get(names, names):
-            raise ValueError(f"the checkpoint's tags are {', '.join(used.names.tokens)}, not {names}; leave names out")
+        if family is not None and used.names.tokens != family.tokens:
+            raise ValueError(
+                f"the checkpoint's tags are {', '.join(used.names.tokens)}, not those of family {family.name}; leave "
+                "family out"
+            )
         if config.multiverse == stored and base is not None:
             check_tokenizer(used, base, hub)
         wants_info = kwargs.pop("output_loading_info", False)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .configuration_multiverse import MultiverseConfig
+from .families import Family
 from .state import StructureOptions
 
 AUTO_MAP = {
@@ -98,13 +99,13 @@ def replace_empty_card(folder: str | os.PathLike[str], name: str, architecture: 
         write_card(path, name, architecture)
 
 
-def state_structure(generation_config: Any) -> None:
-    """State the structure options in a generation config that does not: what they are by default.
+def state_structure(generation_config: Any, family: Family) -> None:
+    """State the structure options in a generation config that does not: what they are by default in the family.
 
     Raises:
         ValueError: if it states one that is none.
     """
-    defaults = StructureOptions()
+    defaults = StructureOptions(**family.limits)
     for name in STRUCTURE:
         if getattr(generation_config, name, None) is None:
             setattr(generation_config, name, getattr(defaults, name))

@@ -61,6 +61,22 @@ def mask_scores(masks: Sequence[TokenMask | None], scores: torch.Tensor) -> torc
     return scores
 
 
+def penalize_paths(scores: torch.Tensor, rows: Sequence[tuple[Any, Any]]) -> torch.Tensor:
+    """Penalize in place what paths repeat of their own tokens, where a request asks for it.
+
+    Args:
+        scores: (N, V).
+        rows: the answer and the branch of each row.
+    """
+    for row, (answer, branch) in enumerate(rows):
+        penalty = answer.request.options.path_repetition_penalty
+        if penalty != 1 and branch.blocks:
+            ids = torch.tensor(sorted(set(branch.context[branch.own :])), dtype=torch.long, device=scores.device)
+            found = scores[row, ids]
+            scores[row, ids] = torch.where(found < 0, found * penalty, found / penalty)
+    return scores
+
+
 def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy numbers to a device without waiting for it: a GPU still computes logits while it is told how to choose."""
     tensor = torch.from_numpy(values)

@@ -46,7 +46,7 @@ class StructureOptions:
     Args:
         structure: ``"guided"`` masks tags the grammar does not allow, ``"lenient"`` takes what comes, ``"off"`` is
             ordinary autoregressive decoding.
-        max_depth: blocks around any token.
+        max_depth: blocks around any token. This default and the next are Multiverse's: see :class:`~.families.Family`.
         max_paths: outlines of a block.
         max_branches: branches of the answer that are written at once. Further paths wait until one closes: what each
             writes does not depend on that, but a step's memory and time do.
@@ -55,6 +55,9 @@ class StructureOptions:
             ``max_new_tokens``: what a model that never stops forking can cost at most.
         stop_scope: what a stop string or a stopping criterion ends inside a path: ``"path"``, that path, or
             ``"answer"``, the whole answer, as ``stop`` means to a client of OpenAI's API.
+        max_blocks: blocks of an answer, those in other paths not counted.
+        path_repetition_penalty: as ``repetition_penalty`` of transformers, but in paths only, and for the tokens that
+            the path itself has.
         speculate: tokens each branch may draft for a step to check (:mod:`~.drafts`). No answer depends on it.
     """
 
@@ -66,16 +69,22 @@ class StructureOptions:
     max_total_tokens: int | None = None
     stop_scope: str = "path"
     speculate: int = 0
+    max_blocks: int | None = None
+    path_repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.structure not in ("guided", "lenient", "off"):
             raise ValueError(f"structure must be 'guided', 'lenient' or 'off', got {self.structure!r}")
         if self.stop_scope not in ("path", "answer"):
             raise ValueError(f"stop_scope must be 'path' or 'answer', got {self.stop_scope!r}")
-        for name in ("max_depth", "max_paths", "max_branches", "max_path_tokens", "max_total_tokens", "speculate"):
+        penalty = self.path_repetition_penalty
+        if isinstance(penalty, bool) or not isinstance(penalty, int | float) or not 0 < penalty < float("inf"):
+            raise ValueError(f"path_repetition_penalty must be a number above 0, got {penalty!r}")
+        optional_counts = ("max_path_tokens", "max_total_tokens", "max_blocks")
+        for name in (*optional_counts, "max_depth", "max_paths", "max_branches", "speculate"):
             value = getattr(self, name)
             low = 0 if name in ("max_depth", "speculate") else 1
-            optional = name in ("max_path_tokens", "max_total_tokens")
+            optional = name in optional_counts
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
             if not fits and not (optional and value is None):
                 raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
@@ -249,7 +258,7 @@ class Request:
         self.structured = self.options.structure != "off"
         self.needs_context = (
             self.sampler.needs_context or bool(self.criteria) or self.calls is not None or bool(self.options.speculate)
-        )
+        ) or self.options.path_repetition_penalty != 1
         self.has_criteria = self.calls is not None and bool(self.calls.criteria)
 
     @property
@@ -348,7 +357,7 @@ class BranchEvent:
         sequence: row of the batch.
         kind: ``"token"``, ``"fork"``, ``"close"``, ``"reduce"`` or ``"finish"``.
         branch: the branch's label, e.g. ``"2.1"``; empty outside every block. Blocks that follow one another label
-            their paths alike: each ``"fork"`` begins anew.
+            their paths alike: each ``"fork"`` begins anew. Blocks that the prompt leaves open come first.
         token: the token written, for ``"token"``.
         sampled: the model chose the token.
         num_paths: for ``"fork"``.

@@ -1,71 +1,20 @@
-"""The control tags: their names, their token ids, and the text the engine writes at a fork and at a reduce.
+"""The control tags of a tokenizer: their token ids, and prompts in which a user's own text cannot spell them.
 
-Everything that knows how a tag is spelled goes through this module, so another family with the same semantics is
-another :class:`TagNames`, not another code path. Imports no torch.
+Everything that knows how a tag is spelled goes through this module. What the tags mean is the family's
+(:mod:`~.families`). Imports no torch.
 """
 
 import re
 import reprlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
-ROLES = ("think", "parallel", "goal", "outline", "path", "conclusion")
+from .families import FAMILIES, MULTIVERSE, NPR, ROLES, Family, find_family, pieces_of, read_family  # noqa: F401
 
-
-@dataclass(frozen=True, slots=True)
-class TagNames:
-    """Names of the control tags, and the text written for the model at a fork and at a reduce.
-
-    ``think`` and ``parallel`` may be None. Without ``parallel`` a block begins at the goal's open tag and ends at the
-    conclusion's close tag (the NPR family).
-    """
-
-    think: str | None = "Think"
-    parallel: str | None = "Parallel"
-    goal: str = "Goal"
-    outline: str = "Outline"
-    path: str = "Path"
-    conclusion: str = "Conclusion"
-
-    def __post_init__(self) -> None:
-        names = [name for _, name in self.items()]
-        for name in names:
-            if not re.fullmatch(r"[A-Za-z_][\w-]*", name):
-                raise ValueError(f"a tag name is a word such as 'Goal', got {name!r}")
-        if len(set(names)) != len(names):
-            raise ValueError(f"tag names must differ from each other, got {names}")
-
-    def items(self) -> Iterator[tuple[str, str]]:
-        """Return (role, name) for every tag this family has, in :data:`ROLES` order."""
-        for role in ROLES:
-            name = getattr(self, role)
-            if name is not None:
-                yield role, name
-
-    def open(self, role: str) -> str:
-        """Return the open tag of a role, e.g. ``<Goal>``."""
-        return f"<{getattr(self, role)}>"
-
-    def close(self, role: str) -> str:
-        """Return the close tag of a role, e.g. ``</Goal>``."""
-        return f"</{getattr(self, role)}>"
-
-    @property
-    def tokens(self) -> list[str]:
-        """All tags, open and close, in :data:`ROLES` order."""
-        return [tag for role, _ in self.items() for tag in (self.open(role), self.close(role))]
-
-
-MULTIVERSE = TagNames()
-NPR = TagNames(think=None, parallel=None, goal="guideline", outline="plan", path="step", conclusion="takeaway")
-PRESETS = {"multiverse": MULTIVERSE, "npr": NPR}
-
-
-def find_preset(vocab: Collection[str]) -> TagNames:
-    """Return the first preset all of whose tags are tokens, :data:`MULTIVERSE` if there is none."""
-    return next((preset for preset in PRESETS.values() if all(tag in vocab for tag in preset.tokens)), MULTIVERSE)
-
+TagNames = Family  # its name while a family was its tags alone
+PRESETS = FAMILIES
 
 # A label as it opens an outline: "1:", "2.1:".
 LABEL = re.compile(r"\s*(\d+(?:\.\d+)*):")
@@ -76,7 +25,7 @@ class TagSet:
     """The control tags of one tokenizer, as token ids. Stored in ``config.multiverse`` of a checkpoint.
 
     Args:
-        names: how the tags are spelled.
+        names: the family: how the tags are spelled, and what they mean.
         ids: token id of every tag, keyed ``"<Goal>"``, ``"</Goal>"`` and so on.
         newline: ids of one newline.
         colon: ids of ``:``.
@@ -86,7 +35,7 @@ class TagSet:
             that ends it. Tags in them are text. Empty where there is no chat template.
     """
 
-    names: TagNames
+    names: Family
     ids: dict[str, int]
     newline: list[int]
     colon: list[int]
@@ -94,6 +43,9 @@ class TagSet:
     label_pieces: dict[int, str] = field(repr=False)
     turns: tuple[tuple[tuple[int, ...], int], ...] = ()
     roles: dict[int, tuple[str, bool]] = field(init=False, repr=False, compare=False)  # id -> (role, is an open tag)
+    trigger: int = field(init=False, repr=False, compare=False)  # the tag that opens the paths of a block
+    ending: list[int] = field(init=False, repr=False, compare=False)  # the tags after the paths of a block, in order
+    reduce_prefix: list[int] = field(init=False, repr=False, compare=False)  # what the engine writes before them
 
     def __post_init__(self) -> None:
         missing = [tag for tag in self.names.tokens if tag not in self.ids]
@@ -104,6 +56,13 @@ class TagSet:
             roles[self.ids[self.names.open(role)]] = (role, True)
             roles[self.ids[self.names.close(role)]] = (role, False)
         object.__setattr__(self, "roles", roles)
+        object.__setattr__(self, "trigger", self.ids[self.names.trigger])
+        object.__setattr__(self, "ending", [self.ids[self.names.tag(tag)] for tag in self.names.ending])
+        object.__setattr__(self, "reduce_prefix", self._spell(pieces_of(self.names.reduce_start)))
+
+    def _spell(self, pieces: Sequence[str]) -> list[int]:
+        """Return the ids of pieces of the text that the engine writes."""
+        return [i for p in pieces for i in (self.newline if p == "\n" else [self.ids[self.names.tag(p)]])]
 
     def open(self, role: str) -> int | None:
         """Return the token id of a role's open tag, None where the family has no such tag."""
@@ -150,30 +109,24 @@ class TagSet:
 
     def path_prefix(self, label: Sequence[int]) -> list[int]:
         """Return the forced start of a path, e.g. ``\\n<Path>\\n1:``."""
-        return [*self.newline, self.ids[self.names.open("path")], *self.newline, *label]
-
-    def conclusion_prefix(self) -> list[int]:
-        """Return the forced start of a reduce, ``\\n<Conclusion>\\n``."""
-        return [*self.newline, self.ids[self.names.open("conclusion")], *self.newline]
+        pieces = pieces_of(self.names.path_start)
+        head = list(takewhile(lambda piece: piece != "{label}", pieces))
+        tail = pieces[len(head) + 1 :]
+        return [*self._spell(head), *(label if len(head) < len(pieces) else ()), *self._spell(tail)]
 
     @classmethod
-    def from_tokenizer(cls, tokenizer: Any, names: TagNames | str | None = None) -> "TagSet":
+    def from_tokenizer(cls, tokenizer: Any, names: Family | str | None = None) -> "TagSet":
         """Read the tags of a tokenizer that has them.
 
         Args:
             tokenizer: a transformers tokenizer.
-            names: the family, a preset's name, or None to take the first preset whose tags are all there.
+            names: the family, its name, or None to take the first known one whose tags are all there.
 
         Raises:
             ValueError: if a tag is not one token of this tokenizer.
         """
-        if isinstance(names, str):
-            if names not in PRESETS:
-                raise ValueError(f"unknown tag family {names!r}; choose one of {', '.join(PRESETS)} or pass TagNames")
-            names = PRESETS[names]
         vocab = tokenizer.get_vocab()
-        if names is None:
-            names = find_preset(vocab)
+        names = find_family(vocab) if names is None else read_family(names)
         missing = [tag for tag in names.tokens if tag not in vocab]
         if missing:
             others = f" and {len(missing) - 1} other tags" if len(missing) > 1 else ""
@@ -209,7 +162,7 @@ class TagSet:
         return cls(names, ids, newline, colon, digits, pieces, read_turns(tokenizer))
 
     @classmethod
-    def add_to(cls, tokenizer: Any, names: TagNames = MULTIVERSE) -> "TagSet":
+    def add_to(cls, tokenizer: Any, names: Family = MULTIVERSE) -> "TagSet":
         """Add the tags a tokenizer lacks, as tokens that ``skip_special_tokens=True`` keeps, and read the set."""
         from transformers import AddedToken
 
@@ -222,6 +175,7 @@ class TagSet:
         """Return the JSON form that ``config.multiverse`` holds."""
         return {
             "names": {role: getattr(self.names, role) for role in ROLES},
+            "family": self.names.rules(),
             "ids": dict(self.ids),
             "newline": list(self.newline),
             "colon": list(self.colon),
@@ -239,7 +193,7 @@ class TagSet:
         """
         try:
             return cls(
-                TagNames(**data["names"]),
+                Family.from_rules(data["names"], data.get("family")),
                 {tag: int(i) for tag, i in data["ids"].items()},
                 list(data["newline"]),
                 list(data["colon"]),
@@ -297,7 +251,7 @@ def read_turns(tokenizer: Any) -> tuple[tuple[tuple[int, ...], int], ...]:
 def encode_prompt(
     tokenizer: Any,
     prompt: str | Sequence[Any],
-    names: TagNames | None = None,
+    names: Family | None = None,
     add_generation_prompt: bool = True,
     return_tensors: str | None = None,
 ) -> Any:
@@ -310,7 +264,7 @@ def encode_prompt(
     Args:
         tokenizer: a transformers tokenizer.
         prompt: the user's text, or chat messages; or a list of prompts, each one or the other.
-        names: the tag family; by default the preset whose tags the tokenizer has.
+        names: the family; by default the known one whose tags the tokenizer has.
         add_generation_prompt: end with the opening of the assistant's turn.
         return_tensors: of one prompt: None for a list of ids, ``"pt"`` for a tensor. A list of prompts always gives
             tensors.
@@ -328,7 +282,7 @@ def encode_prompt(
         raise ValueError(f"return_tensors is None or 'pt', got {return_tensors!r}")
     if not isinstance(prompt, str) and isinstance(prompt, Sequence) and not len(prompt):
         raise ValueError("the list of prompts is empty; give at least one")
-    names = names or find_preset(tokenizer.get_vocab())
+    names = names or find_family(tokenizer.get_vocab())
     is_batch = isinstance(prompt, Sequence) and not isinstance(prompt, str) and len(prompt) > 0
     if not is_batch or isinstance(prompt[0], Mapping):
         ids = _encode(tokenizer, read_messages(prompt, "the prompt"), names, add_generation_prompt)
@@ -376,12 +330,12 @@ def read_messages(prompt: Any, where: str) -> list[Mapping[str, str]]:
     return list(messages)
 
 
-def encode_text(tokenizer: Any, text: str, names: TagNames | None = None) -> list[int]:
+def encode_text(tokenizer: Any, text: str, names: Family | None = None) -> list[int]:
     """Return the ids of a text without a chat template. Tags and special tokens that it spells stay text."""
-    return _join(tokenizer, *_guard(tokenizer, [text], names or find_preset(tokenizer.get_vocab())), False)
+    return _join(tokenizer, *_guard(tokenizer, [text], names or find_family(tokenizer.get_vocab())), False)
 
 
-def _guard(tokenizer: Any, texts: Sequence[str], names: TagNames) -> tuple[list[str], str]:
+def _guard(tokenizer: Any, texts: Sequence[str], names: Family) -> tuple[list[str], str]:
     """Return texts with a mark after the first character of each tag and special token, and the mark.
 
     Split at the mark and put together again without it, the token never forms. Any private character will do that the
@@ -410,7 +364,7 @@ def _join(tokenizer: Any, texts: Sequence[str], mark: str, has_template: bool) -
 
 
 def _encode(
-    tokenizer: Any, messages: Sequence[Mapping[str, str]], names: TagNames, add_generation_prompt: bool
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], names: Family, add_generation_prompt: bool
 ) -> list[int]:
     contents = [message["content"] for message in messages]
     guarded, mark = _guard(tokenizer, contents, names)

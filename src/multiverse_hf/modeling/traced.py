@@ -75,13 +75,13 @@ def _(
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::refuse_blocks", mutates_args=())
-def refuse_blocks(input_ids: torch.Tensor, laid_out: torch.Tensor, goal_end: int) -> torch.Tensor:
+def refuse_blocks(input_ids: torch.Tensor, laid_out: torch.Tensor, trigger: int) -> torch.Tensor:
     """Return a copy of ids that go on from a cache.
 
     Raises:
-        ValueError: if the cache holds a laid-out document, or the ids hold ``</Goal>``.
+        ValueError: if the cache holds a laid-out document, or the ids hold the tag that opens paths.
     """
-    if not is_plain() and bool(laid_out | (input_ids == goal_end).any()):
+    if not is_plain() and bool(laid_out | (input_ids == trigger).any()):
         raise ValueError(
             "a document with parallel paths cannot go on from past_key_values; call model.generate, or pass the whole "
             "text as input_ids"
@@ -90,5 +90,5 @@ def refuse_blocks(input_ids: torch.Tensor, laid_out: torch.Tensor, goal_end: int
 
 
 @refuse_blocks.register_fake
-def _(input_ids: torch.Tensor, laid_out: torch.Tensor, goal_end: int) -> torch.Tensor:
+def _(input_ids: torch.Tensor, laid_out: torch.Tensor, trigger: int) -> torch.Tensor:
     return torch.empty_like(input_ids)

@@ -71,6 +71,7 @@ class Writer:
         # the prompt's own pass is not counted
         sequence.stats = GenerationStats(num_steps=-1, max_width=len(sequence.live))
         sequence.stats.depth = max(branch.structure.depth for branch in sequence.live)
+        self._tell_open_blocks(sequence)
         for branch in list(sequence.live):
             self._start(sequence, branch)
         self.start_held(sequence)
@@ -81,7 +82,9 @@ class Writer:
         request, options = sequence.request, sequence.request.options
         if not request.structured:
             return None
-        return branch.structure.mask(options.structure == "guided", options.max_depth, options.max_paths, request.eos)
+        return branch.structure.mask(
+            options.structure == "guided", options.max_depth, options.max_paths, request.eos, options.max_blocks
+        )
 
     def end_at_once(self, sequence: Sequence) -> None:
         """End an answer before its first token: there is no room even for the tags that close its prompt."""
@@ -197,6 +200,17 @@ class Writer:
         else:
             request.on_event(event)
 
+    def _tell_open_blocks(self, sequence: Sequence) -> None:
+        """Send the events by which a listener knows the branches that its prompt leaves."""
+        held = [(f"{block.branch.label}.{path + 1}".lstrip("."), [block]) for block, path in sequence.held]
+        left = [(branch.label, branch.blocks) for branch in sequence.live] + held
+        for block in dict.fromkeys(block for _, blocks in left for block in blocks):
+            self.emit(sequence, "fork", block.branch.label, num_paths=len(block.paths))
+            for number in range(1, len(block.paths) + 1):
+                path = f"{block.branch.label}.{number}".lstrip(".")
+                if not any(label == path or label.startswith(f"{path}.") for label, _ in left):
+                    self.emit(sequence, "close", path)
+
     def _fork(self, sequence: Sequence, branch: Branch) -> None:
         """Make one branch per outline, each with its forced start."""
         request, structure = sequence.request, branch.structure
@@ -298,7 +312,7 @@ class Writer:
         if block is not None and branch.segment is block.paths[branch.path]:
             forced = branch.structure.path_prefix(branch.path)
         elif branch.after is not None and branch.segment is branch.after.reduced:
-            forced = self.tags.conclusion_prefix()
+            forced = self.tags.reduce_prefix
         else:
             forced = []
         begun = len(written) if forced[: len(written)] == written else 0

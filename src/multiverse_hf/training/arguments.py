@@ -47,7 +47,9 @@ class DataArguments:
     )
     suffix: bool = field(default=True, metadata={"help": "end prompts with the sentence of record of their form"})
     system_prompt: str | None = field(default=None, metadata={"help": "system message for chats without one"})
-    tags: str | None = field(default=None, metadata={"help": "tag family for a base without tags: multiverse or npr"})
+    tags: str | None = field(
+        default=None, metadata={"help": "family for a base without tags: see multiverse families"}
+    )
     pack_rows: bool = field(default=False, metadata={"help": "pack documents into rows of up to max_length tokens"})
     bucket_batches: int = field(
         default=32,

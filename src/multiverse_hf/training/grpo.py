@@ -17,9 +17,9 @@ from trl import GRPOTrainer
 
 from multiverse_hf.documents import Document, DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError
+from multiverse_hf.modeling.families import Family
 from multiverse_hf.modeling.integrations import multiverse_model
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
-from multiverse_hf.modeling.tags import TagNames
 from multiverse_hf.training.rollouts import encode_prompts, whole_model
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def engine_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
     }
 
 
-def _parse(text: str, names: TagNames) -> Document | None:
+def _parse(text: str, names: Family) -> Document | None:
     """Return a document; None if it is malformed."""
     try:
         return parse_document(text, names)

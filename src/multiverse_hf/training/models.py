@@ -14,10 +14,11 @@ from multiverse_hf.checkpoints import gguf_reason
 from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.attention_chunked import CHUNKED
 from multiverse_hf.modeling.configuration_multiverse import MultiverseConfig
+from multiverse_hf.modeling.families import Family, find_family, read_family
 from multiverse_hf.modeling.gguf_files import reading, split_path
 from multiverse_hf.modeling.loading import base_class
 from multiverse_hf.modeling.modeling_multiverse import multiverse_class
-from multiverse_hf.modeling.tags import MULTIVERSE, PRESETS, TagNames, TagSet, find_preset
+from multiverse_hf.modeling.tags import TagSet
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Tokens:
 def load_tokens(
     path: str,
     revision: str = "main",
-    names: TagNames | str | None = None,
+    names: Family | str | None = None,
     tokenizer_path: str | None = None,
     chat_template: str | None = None,
     eos_token: str | None = None,
@@ -65,7 +66,7 @@ def load_tokens(
     Args:
         path: folder or repository of the model, or ``folder/FILE.gguf``.
         revision: revision of a repository.
-        names: spelling of the tags, or a preset's name; None for the tokenizer's tags, else the paper's.
+        names: the family of the tags, or its name; None for the tokenizer's tags, else the paper's.
         tokenizer_path: folder or repository of the tokenizer, if it is not the model's own.
         chat_template: Jinja text in place of the tokenizer's.
         eos_token: end token of an answer, in place of the tokenizer's.
@@ -81,11 +82,7 @@ def load_tokens(
     base_class(config)
     with reading(place, gguf_file):
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_path or place, **(own if tokenizer_path is None else {}))
-    if isinstance(names, str):
-        if names not in PRESETS:
-            raise ValueError(f"tags are {' or '.join(PRESETS)}, got {names!r}")
-        names = PRESETS[names]
-    names = names or find_preset(tokenizer.get_vocab()) or MULTIVERSE
+    names = find_family(tokenizer.get_vocab()) if names is None else read_family(names)
     if eos_token is not None:
         if eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token {eos_token!r} is no token of {path}; choose one of its vocabulary")
@@ -185,7 +182,7 @@ def default_attention(device_type: str, keeps_apart: bool) -> str:
     return "flex_attention" if keeps_apart else "sdpa"
 
 
-def tag_phrases(names: TagNames) -> dict[str, str]:
+def tag_phrases(names: Family) -> dict[str, str]:
     """Return the words for each tag's initial embedding: its name, and "begin" or "end"."""
     phrases = {}
     for role, name in names.items():

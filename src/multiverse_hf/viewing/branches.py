@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from multiverse_hf.modeling.tags import LABEL, PRESETS
+from multiverse_hf.modeling.families import FAMILIES
+from multiverse_hf.modeling.tags import LABEL
 
 if TYPE_CHECKING:  # they import torch, which only a running model needs
     from multiverse_hf.modeling.state import BranchEvent
@@ -17,9 +18,9 @@ Roles = Mapping[Token, tuple[str, bool]]  # of each tag: its role, and whether i
 # The tags of all families, for events that carry text.
 TEXT_ROLES: Roles = {
     tag: (role, opens)
-    for names in PRESETS.values()
-    for role, _ in names.items()
-    for tag, opens in ((names.open(role), True), (names.close(role), False))
+    for family in FAMILIES.values()
+    for role, _ in family.items()
+    for tag, opens in ((family.open(role), True), (family.close(role), False))
 }
 
 

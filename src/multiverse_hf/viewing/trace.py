@@ -11,9 +11,10 @@ from typing import Any
 
 from multiverse_hf.data.rows import IGNORE, document_labels, with_forced_starts
 from multiverse_hf.documents import DocumentError, parse_document
+from multiverse_hf.modeling.families import FAMILIES
 from multiverse_hf.modeling.grammar import IN_GOAL, Event, Stage, Structure
 from multiverse_hf.modeling.layout import build_layout
-from multiverse_hf.modeling.tags import LABEL, PRESETS, TagSet
+from multiverse_hf.modeling.tags import LABEL, TagSet
 from multiverse_hf.viewing.results import ViewedResult
 
 # Kind of a token that is no tag, by where it stands; elsewhere it belongs to the tags around it.
@@ -50,11 +51,10 @@ class _OpenBlock:
 
 def tags_of(text: str, tokenizer: Any, tags: TagSet) -> tuple[Any, TagSet]:
     """Return a tokenizer and tags that fit a document: of another family if the document has its tags."""
-    names = next((names for names in PRESETS.values() if names.close("goal") in text), tags.names)
-    if names == tags.names or tags.names.close("goal") in text:
+    if not (found := [each for each in FAMILIES.values() if each.is_in(text)]) or tags.names.is_in(text):
         return tokenizer, tags
     tokenizer = copy.deepcopy(tokenizer)
-    return tokenizer, TagSet.add_to(tokenizer, names)
+    return tokenizer, TagSet.add_to(tokenizer, found[0])
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,8 @@ def _follow(
         steps.append(max(step, 0))
         lane.tokens.append(index)
         is_tag = forced[index] or (token in tags.roles and structure.malformed == malformed)
-        if before not in (Stage.ARMED, *IN_GOAL) and structure.stage in (Stage.ARMED, *IN_GOAL):
+        begins = event is Event.FORK or structure.stage in (Stage.ARMED, *IN_GOAL)
+        if before not in (Stage.ARMED, *IN_GOAL) and begins:
             lane.goal = len(lane.items)
         _add(lane, "tag" if is_tag else _KINDS.get(structure.stage, "tag"), index)
         if event is Event.TEXT:
@@ -220,7 +221,7 @@ def _follow(
         place, step = len(block.item["paths"]), block.fork_step
         outlines = [item for item in block.item["goal"] if item["kind"] == "outline"]
         at = (outlines[place]["start"], outlines[place]["stop"]) if place < len(outlines) else (0, 0)
-        name = tokenizer.decode(structure.labels[-1][place]).strip().rstrip(":")
+        name = tokenizer.decode(structure.labels[-1][place]).strip().rstrip(":") or str(place + 1)
         lane = _Lane(len(lanes), name, parent.number, len(blocks), block.number, at)
         lanes.append(lane)
         block.item["paths"].append({"branch": lane.number, "items": lane.items})
