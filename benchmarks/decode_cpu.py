@@ -9,7 +9,7 @@ turns, on the same weights:
 - generate: ``model.generate`` of multiverse_hf.
 - transformers: ``generate`` of the plain model, greedy, as many tokens after the same prompt.
 - bare: the engine's forward passes in a loop without engine and grammar: the same weights, queries, mask shapes,
-  cache and copies of long branches, which it finds made, and the argmax of every row.
+  cache, which it finds filled, and the argmax of every row.
 
 With ``--write-goal`` the prompt ends before ``<Parallel>``: the outlines, which are sequential on every side, are then
 written and counted as well. That is the losing case: many short paths, and each outline costs a step per token.

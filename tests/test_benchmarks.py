@@ -174,7 +174,6 @@ def test_a_way_that_does_not_run_here_does_not_end_the_others(monkeypatch: pytes
         ("autoregressive_cpu", ["--batch", "2", "--prompt", "64", "--tokens", "8", "--repeats", "1"]),
         ("decode_cpu", ["--paths", "2", "--prompt", "64", "--path-tokens", "16", "--repeats", "1"]),
         ("serving", ["--clients", "2", "--requests", "1", "--repeats", "1", "--transformers"]),
-        ("branch_copies", ["--geometry", "tiny", "--paths", "2", "--path-tokens", "64", "--dtype", "float32"]),
     ],
 )
 def test_benchmarks_of_a_whole_model_run(script: str, options: list[str], tmp_path: Path) -> None:

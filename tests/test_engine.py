@@ -26,7 +26,6 @@ from transformers import LogitsProcessor
 from multiverse_hf import MultiverseForCausalLM
 from multiverse_hf.documents import parse_document, validate
 from multiverse_hf.modeling import engine as engine_module
-from multiverse_hf.modeling.attention_copies import BranchCopies
 from multiverse_hf.modeling.budget import closing_cost, reduce_cost
 from multiverse_hf.modeling.cache import SCRATCH, LogCache, bytes_per_entry
 from multiverse_hf.modeling.cpu import packed_weights, using
@@ -75,12 +74,6 @@ def new_engine(name: str, capacity: int, growable: bool = False, **options) -> E
 ARRIVAL = operator.attrgetter("arrival")
 
 
-def copy_soon(engine: Engine) -> None:
-    """Have what branches see copied from a few tokens on."""
-    copies = engine.runner.copies
-    copies.min_scores, copies.min_new, copies.min_tail, copies.min_page = 0, 4, 0, 1
-
-
 def drain(engine: Engine) -> None:
     while engine.has_work:
         engine.step()
@@ -118,7 +111,6 @@ class Pressure(RuleBasedStateMachine):
     """Random requests come, go and are cancelled in an engine with little room."""
 
     name = "qwen2"
-    has_copies = False
     decoding = "packed"
     CAPACITY = 160
     asked = Bundle("asked")
@@ -126,8 +118,6 @@ class Pressure(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.engine = new_engine(self.name, self.CAPACITY, max_num_seqs=4, prefill_chunk=7, decoding=self.decoding)
-        if self.has_copies:
-            copy_soon(self.engine)
         self.requests: list[tuple[Sequence, tuple[int, ...], tuple]] = []
 
     @rule(
@@ -164,14 +154,10 @@ class Pressure(RuleBasedStateMachine):
         for sequence in self.engine.scheduler.running:
             extent = cache.extents[sequence.arrival]
             assert sequence.num_computed <= extent.used <= extent.size
-        if (copies := cache.copies) is not None:
-            assert set(copies.logs) <= set(cache.extents)
-            assert copies.num_entries <= copies.max_entries
 
     def teardown(self):
         drain(self.engine)
         assert not self.engine.cache.extents
-        assert self.engine.cache.copies is None or not self.engine.cache.copies.logs
         for sequence, prompt, options in self.requests:
             assert sequence.error is None
             if sequence.finish is FinishReason.CANCELLED:
@@ -184,13 +170,6 @@ class Pressure(RuleBasedStateMachine):
             assert sequence.logits.keys() == oracle.logits.keys()
             for entry, logits in sequence.logits.items():
                 assert (logits - oracle.logits[entry]).abs().max() < 1e-9
-
-
-class PressureOnLongBranches(Pressure):
-    """Every query meets the log entries it sees, and no others."""
-
-    name = "qwen3"
-    has_copies = True
 
 
 class PressureOnStaticShapes(Pressure):
@@ -206,18 +185,15 @@ class PressureOnSlidingWindows(Pressure):
 
 Pressure.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
 PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
-PressureOnLongBranches.TestCase.settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
 PressureOnStaticShapes.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 TestPressure = Pressure.TestCase
-TestPressureOnLongBranches = pytest.mark.slow(PressureOnLongBranches.TestCase)
 TestPressureOnStaticShapes = pytest.mark.slow(PressureOnStaticShapes.TestCase)
 TestPressureOnSlidingWindows = pytest.mark.slow(PressureOnSlidingWindows.TestCase)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("kind", [Pressure, PressureOnLongBranches])
-def test_pressure_for_thousands_of_steps(kind):
-    class Long(kind):
+def test_pressure_for_thousands_of_steps():
+    class Long(Pressure):
         pass
 
     Long.TestCase.settings = settings(max_examples=200, stateful_step_count=80, deadline=None)
@@ -340,28 +316,6 @@ def nested(depth: int, width: int) -> list[int]:
     """A goal inside the first path of another."""
     goal = [TAGS.open("parallel"), TAGS.open("goal"), *OUTLINE * width, TAGS.close("goal")]
     return goal if depth == 1 else [*goal, TAGS.open("path"), *nested(depth - 1, width)]
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("depth", "width"), [(1, 6), (2, 4)])
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_branches_that_read_copies_choose_the_same(monkeypatch, family, depth, width, seed):
-    prompt = [60, *nested(depth, width)]
-    options = {"max_new_tokens": 60, "max_total_tokens": 400, "do_sample": True, "temperature": 8.0, "seed": seed}
-    taken = []
-    meet = BranchCopies.meet
-    monkeypatch.setattr(BranchCopies, "meet", lambda *args: taken.append(meet(*args)) or taken[-1])
-    engine = new_engine(family, 1000)
-    copy_soon(engine)
-    sequence = engine.add(request_of(family, prompt, **options))
-    drain(engine)
-    met = [paged for paged in taken if paged is not None]
-    assert len(met) > 10
-    assert {paged.num_tail % 32 for paged in met} == {0}, "few shapes to compile"
-    oracle = alone(family, tuple(prompt), tuple(sorted(options.items())))
-    assert answer_of(sequence) == answer_of(oracle)
-    for entry, logits in sequence.logits.items():
-        assert (logits - oracle.logits[entry]).abs().max() < 1e-9
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -645,18 +599,14 @@ def test_requests_are_answered_first_come_first_served():
     assert ended == list(range(6))
 
 
-@pytest.mark.parametrize("tokens", [1, 7, 100, 1003])
-@pytest.mark.parametrize(("name", "decoding"), [("qwen2", None), ("qwen2", "simple"), ("gemma3_text", None)])
-def test_memory_for_the_cache_is_for_copies_too_where_there_are_any(name, decoding, tokens):
-    model = tiny_model(name)
+@pytest.mark.parametrize("decoding", [None, "simple"])
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_the_cache_takes_the_memory_that_it_is_given(decoding, tokens):
+    model = tiny_model("qwen2")
     given = tokens * bytes_per_entry(model) + 3
     with MultiverseEngine(model, cache_memory=given, decoding=decoding) as engine:
-        copies = engine._engine.cache.copies
-        has_copies = copies is not None
-        assert has_copies == (name == "qwen2" and decoding is None)
-        held = engine.max_cache_tokens + (copies.max_entries if has_copies else 0)
-        assert held * engine.bytes_per_token == engine.capacity_bytes <= given
-        assert engine.capacity_bytes + 2 * engine.bytes_per_token > given, "and no more is left unused"
+        assert engine.max_cache_tokens == tokens
+        assert engine.capacity_bytes == given - 3
 
 
 def test_an_engine_says_once_how_it_decodes():
@@ -736,7 +686,6 @@ def test_overload():
     long = OPTIONS | {"max_new_tokens": 50, "max_total_tokens": 150}
     asked = [[chance.randrange(FIRST_TEXT, 96) for _ in range(chance.randrange(1, 40))] for _ in range(200)]
     with MultiverseEngine(tiny_model("qwen2"), max_cache_tokens=600, max_num_seqs=20) as engine:
-        copy_soon(engine._engine)
         memory, lock = [], threading.Lock()
         engine._engine.on_step = lambda: memory.append(engine.memory())
 
@@ -775,12 +724,10 @@ def test_overload():
         assert engine.memory()["used_by"] == []
         assert engine.memory()["num_preemptions"] > 0
         used = [each["used_bytes"] for each in memory]
-        assert 0 < max(used) <= engine.capacity_bytes == 800 * engine.bytes_per_token, (
+        assert 0 < max(used) <= engine.capacity_bytes == 600 * engine.bytes_per_token, (
             "at no step more than it may take"
         )
-        assert 0 < max(each["copied_tokens"] for each in memory) <= 200
         assert all(each["used_tokens"] == sum(each["used_by"]) <= 600 for each in memory)
-        assert engine.memory()["copied_tokens"] == 0
         pool = engine._engine.cache.layers[0].keys
         assert pool.shape[2] <= 600 + SCRATCH, "and no more is held"
     for number, result in done.items():

@@ -19,7 +19,6 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .attention_copies import BranchCopies, Paged, attend_paged, can_copy
 from .cache import LogCache
 from .cpu import PackedLinear
 from .forward_inputs import CACHE
@@ -41,15 +40,13 @@ class Piece:
     Attributes:
         queries: their place in the packed row.
         keys: the slots they may see, a slice of the pool.
-        mask: columns of the step's mask that stand for these slots, or for those of ``paged``. None if the slots are a
-            plain text so far and the queries its end: no mask is needed.
-        paged: copies of what the queries see, and the slots that they see besides; None if there are none.
+        mask: columns of the step's mask that stand for these slots. None if the slots are a plain text so far and the
+            queries its end: no mask is needed.
     """
 
     queries: slice
     keys: slice
     mask: slice | None
-    paged: Paged | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +95,6 @@ def packed_attention(
     step = multiverse_step
     for number, piece in enumerate(step.pieces):
         mask = None if piece.mask is None else attention_mask[:, :, piece.queries, piece.mask]
-        if piece.paged is not None:
-            rows = query[:, :, piece.queries]
-            outputs.append(attend_paged(piece.paged, module, rows, key, value, mask, kwargs.get("scaling")))
-            continue
         keys, values = key[:, :, piece.keys], value[:, :, piece.keys]
         kwargs |= {"causal": mask is None, "folded": (step.folded, (number, attention_mask))}
         output, _ = step.attend(module, query[:, :, piece.queries], keys, values, mask, *args, **kwargs)
@@ -210,8 +203,6 @@ class PackedRunner:
         self.is_spread = len({weight.device for weight in model.parameters()}) > 1
         self.packed_layers: list[PackedLinear] = []  # layers with packed weights
         self.threads: dict[int | None, int | None] = {}  # by the width of a step
-        has_copies = self.name == "packed" and can_copy(model)
-        self.copies = BranchCopies(model, cache) if has_copies else None
 
     def __call__(self, batch: list[Reading]) -> torch.Tensor:
         """Read log entries into the cache.
@@ -238,24 +229,14 @@ class PackedRunner:
         they are written to, and a piece for attention. Logits are wanted of the last entry of each live branch.
         """
         ids, positions, slots, pieces, rows = [], [], [], [], []
-        copies = self.copies
         for reading in batch:
             sequence, first, end = reading.sequence, reading.first, reading.end
             base = self.cache.extents[sequence.arrival].base
             ids += sequence.ids[first:end]
             positions.append(sequence.positions[first:end])
             slots.append((base + first, base + end))
-            keys, columns, paged = slice(base, base + end), slice(0, end), None
-            if sequence.root.block is None and (self.window is None or end <= self.window):
-                columns = None
-            elif (
-                copies is not None
-                and not (sequence.is_reading or sequence.request.options.speculate)
-                and len(sequence.live) * first >= copies.min_scores
-            ):
-                paged = copies.meet(reading, base)
-                columns = columns if paged is None else slice(0, paged.num_tail)
-            pieces.append(Piece(reading.queries, keys, columns, paged))
+            is_plain = sequence.root.block is None and (self.window is None or end <= self.window)
+            pieces.append(Piece(reading.queries, slice(base, base + end), None if is_plain else slice(0, end)))
             rows += [entry + reading.queries.start - first for entry in reading.rows]
         self.cache.prepare(slots, self.device)
         masked = [(each, piece) for each, piece in zip(batch, pieces, strict=True) if piece.mask is not None]
@@ -301,9 +282,6 @@ class PackedRunner:
         mask = np.zeros(shape, dtype=bool)
         for reading, piece in batch:
             begin = reading.queries.start
-            if piece.paged is not None:  # only tails need a mask
-                mask[reading.queries, piece.mask] = piece.paged.is_tail
-                continue
             for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
                 entries = list(run)
                 last, seen = entries[-1]

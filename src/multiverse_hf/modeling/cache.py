@@ -106,7 +106,6 @@ class LogCache(Cache):
         self.capacity = SCRATCH + capacity
         self.growable = growable
         self.extents: dict[int, Extent] = {}  # by the sequence's number
-        self.copies: Any = None  # what is held a second time (:class:`~.attention_copies.BranchCopies`), if it may be
         self.write: slice | torch.Tensor = slice(0, 0)  # slots of the next forward's queries
         self.read = slice(0, 0)  # slots the next forward gets to see
         super().__init__(layers=[LogLayer(self) for _ in range(num_layers)])
@@ -179,8 +178,6 @@ class LogCache(Cache):
     def release(self, owner: int) -> None:
         """Free a log's slots."""
         self.extents.pop(owner, None)
-        if self.copies is not None:
-            self.copies.release(owner)
 
     def free(self) -> None:
         """Free the pool's memory; a later forward allocates it again."""

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from .attention_copies import SHARE, can_copy, entries_beside_copies
 from .cache import bytes_per_entry
 from .cpu import can_pack, free_cpu_memory
 from .distributed import Broadcast
@@ -22,8 +21,7 @@ class EngineConfig:
         max_num_seqs: answers written at once; others wait.
         max_cache_tokens: tokens the cache holds, of all answers together, or
         cache_memory: bytes it may take. By default 80 % of a GPU's free memory, on a CPU a quarter of it and at most
-            512 MiB, and never more than ``max_num_seqs`` contexts. On a CPU a quarter of it is for copies of what long
-            branches see, in the order its instructions read them; that comes on top of ``max_cache_tokens``.
+            512 MiB, and never more than ``max_num_seqs`` contexts.
         prefill_chunk: prompt tokens read in one step, of all answers together, so that a long prompt does not hold up
             those that are being written.
         decoding: ``"packed"``, ``"static"`` or ``"simple"``, see :func:`~.runner.make_runner`. By default static on a
@@ -79,18 +77,16 @@ class EngineConfig:
             ValueError: if they do not fit the free memory.
         """
         size, tokens = bytes_per_entry(model), self.max_cache_tokens
-        has_copies = self.decoding_for(model) == "packed" and can_copy(model)
         if tokens is None:
             memory = default_memory(model.device) if self.cache_memory is None else self.cache_memory
             tokens = memory // size
-            tokens = entries_beside_copies(tokens) if has_copies else tokens
             if tokens < 1:
                 raise ValueError(f"cache_memory={memory} holds no token: one takes {size} bytes")
             context = getattr(model.config, "max_position_embeddings", None)
             if self.cache_memory is None and context is not None:
                 tokens = min(tokens, self.max_num_seqs * context)
             tokens = Broadcast(model)(tokens)  # processes may have unlike free memory
-        taken = (tokens + (tokens // SHARE if has_copies else 0)) * size
+        taken = tokens * size
         free = free_memory(model.device)
         if free is not None and taken > free:
             raise ValueError(

@@ -233,19 +233,16 @@ class MultiverseEngine:
     def memory(self) -> dict[str, Any]:
         """Report the cache: tokens it holds and has room for, bytes, and what is running and waiting.
 
-        ``used_by`` gives the tokens that each running answer holds, in order of arrival; ``copied_tokens`` how many
-        are held a second time, for long branches on a CPU. Bytes are of both. ``num_branches`` counts the branches
-        that are being written, and ``num_steps`` all steps so far.
+        ``used_by`` gives the tokens that each running answer holds, in order of arrival. ``num_branches`` counts the
+        branches that are being written, and ``num_steps`` all steps so far.
         """
         scheduler, cache = self._engine.scheduler, self._engine.cache
         extents = dict(cache.extents)  # a copy: the engine's thread goes on
-        copied = 0 if cache.copies is None else cache.copies.num_entries
         return {
             "capacity_tokens": self.max_cache_tokens,
             "used_tokens": cache.num_used,
-            "copied_tokens": copied,
             "capacity_bytes": self.capacity_bytes,
-            "used_bytes": (cache.num_used + copied) * self.bytes_per_token,
+            "used_bytes": cache.num_used * self.bytes_per_token,
             "used_by": [extent.used for _, extent in sorted(extents.items())],
             "num_running": len(scheduler.running),
             "num_waiting": len(scheduler.waiting) + len(self._inbox),
