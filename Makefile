@@ -41,7 +41,7 @@ system:  ## install what slow tests start beside Python, on Debian as root (else
 demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU, core install only)
 	@$(BIN)/multiverse demo
 
-test: $(DEV)  ## run the default tests (offline, CPU; 11 minutes on two quiet cores)
+test: $(DEV)  ## run the default tests (offline, CPU; 5 minutes on two quiet cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-slow: $(DEV)  ## run the slow and the long tests (PYTEST_ARGS="-m slow": what CI runs of them)

@@ -1,10 +1,11 @@
 """Tiny random models, a tag set without a tokenizer, and processors that force a structure."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from unittest.mock import patch
 
+import pytest
 import torch
 from transformers import AutoConfig, LogitsProcessor, PreTrainedModel
 
@@ -66,6 +67,16 @@ ARCHITECTURES = {
         "experts_implementation": "eager",  # the other ones have no float64
     },
 }
+
+CORE = ("qwen2", "gemma3_text", "qwen3_moe")  # full attention, sliding windows, experts
+
+
+def slow_unless(core: Iterable, values: Iterable) -> list:
+    """Parameters of a test, those outside ``core`` marked slow."""
+    return [value if value in core else pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+EVERY_ARCHITECTURE = slow_unless(CORE, ARCHITECTURES)
 
 
 def tiny_config(name: str, **settings):

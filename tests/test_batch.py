@@ -249,6 +249,7 @@ def test_tasks_do_not_change_answers_and_rows_have_the_fields_of_one_answer(
     assert {name: one[3][name] for name in ("document", "stats")} == {n: single[n] for n in ("document", "stats")}
 
 
+@pytest.mark.slow
 def test_equal_prompts_get_draws_of_their_own_by_their_ids(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
     prompt = "A=19-7+12; B=8+15-3; total?"
@@ -295,6 +296,7 @@ def test_a_model_that_can_answer_nothing_fails_the_run_not_its_rows(tmp_path: Pa
     assert (tmp_path / "out" / "parts" / "00000.unfinished.jsonl").read_bytes() == b""
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_merged_again_from_its_parts_and_outlives_them(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):
@@ -548,6 +550,7 @@ def test_a_damaged_part_is_told_of_by_line(tmp_path: Path):
         pass
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source = tmp_path / "in.jsonl"
     write_problems(source, 1)
@@ -570,6 +573,7 @@ def test_two_runs_at_once_in_one_folder_are_refused(tmp_path: Path, capfd: pytes
         assert call(capfd, "--input", source, "--output", folder, *SHORT).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_log_says_how_far_a_run_is(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch):
     monkeypatch.setattr(watch, "FIRST_S", 0)
     monkeypatch.setattr(watch, "EVERY_S", 0)

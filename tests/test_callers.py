@@ -101,6 +101,7 @@ def test_a_processors_state_is_each_branchs_own():
     assert 2 < lengths[0] < 30
 
 
+@pytest.mark.slow
 def test_a_processor_that_knows_no_place_where_the_engine_writes_serves_all_the_same():
     class Chooses(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -159,6 +160,7 @@ class Ends(StoppingCriteria):
         return is_path & (input_ids[:, -1] >= FIRST_TEXT) & (input_ids[:, -1] % 2 == 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "seed": 4}, {"structure": "off"}], ids=str)
 def test_what_says_that_it_keeps_no_state_is_asked_for_each_branch_and_gives_the_same(options):
     model, plans = tiny_model("qwen2"), None if options.get("structure") == "off" else FORKS
@@ -208,6 +210,7 @@ def test_one_rows_or_branchs_end_ends_no_other():
     assert Counter(row.tolist().count(word) for row in whole.sequences) == {1: 1, 0: 1}
 
 
+@pytest.mark.slow
 def test_a_stop_string_in_a_path_can_end_the_answer():
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = MultiverseForCausalLM.from_pretrained(embedded_model())

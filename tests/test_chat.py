@@ -126,6 +126,7 @@ def answers_to(*lines: str) -> list[str]:
     return documents
 
 
+@pytest.mark.slow
 def test_a_conversation_in_a_terminal() -> None:
     with terminal() as it:
         it.wait(r"\n> $")
@@ -163,12 +164,14 @@ def test_ctrl_c_ends_the_answer_and_at_the_prompt_the_chat(tmp_path: Path) -> No
         assert it.process.poll() == 130
 
 
+@pytest.mark.slow
 def test_earlier_answers_go_back_without_their_reasoning(capfd, monkeypatch) -> None:
     code, out, err = converse(capfd, monkeypatch, f"{SUM}\n\n{SHORT}\n")
     assert (code, out) == (0, "".join(f"{document}\n" for document in answers_to(SUM, SHORT)))
     assert "trained on single problems; /new" in err
 
 
+@pytest.mark.slow
 def test_new_forgets_the_conversation(capfd, monkeypatch) -> None:
     _, out, err = converse(capfd, monkeypatch, f"{SUM}\n/new\n{SHORT}\n/quit\n{SUM}\n")
     assert [line for line in out.splitlines() if line.startswith("Answer")] == ["Answer: 44", "Answer: 26"]
@@ -182,6 +185,7 @@ def test_an_answer_without_its_reasoning() -> None:
     assert content_of("no reasoning", checkpoint) == "no reasoning"
 
 
+@pytest.mark.slow
 def test_a_message_beyond_the_context_does_not_end_the_conversation(capfd, monkeypatch) -> None:
     code, out, err = converse(capfd, monkeypatch, f"{SHORT}\n{'1+' * 5000}\n/new\n{SHORT}\n")
     assert code == 0
@@ -189,6 +193,7 @@ def test_a_message_beyond_the_context_does_not_end_the_conversation(capfd, monke
     assert re.search(r"^error: the prompt has \d+ tokens, the model's context 4096; .*/new forgets", err, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_an_endpoint_is_shown_as_a_model_here_is(served: Served) -> None:
     checkpoint = open_checkpoint(None)
     model = load_model(checkpoint, Dtype.FLOAT32, Attention.SDPA, "cpu", None)
@@ -207,6 +212,7 @@ def test_an_endpoint_is_shown_as_a_model_here_is(served: Served) -> None:
     assert drawn[0][-1] == "Answer: 44"
 
 
+@pytest.mark.slow
 def test_a_conversation_with_an_endpoint(served: Served, capfd, monkeypatch) -> None:
     monkeypatch.setenv("MULTIVERSE_API_KEY", "right")
     lines, (first, second) = f"{SUM}\n{SHORT}\n", answers_to(SUM, SHORT)
@@ -284,6 +290,7 @@ class OtherServer(http.server.BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["--live", pytest.param("--plain", marks=pytest.mark.slow)])
 def test_a_terminal_gets_no_control_codes_of_an_endpoint(form: str) -> None:
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), OtherServer)

@@ -209,10 +209,10 @@ def test_paths_that_were_cut_off_are_told_of(capfd: pytest.CaptureFixture[str]):
     ("prompt", "option", "limit", "of"),
     [
         (FLAT, "--max-paths", 2, "max_width"),
-        (NESTED, "--max-depth", 1, "depth"),
-        (FLAT, "--max-depth", 0, "num_forks"),
+        pytest.param(NESTED, "--max-depth", 1, "depth", marks=pytest.mark.slow),
+        pytest.param(FLAT, "--max-depth", 0, "num_forks", marks=pytest.mark.slow),
         (FLAT, "--max-new-tokens", 80, "length"),
-        (FLAT, "--max-total-tokens", 150, "num_tokens"),
+        pytest.param(FLAT, "--max-total-tokens", 150, "num_tokens", marks=pytest.mark.slow),
         (FLAT, "--max-path-tokens", 20, None),
     ],
 )
@@ -518,12 +518,14 @@ def long_run(endless: Path) -> Iterator[subprocess.Popen[bytes]]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_it_without_a_word(long_run: subprocess.Popen[bytes]):
     long_run.stdout.close()
     assert long_run.wait(timeout=1800) != 0
     assert long_run.stderr.read() == b""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_ctrl_c_ends_it_with_130_and_without_a_traceback(long_run: subprocess.Popen[bytes]):
     time.sleep(0.1)

@@ -423,6 +423,7 @@ def test_retry_after_is_kept_to(tmp_path: Path, serve, capfd):
     assert json.loads(CurationFolder(folder, 1).status(0).read_text())["calls rate limited"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "message", "words"),
     [

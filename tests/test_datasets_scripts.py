@@ -83,6 +83,7 @@ def build(monkeypatch: pytest.MonkeyPatch, script: str, *arguments: str | Path) 
 # Building
 
 
+@pytest.mark.slow
 def test_three_kinds_of_sources_become_three_configs_of_the_same_rows(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -490,6 +491,7 @@ def test_a_damaged_file_or_one_too_many_is_not_published(
     assert "mixed/train-00000-of-00001.parquet is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_empty_folder_will_do_and_the_one_one_is_in_will_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:

@@ -87,6 +87,7 @@ def test_text_that_repeats_itself_takes_far_fewer_steps():
     assert fast[0]["num_steps"] == slow[0]["num_steps"] - fast[0]["num_accepted"]
 
 
+@pytest.mark.slow
 def test_a_model_that_solves_problems_solves_them_with_drafts():
     tokenizer = AutoTokenizer.from_pretrained(embedded_model())
     model = MultiverseForCausalLM.from_pretrained(embedded_model(), dtype=torch.float64).eval()

@@ -50,7 +50,14 @@ def test_nested_problems_are_solved_with_a_block_in_every_group(tiny):
     assert {stats.depth for stats in output.stats} == {2}
 
 
-@pytest.mark.parametrize(("kind", "parallel"), [(Kind.SINGLE, True), (Kind.FLAT, False), (Kind.NESTED, False)])
+@pytest.mark.parametrize(
+    ("kind", "parallel"),
+    [
+        (Kind.SINGLE, True),
+        (Kind.FLAT, False),
+        pytest.param(Kind.NESTED, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_single_chain_and_the_sequential_suffix_fork_nothing(tiny, kind, parallel):
     rng = random.Random(9)
     num_chains = 1 if kind is Kind.SINGLE else 5  # long sequential answers are not what this model is best at
@@ -60,6 +67,7 @@ def test_a_single_chain_and_the_sequential_suffix_fork_nothing(tiny, kind, paral
     assert sum(is_correct(p, text) for p, text in zip(problems, texts, strict=True)) >= 2
 
 
+@pytest.mark.slow
 def test_the_engine_without_structure_writes_what_transformers_generate_writes(tiny):
     _, tokenizer = tiny
     model = MultiverseForCausalLM.from_pretrained(embedded_model(PARALLEL), dtype=torch.float64).eval()

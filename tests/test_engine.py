@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import COLON, EOS, FIRST_TEXT, PAD, TAGS, text_of
+from helpers import COLON, EOS, FIRST_TEXT, PAD, TAGS, slow_unless, text_of
 from helpers import tiny_model as new_tiny_model
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -239,7 +239,7 @@ def brute_room(sequence: Sequence) -> int:
 
 
 @pytest.mark.parametrize("max_branches", [1, 2, 5])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", slow_unless([0], range(3)))
 def test_paths_that_wait_write_what_they_would_have_written_at_once(max_branches, seed):
     options = {"max_new_tokens": 50, "max_total_tokens": 4000, "do_sample": True, "temperature": 8.0, "seed": seed}
     has_waited = False
@@ -263,7 +263,7 @@ def test_paths_that_wait_write_what_they_would_have_written_at_once(max_branches
 
 
 @pytest.mark.parametrize("max_branches", [2, 256])
-@pytest.mark.parametrize("budget", [60, 100, 160, 240])
+@pytest.mark.parametrize("budget", slow_unless([60, 160], [60, 100, 160, 240]))
 def test_what_closing_takes_is_kept_account_of_to_the_token(max_branches, budget):
     prompt = [60, *nested(2, 3)]
     options = {"max_new_tokens": 80, "max_total_tokens": budget, "do_sample": True, "temperature": 8.0}
@@ -280,9 +280,10 @@ def test_what_closing_takes_is_kept_account_of_to_the_token(max_branches, budget
     assert seen > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "max_branches", "least_held"),
-    [pytest.param({}, 256, 0, marks=pytest.mark.slow), ({"max_branches": 20, "max_total_tokens": 12_000}, 20, 100)],
+    [({}, 256, 0), ({"max_branches": 20, "max_total_tokens": 12_000}, 20, 100)],
 )
 def test_a_model_that_never_stops_forking_is_bounded(options, max_branches, least_held):
     class Bomb(LogitsProcessor):

@@ -185,6 +185,7 @@ def test_what_is_no_rational_number_or_too_large_is_left_alone(text: str) -> Non
     assert exact_value(text) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "said",
     [
@@ -239,6 +240,7 @@ def test_no_gold_answer_is_another_one(verifier: Verifier) -> None:
             assert not judge(AnswerKind.MATH, gold, f"\\boxed{{{other}}}", verifier).correct, (gold, other)
 
 
+@pytest.mark.slow
 def test_math_verify_is_installed_once_where_this_environment_has_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

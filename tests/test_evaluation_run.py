@@ -212,6 +212,7 @@ def test_a_finished_run_is_not_run_again(whole: Path, tmp_path: Path) -> None:
     assert now == {name: shards[name] for name in now}
 
 
+@pytest.mark.slow
 def test_a_greater_limit_extends_a_run_and_repeats_nothing(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +245,7 @@ def write_rows(path: Path, *rows: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_file_of_ones_own_is_asked_judged_resumed_extended_and_compared_like_any_task(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

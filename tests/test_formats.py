@@ -86,6 +86,7 @@ def test_an_answer_branches_in_its_reasoning_and_then_keeps_to_the_schema(model,
     assert type(value["even"]) is bool
 
 
+@pytest.mark.slow
 def test_it_gives_the_answer_that_it_gives_as_a_callers_own_and_with_drafts(model, tokenizer, compiler):
     ids = encode_prompt(tokenizer, PROMPT, return_tensors="pt")
     processor = compiler.compile(asked(TOTAL), ids.shape[1])
@@ -437,6 +438,7 @@ def test_threads_compile_at_once_and_the_cache_is_bounded(compiler, monkeypatch)
     assert again.grammar is compiler.compile(asked({"const": 4}), 2).grammar
 
 
+@pytest.mark.slow
 def test_an_answer_without_an_end_token_is_refused(tokenizer, model):
     with pytest.raises(ValueError, match="set eos_token_id"):
         FormatCompiler(tokenizer, model.tags, model.config.vocab_size, [])

@@ -443,6 +443,7 @@ def test_answers_while_training_are_those_of_evaluation():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["cpu", "disk"])
 def test_an_offloaded_model_reads_and_writes_as_on_its_device(how, tmp_path):
     from accelerate import cpu_offload, disk_offload

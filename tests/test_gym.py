@@ -171,6 +171,7 @@ def test_a_generator_without_right_answer_of_its_own_scores_every_one_that_is_ri
         assert verdict_on(name, f"Answer: {json.dumps(coloring)}").correct is said, coloring
 
 
+@pytest.mark.slow
 def test_an_answer_whose_score_fails_or_never_ends_is_wrong_and_the_next_is_scored(monkeypatch) -> None:
     # prime_factorization calls int(), countdown lets sympy compute the tower
     assert verdict_on("rg:prime_factorization", "Answer: abc") == Verdict(False, Rule.UNREADABLE, "abc", 0.0)

@@ -250,6 +250,7 @@ def expanded(mask) -> torch.Tensor:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 5])
 @given(rows=st.lists(trees, min_size=1, max_size=3), left=st.booleans(), tile=st.sampled_from([2, 4, 128]))
 def test_the_block_mask_of_flex_attention_is_the_dense_mask(window: int | None, rows, left, tile):

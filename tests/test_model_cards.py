@@ -178,6 +178,7 @@ BASES = {  # what the run's record says, what the facts say: the card's base, or
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BASES)
 def test_the_base_is_the_one_of_the_runs_record_and_facts_that_contradict_it_are_refused(case, folder):
     said, facts, expected = BASES[case]
@@ -231,6 +232,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BAD)
 def test_what_cannot_be_read_ends_in_one_line_and_writes_nothing(case, folder):
     facts, file, expected = BAD[case]
@@ -249,6 +251,7 @@ def test_what_cannot_be_read_ends_in_one_line_and_writes_nothing(case, folder):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_results_of_multiverse_eval_are_in_the_card_and_registered_benchmarks_in_files_of_their_own(folder, tmp_path):
     from multiverse_hf.cli import run
 

@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from helpers import PAD, TAGS, exact_softmax, tiny_config
+from helpers import PAD, TAGS, exact_softmax, slow_unless, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -136,8 +136,8 @@ def _chunks_are_small(monkeypatch):
     monkeypatch.setattr(chunked, "WHOLE", 3)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "activation checkpointing"])
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", slow_unless([False], [False, True]), ids=["", "checkpointing"])
+@pytest.mark.parametrize("lora", slow_unless([False], [False, True]), ids=["full", "lora"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager", "multiverse_sdpa"])
 def test_packed_rows_train_as_their_documents_alone_and_as_each_segment_alone(attn, lora, checkpointing):
     model, base = models(attn, lora)

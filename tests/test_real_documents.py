@@ -91,14 +91,8 @@ def follow(text: str, prompt_text: str = "", **options):
     return ids, documents(output, [prompt])[0], replay_error(model, output, len(prompt), mask), output.stats[0]
 
 
-# the shortest always, the rest where there is time
-WHOLE = [
-    pytest.param(path, marks=[pytest.mark.slow] if place else [], id=path.stem)
-    for place, path in enumerate(sorted(SAMPLES, key=lambda path: path.stat().st_size))
-]
-
-
-@pytest.mark.parametrize("path", WHOLE)
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
 def test_a_published_document_is_written_back_by_the_engine_and_replays(path):
     text = path.read_text()
     ids, written, error, stats = follow(text)

@@ -180,6 +180,7 @@ def test_fifty_documents_of_ones_own_become_a_checkpoint_by_the_commands_of_the_
     assert config["architectures"] == ["LlamaForCausalLM"]
 
 
+@pytest.mark.slow
 def test_rows_are_checked_for_the_recipe_of_a_gpu_without_the_models_weights(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, TAGS, Forced, answer, documents, tiny_model
+from helpers import ARCHITECTURES, EVERY_ARCHITECTURE, TAGS, Forced, answer, documents, slow_unless, tiny_model
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM, pipeline
 
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, TagSet, embedded_model
@@ -18,7 +18,7 @@ load = functools.partial(AutoModelForCausalLM.from_pretrained, dtype=torch.float
 trusted = functools.partial(load, trust_remote_code=True)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", EVERY_ARCHITECTURE)
 def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(name, tmp_path):
     model = tiny_model(name, dtype=torch.float32)
     model.save_pretrained(tmp_path)
@@ -40,7 +40,7 @@ def test_a_checkpoint_loads_in_three_ways_with_equal_logits_and_branches_in_two(
     assert config["auto_map"] == remote_code.AUTO_MAP
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", slow_unless(["qwen2"], ARCHITECTURES))
 def test_a_lora_adapter_loads_in_three_ways_beside_its_base_and_merged_into_it(name, tmp_path):
     from peft import LoraConfig, get_peft_model
 
@@ -138,6 +138,7 @@ def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_gen
     assert type(model) is Qwen3ForCausalLM
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trust", [None, True])
 def test_custom_generate_gives_the_same_answer_each_time_and_leaves_the_model_as_it_was(trust, saved):
     expected = ask(MultiverseForCausalLM.from_pretrained(saved))

@@ -301,6 +301,7 @@ def test_an_asynchronous_client_is_answered(served: Served) -> None:
 # What many do at once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clients", [24, pytest.param(64, marks=pytest.mark.long)])
 def test_many_clients_get_their_own_answers_while_others_stop_and_leave(served: Served, clients: int) -> None:
     prompts = [f"A={n}+{n + 3}; B={n + 7}-{n % 5}; total? {PARALLEL_SUFFIX}" for n in range(1, clients + 1)]
@@ -525,6 +526,7 @@ def test_bounds_are_told_with_their_numbers() -> None:
             assert b" 408 " in raw.recv(1000)
 
 
+@pytest.mark.slow
 def test_metrics_agree_with_what_was_asked(tmp_path: Any) -> None:
     with serving() as served:
         client = openai.OpenAI(base_url=f"{served.url}/v1", api_key="none")
@@ -611,6 +613,7 @@ def test_each_request_is_logged_with_its_user_and_no_key() -> None:
     assert "secret" not in "".join(lines)
 
 
+@pytest.mark.slow
 def test_the_command_serves_and_ends_running_answers_at_a_signal() -> None:
     with served_process("--dtype", "float32") as (process, url):
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -636,6 +639,7 @@ def test_a_signal_while_the_model_is_loaded_ends_the_server_quietly(number: sign
         assert all(line.startswith("ready") for line in before)  # it was loaded by then
 
 
+@pytest.mark.slow
 def test_a_server_that_is_being_stopped_takes_no_requests(served: Served, client: Any) -> None:
     served.worker.is_draining = True
     try:

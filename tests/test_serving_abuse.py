@@ -202,6 +202,7 @@ def test_ten_thousand_connections_that_are_dropped_leave_nothing(served: Served)
     assert post(served, CHATS, CHAT).status_code == 200
 
 
+@pytest.mark.slow
 def test_clients_that_leave_at_any_moment_change_no_other_answer(served: Served) -> None:
     def ask(number: int) -> Any:
         messages = [{"role": "user", "content": f"A={number}+6; B=7+8; total?"}]
@@ -235,6 +236,7 @@ def test_a_request_that_fails_is_counted_as_500() -> None:
         assert count in httpx2.get(f"{broken.url}/metrics").text
 
 
+@pytest.mark.slow
 def test_a_schema_whose_process_is_killed_can_be_asked_for_again(served: Served) -> None:
     pytest.importorskip("xgrammar")
     form = {"name": "x", "schema": {"type": "object", "properties": {"killed": {"type": "boolean"}}}}

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ARCHITECTURES, TAGS, tiny_model
+from helpers import ARCHITECTURES, TAGS, slow_unless, tiny_model
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,7 +141,7 @@ def test_the_queries_of_a_sequence_are_one_row_of_blocks(width: int, monkeypatch
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("heads", [2, 6, 10])
+@pytest.mark.parametrize("heads", slow_unless([6], [2, 6, 10]))
 def test_static_decoding_chooses_the_same_whatever_the_number_of_query_heads(heads: int):
     model = tiny_model("qwen2", num_attention_heads=heads)
     options = {"max_new_tokens": 30, "seed": 3, "do_sample": True, "temperature": 8.0}
@@ -153,6 +153,7 @@ def test_static_decoding_chooses_the_same_whatever_the_number_of_query_heads(hea
     assert answers["static"] == answers["packed"]
 
 
+@pytest.mark.slow
 def test_kernels_are_few_and_no_longer_log_needs_another(monkeypatch: pytest.MonkeyPatch):
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(as_on_a_gpu(), dynamic=False, fullgraph=True, backend=counter)

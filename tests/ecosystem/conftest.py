@@ -8,6 +8,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from multiverse_hf import MultiverseForCausalLM, embedded_model
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave other people's tools to ``make test-ecosystem``, and so out of the default tests."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the embedded model is, saved with its code and its tokenizer."""

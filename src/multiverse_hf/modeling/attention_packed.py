@@ -280,7 +280,7 @@ class PackedRunner:
         """Return the model's ``attention_mask``: one tensor (1, 1, queries, columns), or one by kind of layer."""
         shape = (max(r.queries.stop for r, _ in batch), max(p.mask.stop for _, p in batch)) if batch else (1, 1)
         mask = np.zeros(shape, dtype=bool)
-        for reading, piece in batch:
+        for reading, _ in batch:
             begin = reading.queries.start
             for _, run in itertools.groupby(reading.entries, key=lambda entry: id(entry[1])):
                 entries = list(run)
