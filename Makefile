@@ -31,7 +31,7 @@ help:  ## list the targets
 venv: $(DEV)  ## make .venv with all that development needs
 
 # Package of Debian and the program that it brings, for tests that start it; they are skipped where it is missing.
-SYSTEM := nginx:/usr/sbin/nginx
+SYSTEM := nginx:/usr/sbin/nginx chromium:/usr/bin/chromium
 system:  ## install what slow tests start beside Python, on Debian as root (elsewhere nothing is done)
 	@missing=""; for each in $(SYSTEM); do test -x $${each#*:} || missing="$$missing $${each%%:*}"; done; \
 	if test -z "$$missing"; then exit 0; fi; \
@@ -104,7 +104,7 @@ $(CORE): $(TORCH) pyproject.toml
 # xgrammar asks for triton, hundreds of megabytes which serve a GPU only; it runs without on a CPU.
 $(DEV): $(TORCH) pyproject.toml
 	@echo "then what development needs:"
-	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev]'
+	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,app,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps xgrammar
 	@touch $(CORE) $@
 
@@ -113,5 +113,5 @@ $(DOCS): $(CORE)
 	@touch $@
 
 $(ECOSYSTEM): $(DEV)
-	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,dev,ecosystem]'
+	$(PIP) install -c constraints.txt -e '.[train,qlora,gguf,batch,curate,eval,tasks,app,dev,ecosystem]'
 	@touch $@

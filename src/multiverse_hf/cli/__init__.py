@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf import __version__
+from multiverse_hf.cli import app as app_command
 from multiverse_hf.cli import chat, curate, demo, evaluate, export, families, generate, inspect, serve, view
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
@@ -55,6 +56,7 @@ app.command()(flowing(chat.chat))
 app.command()(flowing(demo.demo))
 app.command()(flowing(inspect.inspect))
 app.command()(flowing(view.view))
+app.command("app")(flowing(app_command.open_app))
 app.command("serve")(flowing(serve.serve_model))
 app.command()(flowing(curate.curate))
 app.command()(flowing(export.merge))
