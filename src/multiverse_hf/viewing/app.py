@@ -186,7 +186,7 @@ def make_page(app: App, examples: Sequence[str], slow: float, num_visitors: int)
                 )  # fmt: skip
                 pace = gr.Number(slow, label="Slow motion", info="most steps a second shown; 0: the model's own speed")
         board = gr.HTML(elem_classes="mv-board")
-        viewer = gr.HTML(elem_classes="mv-viewer-box")
+        viewer = gr.HTML(elem_classes=["mv-board", "mv-viewer-box"])
         if os.environ.get("SPACE_ID"):
             gr.DuplicateButton("Duplicate this Space")
         inputs = [problem, tokens, temperature, seed, structure, suffix, pace]
@@ -213,11 +213,19 @@ def open_page(page: Any, host: str, port: int) -> None:
 
     css = (resources.files("multiverse_hf.viewing") / "page" / "app.css").read_text(encoding="utf-8")
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+    theme = gr.themes.Default(**fonts).set(  # the default's contrast is too low to read for some people
+        block_info_text_color="#4b5563", block_info_text_color_dark="#d1d5db",
+        block_title_text_color="#374151", block_title_text_color_dark="#e5e7eb",
+        block_label_text_color="#374151", block_label_text_color_dark="#e5e7eb",
+        button_primary_background_fill="#0b5cad", button_primary_background_fill_dark="#0b5cad",
+        button_primary_background_fill_hover="#094a8c", button_primary_background_fill_hover_dark="#094a8c",
+        button_primary_text_color="#ffffff", button_primary_text_color_dark="#ffffff",
+    )  # fmt: skip
     try:
         page.launch(
             server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, inbrowser=False,
             ssr_mode=False, pwa=False, mcp_server=False, run_history=False, enable_monitoring=False, footer_links=[],
-            max_file_size=1, theme=gr.themes.Default(**fonts), css=css,
+            max_file_size=1, theme=theme, css=css,
         )  # fmt: skip
     except OSError as err:
         raise CommandError(f"cannot listen on {host}:{port}: {one_line(err, 100)}; choose another --port", 1) from err
