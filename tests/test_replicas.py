@@ -19,7 +19,7 @@ pytest.importorskip("prometheus_client")
 
 import httpx2  # noqa: E402 - comes with openai
 from endpoint import served_process, serving  # noqa: E402
-from replicas import NAME, kill_one_under_load  # noqa: E402
+from replicas import NAME, kill_one_under_load, read_metric  # noqa: E402
 
 NGINX = shutil.which("nginx", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = [
@@ -68,7 +68,7 @@ def test_a_killed_replica_loses_no_request_that_had_not_begun_to_answer(tmp_path
         served_process(*options) as (_, two),
         nginx_before(tmp_path, one.removeprefix("http://"), two.removeprefix("http://")) as url,
     ):
-        kill_one_under_load(url, victim.pid, f"{one}/metrics")
+        kill_one_under_load(url, victim.pid, lambda: read_metric(one, "num_requests_waiting") > 0)
         assert httpx2.get(f"{url}/ready", timeout=60).json() == {"status": "ready", "model": NAME}
 
 

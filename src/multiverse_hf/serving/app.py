@@ -84,7 +84,7 @@ class Gate:
             body = await self._read(scope, receive)
             if body is None:
                 return  # the client went away
-            await self.app(scope, _replay(body, receive), note)
+            await self.app(scope, replay(body, receive), note)
         except ApiError as err:
             await error_response(err)(scope, receive, note)
         except Exception:  # the answer is made outside of this
@@ -137,7 +137,7 @@ class Gate:
         raise ApiError(413, f"the body has {size} bytes or more; at most {self.config.max_body} are taken")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Return a ``receive`` that gives the body first, and then what comes."""
     rest = [{"type": "http.request", "body": body, "more_body": False}]
 
