@@ -118,6 +118,21 @@ def test_a_stream_is_the_whole_answer(client: Any) -> None:
     assert len(deltas) > 20
 
 
+def test_usage_so_far_is_in_every_chunk_where_it_is_asked_for(client: Any) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    chunks = list(chat(client, SHORT, stream=True, stream_options=options))
+    texts = list(client.completions.create(model=NAME, prompt="A", max_tokens=9, stream=True, stream_options=options))
+    for each in (chunks, texts):
+        counts = [chunk.usage.completion_tokens for chunk in each]
+        assert counts == sorted(counts)
+        assert counts[-2] == counts[-1] > counts[0]
+        assert each[-1].choices == []
+        assert all(chunk.usage.total_tokens == each[0].usage.prompt_tokens + count
+                   for chunk, count in zip(each, counts, strict=True))  # fmt: skip
+    with pytest.raises(openai.BadRequestError, match="goes with include_usage"):
+        chat(client, stream=True, stream_options={"continuous_usage_stats": True})
+
+
 def test_reasoning_can_be_left_out(client: Any) -> None:
     reply = chat(client, extra_body={"include_reasoning": False})
     assert not hasattr(reply.choices[0].message, "reasoning_content")
@@ -241,6 +256,8 @@ def test_text_completions_continue_the_text(client: Any) -> None:
     assert "".join(logprobs.tokens) == expected
     assert len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(logprobs.tokens)
     assert client.completions.create(model=NAME, prompt=ids, max_tokens=40).choices[0].text == expected
+    named = client.completions.create(model=NAME, prompt=ids, extra_body={"max_completion_tokens": 40})
+    assert named.choices[0].text == expected
     several = client.completions.create(model=NAME, prompt=[prompt, prompt], max_tokens=40)
     assert [choice.text for choice in several.choices] == [expected] * 2
     stream = client.completions.create(model=NAME, prompt=prompt, max_tokens=40, stream=True)

@@ -116,7 +116,13 @@ class StreamOptions(Strict):
 
     include_usage: bool | None = None
     include_obfuscation: only(False, instead="leave it out")
-    continuous_usage_stats: only(False, instead="use include_usage")
+    continuous_usage_stats: bool | None = Field(default=None, description="usage so far in every chunk, as vLLM does")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "StreamOptions":
+        if self.continuous_usage_stats and not self.include_usage:
+            raise ValueError("continuous_usage_stats goes with include_usage true")
+        return self
 
 
 class JsonSchema(Strict):
@@ -173,6 +179,7 @@ class Completing(Sampling):
     """Fields of chat and text completions."""
 
     max_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1, description="another name of max_tokens")
     n: int | None = Field(default=None, ge=1)
     stop: Stop
     logit_bias: Bias
@@ -187,7 +194,14 @@ class Completing(Sampling):
             raise ValueError("stream_options goes with stream true")
         if self.multiverse.events and not self.stream:
             raise ValueError("multiverse.events goes with stream true")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one")
         return self
+
+    @property
+    def limit(self) -> int | None:
+        """Bound on the answer's tokens."""
+        return self.max_completion_tokens if self.max_tokens is None else self.max_tokens
 
 
 NO_TOOLS = "this server calls no tools"
@@ -198,7 +212,6 @@ class ChatRequest(Completing):
     """Body of ``/v1/chat/completions``."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     include_reasoning: bool | None = Field(default=None, description="False leaves the reasoning out of the answer")
@@ -229,8 +242,6 @@ class ChatRequest(Completing):
     def _agrees(self) -> "ChatRequest":
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs true")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one")
         return self
 
 

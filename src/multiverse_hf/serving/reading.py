@@ -45,8 +45,7 @@ def read_chat(body: ChatRequest, checkpoint: Checkpoint, config: ServerConfig) -
         ApiError: if it does not fit.
     """
     prompt = encode_messages(body.messages, checkpoint, suffix_of(body.multiverse, config.suffix))
-    limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens
-    asked = _read(body, [prompt], limit, checkpoint, config)
+    asked = _read(body, [prompt], body.limit, checkpoint, config)
     asked.num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.ignore_eos:
         asked.options["eos_token_id"] = -1
@@ -73,7 +72,7 @@ def read_completion(body: CompletionRequest, checkpoint: Checkpoint, config: Ser
                 f"prompt: {token!r:.40} is no token id; ids are from 0 to {checkpoint.config.vocab_size - 1}",
                 "prompt",
             )
-    asked = _read(body, prompts, body.max_tokens, checkpoint, config)
+    asked = _read(body, prompts, body.limit, checkpoint, config)
     asked.num_logprobs, asked.splits = body.logprobs, False
     if body.ignore_eos:
         asked.options["eos_token_id"] = -1

@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from pydantic_core import to_json
 
 from .events import EventWriter
-from .protocol import ChatRequest, CompletionRequest
+from .protocol import ChatRequest, Completing, CompletionRequest, StreamOptions
 from .text import CONTENT, INCOMPLETE, REASONING, Delta, TextToken
 from .worker import Final, ModelRequest, ModelWorker, Update
 
@@ -49,6 +49,28 @@ def usage_of(asked: ModelRequest, finals: Sequence[Final]) -> dict[str, Any]:
         multiverse=stats_of(finals),
     )
     return usage.model_dump(exclude_unset=True)
+
+
+class StreamUsage:
+    """What the chunks of a stream say of usage, apart from the last: nothing, null, or with vLLM's option how much."""
+
+    def __init__(self, body: Completing, asked: ModelRequest) -> None:
+        self.options = body.stream_options or StreamOptions()
+        self.num_prompt, self.num_written = sum(map(len, asked.prompts)), 0
+
+    def add(self, update: Update) -> None:
+        """Count what is new."""
+        self.num_written += sum(event.kind == "token" for event in update.events)
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of a chunk."""
+        if not self.options.include_usage:
+            return {}
+        if not self.options.continuous_usage_stats:
+            return {"usage": None}
+        total = self.num_prompt + self.num_written
+        usage = {"prompt_tokens": self.num_prompt, "completion_tokens": self.num_written, "total_tokens": total}
+        return {"usage": usage}
 
 
 def ended_of(final: Final) -> dict[str, Any]:
@@ -168,34 +190,37 @@ async def chat_chunks(
     count = len(asked.prompts) * asked.copies
     head = {"id": _id("chatcmpl"), "object": "chat.completion.chunk", "created": int(time.time())}
     head["model"] = worker.config.name
-    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    usage = StreamUsage(body, asked)
     writers = [EventWriter(index, worker.decode) for index in range(count)]
     finals: list[Final] = []
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
-        usage = {"usage": None} if wants_usage else {}
-        value = ChatCompletionChunk(**{**head, "choices": choices, **usage, **more})
+        value = ChatCompletionChunk(**{**head, "choices": choices, **usage.fields(), **more})
         return sse(value.model_dump_json(exclude_unset=True))
 
     def choice(index: int, delta: dict[str, Any], logprobs: Any = None, **more: Any) -> dict[str, Any]:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **more}
 
+    def text_of(part: str, text: str) -> dict[str, Any]:
+        return _named(text) if part == REASONING else {"content": text}
+
     @functools.cache
     def around(index: int, part: str) -> list[str]:
         """Return the JSON of a chunk around its text. openai's types make it once, not for each token."""
-        delta = _named(TEXT_MARK) if part == REASONING else {"content": TEXT_MARK}
-        return chunk([choice(index, delta)]).split(f'"{TEXT_MARK}"')
+        return chunk([choice(index, text_of(part, TEXT_MARK))]).split(f'"{TEXT_MARK}"')
 
     def write(index: int, delta: Delta) -> str | None:
         if delta.part == REASONING and body.include_reasoning is False:
             return None
-        if delta.part == CONTENT and body.logprobs:
-            logprobs = {"content": logprobs_of(delta.tokens, worker), "refusal": None}
-            return chunk([choice(index, {"content": delta.text}, logprobs)])
-        return to_json(delta.text).decode().join(around(index, delta.part))
+        has_logprobs = delta.part == CONTENT and body.logprobs
+        if not has_logprobs and not usage.options.continuous_usage_stats:
+            return to_json(delta.text).decode().join(around(index, delta.part))
+        logprobs = {"content": logprobs_of(delta.tokens, worker), "refusal": None} if has_logprobs else None
+        return chunk([choice(index, text_of(delta.part, delta.text), logprobs)])
 
     yield chunk([choice(index, {"role": "assistant", "content": ""}) for index in range(count)])
     async for update in updates:
+        usage.add(update)
         if body.multiverse.events and update.events:
             told = writers[update.choice].write(update.events)
             yield chunk([choice(update.choice, {})], multiverse=told)
@@ -206,7 +231,7 @@ async def chat_chunks(
             finals.append(final)
             ended = {"finish_reason": final.finish_reason, "multiverse": ended_of(final)}
             yield chunk([{**choice(update.choice, {}), **ended}])
-    if wants_usage:
+    if usage.options.include_usage:
         yield chunk([], usage=usage_of(asked, finals))
     yield DONE
 
@@ -233,18 +258,18 @@ async def text_chunks(
 ) -> AsyncIterator[str]:
     """Return a text completion as server-sent events."""
     head = {"id": _id("cmpl"), "object": "text_completion", "created": int(time.time()), "model": worker.config.name}
-    wants_usage = bool(body.stream_options and body.stream_options.include_usage)
+    usage = StreamUsage(body, asked)
     count = len(asked.prompts) * asked.copies
     writers = [EventWriter(index, worker.decode) for index in range(count)]
     offsets, finals = [0] * count, []
 
     def chunk(index: int | None, text: str, finish_reason: str | None, logprobs: Any = None, **more: Any) -> str:
         parts = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        usage = {"usage": None} if wants_usage else {}
         choices = [] if index is None else [parts]
-        return sse(_text_chunk({**head, "choices": choices, **usage, **more}))
+        return sse(_text_chunk({**head, "choices": choices, **usage.fields(), **more}))
 
     async for update in updates:
+        usage.add(update)
         index = update.choice
         if body.multiverse.events and update.events:
             yield chunk(index, "", None, multiverse=writers[index].write(update.events))
@@ -257,7 +282,7 @@ async def text_chunks(
         if update.final is not None:
             finals.append(update.final)
             yield chunk(index, "", update.final.finish_reason)
-    if wants_usage:
+    if usage.options.include_usage:
         yield chunk(None, "", None, usage=usage_of(asked, finals))
     yield DONE
 
