@@ -15,12 +15,11 @@ import pytest
 pytest.importorskip("ray.serve", reason="needs multiverse_hf[ray]")
 pytest.importorskip("openai")
 pytest.importorskip("prometheus_client")
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import httpx2  # comes with openai
 import openai
 from replicas import NAME, kill_one_under_load, read_metric, wait_for
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long  # with Ray's other tests; not part of CI
 KEY = {"Authorization": "Bearer none"}
 CONFIG = """
 http_options: {{host: 127.0.0.1, port: {port}}}
