@@ -164,7 +164,9 @@ def test_json_is_one_object_and_plain_prints_its_document(
     assert (as_json.returncode, as_json.stderr) == (0, "")
     answer = json.loads(as_json.stdout)
     assert as_json.stdout.count("\n") == 1
-    assert list(answer) == ["prompt", "document", "text", "answer", "stats", "seconds", "model"]
+    assert list(answer) == [
+        *("prompt", "document", "text", "answer", "stats", "seconds", "model", "family", "of_record")
+    ]
     assert answer["prompt"] == f"A=5+6; B=7+8; total? {PARALLEL_SUFFIX}"
     assert answer["stats"]["length"] <= 40
     assert answer["stats"]["finish_reason"] in ("stop", "length")
@@ -710,6 +712,6 @@ def test_a_prompt_that_has_its_suffix_gets_no_second():
     from multiverse_hf.data.suffixes import Suffix
 
     text = f"A=1+2; total? {PARALLEL_SUFFIX}"
-    assert read_prompt(text, None, Suffix.PARALLEL) == text
-    assert read_prompt(text, None, Suffix.SEQUENTIAL) == text
-    assert read_prompt("A=1+2; total?\n", None, Suffix.PARALLEL) == text
+    assert Suffix.PARALLEL.end(read_prompt(text, None)) == text
+    assert Suffix.SEQUENTIAL.end(read_prompt(text, None)) == text
+    assert Suffix.PARALLEL.end(read_prompt("A=1+2; total?\n", None)) == text

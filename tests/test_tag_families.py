@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 from test_tags import plain_tokenizer
 from transformers import AddedToken, LogitsProcessor, LogitsProcessorList, Qwen3Config, Qwen3ForCausalLM
 
+from multiverse_hf.checkpoints import open_checkpoint
 from multiverse_hf.cli import run
 from multiverse_hf.documents import parse_document
 from multiverse_hf.modeling import generation
 from multiverse_hf.modeling.engine import Engine
 from multiverse_hf.modeling.families import FAMILIES, MULTIVERSE, NPR, Family
+from multiverse_hf.modeling.labels import labels_for
 from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
@@ -97,6 +100,22 @@ def test_answers_of_a_family_that_a_limit_ends_are_well_formed_and_replay(family
         assert stats.length <= limit
         assert stats.num_tokens <= total
         parse_document(spelled(ids, make_tags(family)), family)
+
+
+@ALL
+def test_labels_leave_out_what_the_engine_wrote_and_nothing_else(family):
+    model = model_of(family)
+    ids = torch.tensor([[60]])
+    output = model.generate(
+        ids, logits_processor=LogitsProcessorList([LikesTags(model.tags)]), return_dict_in_generate=True, seed=2,
+        max_new_tokens=120, do_sample=True, top_k=0, max_depth=1,
+    )  # fmt: skip
+    assert output.stats[0].num_forks >= 1
+    learnt, sampled = (labels_for(output.sequences, model) != -100)[0, 1:], output.sampled_mask[0, 1:]
+    assert learnt[sampled].all()
+    closing = output.sequences[0, 1:][learnt & ~sampled].tolist()
+    assert set(closing) <= set(model.tags.roles), "tags that close what an end token or a limit ends"
+    assert (~learnt).sum() >= 3 * output.stats[0].num_forks
 
 
 @ALL
@@ -262,3 +281,61 @@ def test_a_folder_laid_out_as_nprs_is_evaluated(tmp_path, unquiet):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     (task,) = results["tasks"].values()
     assert task["problems"] == 1
+    taken = {name: results["sampling"][name] for name in ("temperature", "top_p", "path_repetition_penalty")}
+    assert taken == {"temperature": 1.0, "top_p": 0.7, "path_repetition_penalty": 1.02}
+    assert results["family"] == "npr"
+    assert results["of_record"] == ["temperature", "top_p"]
+    assert results["prompts"]["template"] == "{problem}", "no sentence of another family's"
+    assert "(temperature, top_p of record of npr)" in (tmp_path / "run" / "report.md").read_text()
+
+
+def test_the_record_is_taken_where_a_user_does_not_say(tmp_path, capsys, unquiet):
+    path = save_published(tmp_path, NPR)
+    checkpoint = open_checkpoint(str(path))
+    record = {"do_sample": True, "temperature": 1.0, "top_p": 0.7, "top_k": 0, "path_repetition_penalty": 1.02}
+    assert checkpoint.with_record({}) == record
+    assert checkpoint.with_record({"temperature": 0.5}) == record | {"temperature": 0.5}
+    assert checkpoint.with_record({"temperature": None}) == record
+    assert checkpoint.with_record({"do_sample": False}) == {"do_sample": False}
+    assert open_checkpoint(None).record == {}, "the embedded models are greedy"
+
+    def generate(*options: str) -> dict:
+        assert run(["generate", "2+2?", "--model", str(path), "--max-new-tokens", "4", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    said = generate("--seed", "1")
+    assert (said["prompt"], said["family"], said["of_record"]) == ("2+2?", "npr", record)
+    assert generate("--greedy")["of_record"] == {}
+    assert set(generate("--top-p", "0.9")["of_record"]) == {"temperature", "top_k", "path_repetition_penalty"}
+
+
+def test_a_request_to_the_endpoint_takes_the_record_where_it_does_not_say(tmp_path):
+    pytest.importorskip("fastapi")
+    from multiverse_hf.serving.config import ServerConfig
+    from multiverse_hf.serving.protocol import ChatRequest
+    from multiverse_hf.serving.reading import read_chat
+
+    checkpoint = open_checkpoint(str(save_published(tmp_path, NPR)))
+
+    def options(**fields) -> dict:
+        body = ChatRequest(model="npr", messages=[{"role": "user", "content": "2+2?"}], **fields)
+        found = read_chat(body, checkpoint, ServerConfig("npr")).options
+        return {name: value for name, value in found.items() if name in (*NPR.sampling, "repetition_penalty")}
+
+    assert options() == NPR.sampling
+    assert options(temperature=0.2) == NPR.sampling | {"temperature": 0.2}
+    assert options(temperature=0) == {"do_sample": False}
+
+
+def test_a_prompt_begins_with_the_system_message_of_record_unless_it_has_one(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(save_published(tmp_path, NPR))
+    family = replace(NPR, system_prompt="Write a <guideline>.")
+    ids = encode_prompt(tokenizer, "2+2?", family)
+    user = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == f"<|im_start|>system\nWrite a <guideline>.<|im_end|>\n{user}"
+    assert not set(ids) & set(TagSet.from_tokenizer(tokenizer).control_ids), "its tags are text"
+    own = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "2+2?"}]
+    ids = encode_prompt(tokenizer, own, family)
+    assert tokenizer.decode(ids) == f"<|im_start|>system\nBe short.<|im_end|>\n{user}"

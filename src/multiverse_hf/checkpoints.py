@@ -12,13 +12,14 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.data.records import read_answer
+from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError, install_line, one_line
 from multiverse_hf.modeling.families import MULTIVERSE, Family, find_family
@@ -67,6 +68,7 @@ class Checkpoint:
     hidden: frozenset[int]  # ids outside an answer's text: end and padding tokens
     revision: str = "main"
     gguf_file: str | None = None  # name of the file in path that holds config, tokenizer and weights
+    samples: bool = False  # its generation config samples
 
     @property
     def has_tags(self) -> bool:
@@ -77,6 +79,21 @@ class Checkpoint:
     def is_embedded(self) -> bool:
         """Whether it comes with this package, and so solves only sums of chains."""
         return Path(self.path).parent == EMBEDDED.parent
+
+    @property
+    def suffix(self) -> Suffix:
+        """Sentence of record at the end of a prompt."""
+        return Suffix.PARALLEL if self.tags.names.has_suffix else Suffix.NONE
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Sampling of record of its family, as options of ``generate``. A checkpoint that is greedy stays so."""
+        return self.tags.names.sampling if self.samples and self.has_tags else {}
+
+    def with_record(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Return options of ``generate``, with the sampling of record where they do not say. None says nothing."""
+        said = {name: value for name, value in options.items() if value is not None}
+        return dict(options) if said.get("do_sample") is False else {**options, **self.record, **said}
 
     def encode(self, prompt: str | Sequence[dict[str, str]]) -> list[int]:
         """Return the ids of a prompt: text or chat messages.
@@ -245,7 +262,8 @@ def open_checkpoint(name: str | None, revision: str = "main", needs_tags: bool =
             )
     # by id, not by skip_special_tokens: in some tokenizers the tags are special tokens too
     hidden = frozenset(tokenizer.all_special_ids) - frozenset(tags.control_ids)
-    return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision, gguf_file)
+    samples = bool(generation.do_sample)
+    return Checkpoint(shown, source, config, tokenizer, tags, hidden, revision, gguf_file, samples)
 
 
 def _check_folder(folder: Path, name: str) -> None:

@@ -7,13 +7,13 @@ import secrets
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from multiverse_hf.batch.rows import Folder, check_input, merge_answers, summarize_answers
 from multiverse_hf.begun import explain_option, name_option
-from multiverse_hf.checkpoints import MAX_NUM_SEQS, Attention, Dtype, fingerprint, open_checkpoint, quiet
+from multiverse_hf.checkpoints import MAX_NUM_SEQS, Attention, Checkpoint, Dtype, fingerprint, open_checkpoint, quiet
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.jobs.executors import check_executor, cores, slurm_executor, slurm_script, start_tasks
 from multiverse_hf.jobs.folders import begin_or_resume
@@ -33,15 +33,15 @@ class Batch(Job):
     Attributes:
         source: the input, JSONL.
         output: output folder.
-        model, dtype, attention, device, threads, suffix, options: as for one prompt; None in ``options`` is the
-            default.
+        model, dtype, attention, device, threads, suffix, options: as for one prompt; None is the default, in
+            ``options`` too.
         max_num_seqs, max_cache_tokens: limits of each task's engine.
     """
 
     source: Path
     output: Path
     model: str | None
-    suffix: Suffix
+    suffix: Suffix | None
     options: dict[str, Any]
     dtype: Dtype
     attention: Attention
@@ -64,14 +64,17 @@ def run_batch(batch: Batch) -> JobOutcome:
         print("reading the rows, loading torch and transformers", file=sys.stderr)
     source, folder = batch.source.expanduser().absolute(), Folder(batch.output.expanduser().absolute(), batch.tasks)
     rows, digest, counted = check_input(source)
+    quiet()
+    checkpoint = open_checkpoint(batch.model)
+    batch = replace(batch, suffix=batch.suffix or checkpoint.suffix, options=checkpoint.with_record(batch.options))
     read = {"input": str(source), "input_sha256": digest, "rows": rows, "ids_count": counted}
     if batch.cluster.dry_run:
-        step = _make_step(batch, folder, source, digest, _settle(batch, folder, read))
+        step = _make_step(batch, folder, source, digest, _settle(batch, checkpoint, folder, read))
         return JobOutcome(folder.result, script=slurm_script(slurm_executor(step, batch), len(folder.open_tasks())))
     check_output(folder.path, is_folder=True)
     busy = f"another run is at work in {batch.output}; wait for it, or name another folder"
     with folder.lock("run", busy), stopping_at_sigterm():
-        settings = _settle(batch, folder, read)
+        settings = _settle(batch, checkpoint, folder, read)
         before = rows if folder.result.exists() else folder.count_rows()
         if not folder.result.exists() and folder.open_tasks():
             step, workers = _make_step(batch, folder, source, digest, settings), num_workers(batch)
@@ -87,7 +90,7 @@ def run_batch(batch: Batch) -> JobOutcome:
 # Settings and tasks
 
 
-def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, Any]:
+def _settle(batch: Batch, checkpoint: Checkpoint, folder: Folder, source: dict[str, Any]) -> dict[str, Any]:
     """Store the settings of a new run, except for a dry run, or check that they are those of the run in this folder.
 
     Returns:
@@ -96,8 +99,6 @@ def _settle(batch: Batch, folder: Folder, source: dict[str, Any]) -> dict[str, A
     Raises:
         CommandError: if the folder is another run's.
     """
-    quiet()
-    checkpoint = open_checkpoint(batch.model)
     asked = source | {"model": checkpoint.name, "weights": fingerprint(checkpoint), "tasks": batch.tasks}
     asked |= {"suffix": batch.suffix.value, **batch.options, "dtype": batch.dtype.value}
 

@@ -56,9 +56,12 @@ def chat(
         typer.Option(metavar="NAME", help="Its model; by default the first it lists.", rich_help_panel=ENDPOINT),
     ] = None,
     suffix: Annotated[
-        Suffix,
-        typer.Option(metavar="KIND", help="Sentence at the end of the last message: parallel, sequential or none."),
-    ] = Suffix.PARALLEL,
+        Suffix | None,
+        typer.Option(
+            metavar="KIND",
+            help="Sentence at the end of the last message: parallel, sequential or none; by default the family's.",
+        ),
+    ] = None,
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
@@ -68,7 +71,7 @@ def chat(
         ),
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(metavar="X", help="Temperature; by default as the checkpoint's config.")
+        float | None, typer.Option(metavar="X", help="Temperature; by default that of the model's family.")
     ] = None,
     top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, metavar="N", help="Seed of the sampling.")] = None,
@@ -100,7 +103,7 @@ def chat(
         local |= {"--device": device != "auto", "--threads": threads}
         if given := [name for name, value in local.items() if value]:
             raise CommandError(f"{given[0]} and --url exclude each other; leave one out")
-        ask = ask_endpoint(url, api_key, model_name, suffix, max_new_tokens, sampling, shows_live)
+        ask = ask_endpoint(url, api_key, model_name, suffix or Suffix.PARALLEL, max_new_tokens, sampling, shows_live)
     else:
         if given := [name for name, value in {"--api-key": api_key, "--model-name": model_name}.items() if value]:
             raise CommandError(f"{given[0]} is for an endpoint; name it with --url")
@@ -110,6 +113,7 @@ def chat(
             loaded = load_model(checkpoint, dtype, attn, device, threads)
         if {"temperature", "top_p"} & sampling.keys():
             sampling["do_sample"] = True
+        sampling, suffix = checkpoint.with_record(sampling), suffix or checkpoint.suffix
         ask = ask_model(loaded, checkpoint, suffix, max_new_tokens or CHAT_TOKENS, sampling, shows_live)
     talk(ask)
 

@@ -27,16 +27,20 @@ from multiverse_hf.cli.options import (
 from multiverse_hf.cli.terminal import waiting
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.answers import AnswerKind
-from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, TEMPERATURE, TOP_P, Mode
+from multiverse_hf.evaluation.tasks import MAX_NEW_TOKENS, TASKS, Mode
 from multiverse_hf.outputs import check_output
 
 SamplesOption = Annotated[int, typer.Option("--n", min=1, metavar="N", help="Answers per problem.")]
 SeedOption = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampling.")]
-TemperatureOption = Annotated[float, typer.Option(min=0, metavar="X", help="Temperature; 0 is greedy.")]
+TemperatureOption = Annotated[
+    float | None, typer.Option(min=0, metavar="X", help="Temperature; 0 is greedy. By default that of the family.")
+]
 TopPOption = Annotated[
-    float,
+    float | None,
     typer.Option(
-        metavar="X", help="Nucleus sampling: draw among the likeliest tokens with this probability together."
+        metavar="X",
+        help="Nucleus sampling: draw among the likeliest tokens with this probability together. By default that of "
+        "the family.",
     ),
 ]
 MaxNumSeqsOption = Annotated[int, typer.Option(min=1, metavar="N", help="Concurrent answers.")]
@@ -115,8 +119,8 @@ def evaluate(
     ] = None,
     n: SamplesOption = 1,
     seed: SeedOption = 0,
-    temperature: TemperatureOption = TEMPERATURE,
-    top_p: TopPOption = TOP_P,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     max_new_tokens: MaxNewTokensOption = MAX_NEW_TOKENS,
     system_prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="System message before each problem.")
@@ -212,8 +216,8 @@ def budget(
     limit: LimitOption = 90,
     n: SamplesOption = 1,
     seed: SeedOption = 0,
-    temperature: TemperatureOption = TEMPERATURE,
-    top_p: TopPOption = TOP_P,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
     max_num_seqs: MaxNumSeqsOption = MAX_NUM_SEQS,
     dtype: DtypeOption = Dtype.AUTO,
     device: DeviceOption = "auto",

@@ -72,8 +72,11 @@ def generate(
     ] = None,
     model: ModelOption = None,
     suffix: Annotated[
-        Suffix, typer.Option(metavar="KIND", help="Sentence at the prompt's end: parallel, sequential or none.")
-    ] = Suffix.PARALLEL,
+        Suffix | None,
+        typer.Option(
+            metavar="KIND", help="Sentence at the prompt's end: parallel, sequential or none; by default the family's."
+        ),
+    ] = None,
     structure: Annotated[
         StructureMode,
         typer.Option(metavar="MODE", help="guided: well-formed blocks only; lenient: any tags; off: no branches."),
@@ -89,7 +92,7 @@ def generate(
         float | None, typer.Option(min=0, metavar="SECONDS", help="Time limit; then open branches are closed.")
     ] = None,
     do_sample: Annotated[
-        bool | None, typer.Option("--do-sample/--greedy", help="Sample or not; by default as the checkpoint's config.")
+        bool | None, typer.Option("--do-sample/--greedy", help="Sample or not; by default as the model's family.")
     ] = None,
     temperature: Annotated[float | None, typer.Option(metavar="X", help="Temperature; turns sampling on.")] = None,
     top_p: Annotated[float | None, typer.Option(metavar="X", help="Nucleus sampling; turns sampling on.")] = None,
@@ -196,18 +199,25 @@ def generate(
         outcome = run_batch(Batch(source, output, model, suffix, options, dtype, attn, device, threads, **asked))
         print_outcome(outcome, output, as_json)
         return
-    text = read_prompt(prompt, file, suffix)
+    text = read_prompt(prompt, file)
     with waiting("loading the model"):
         quiet()
         checkpoint = open_checkpoint(model)
+        text = (suffix or checkpoint.suffix).end(text)
         ids = checkpoint.encode(text)
         loaded = load_model(checkpoint, dtype, attn, device, threads)
     if checkpoint.is_embedded and not is_problem(text):
         print(f"note: {ONLY_CHAINS}", file=sys.stderr)
+    options, said = checkpoint.with_record(options), options
+    taken = {name: value for name, value in options.items() if value != said.get(name)}
     if as_json:
         answer = answer_prompt(loaded, checkpoint, ids, **options)
-        print_json({"prompt": text, **answer.to_dict(), "model": checkpoint.name})
+        record = {"family": checkpoint.tags.names.name, "of_record": taken}
+        print_json({"prompt": text, **answer.to_dict(), "model": checkpoint.name, **record})
     else:
+        if taken:
+            shown = ", ".join(f"{name} {value}" for name, value in taken.items())
+            print(f"note: sampling of record of {checkpoint.tags.names.name}: {shown}", file=sys.stderr)
         show_answer(loaded, checkpoint, ids, shows_live and structure is not StructureMode.OFF, **options)
 
 
@@ -299,8 +309,8 @@ def _summary(answer: Answer) -> Text:
     )
 
 
-def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
-    """Return the prompt from an argument, a file or standard input, with the suffix of record.
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the prompt from an argument, a file or standard input.
 
     Raises:
         CommandError: if there is no prompt, or it cannot be read.
@@ -325,4 +335,4 @@ def read_prompt(prompt: str | None, file: Path | None, suffix: Suffix) -> str:
         raise CommandError(f"the {source} is not UTF-8 text ({err.reason} at byte {err.start}); convert it") from err
     if not text:
         raise CommandError(f"the {source} is empty; give the problem to answer")
-    return suffix.end(text)
+    return text

@@ -122,6 +122,10 @@ def describe_sampling(results: Mapping[str, Any]) -> str:
     drawn = (
         f"temperature {sampling['temperature']:g}, top_p {sampling['top_p']:g}" if sampling["do_sample"] else "greedy"
     )
+    if "path_repetition_penalty" in sampling:
+        drawn += f", path_repetition_penalty {sampling['path_repetition_penalty']:g}"
+    if taken := results.get("of_record"):
+        drawn += f" ({', '.join(taken)} of record of {results['family']})"
     return (
         f"{drawn}, {results['n']} per problem, seed {results['seed']}, length at most {sampling['max_new_tokens']}, "
         f"structure {sampling['structure']}"

@@ -18,6 +18,8 @@ Names are stable within a ``schema``. A removed name or a changed meaning raises
       },
       "sampling": {"do_sample": bool, "temperature": float, "top_p": float, "top_k": 0, "repetition_penalty": 1.0,
                    "max_new_tokens": int, "structure": "guided" | "off"},       no temperature and top_p if greedy
+      "family": str,                                of the model's tags
+      "of_record": ["temperature", ...],            settings taken from the family
       "n": int,                                     answers to each problem
       "seed": int,
       "tasks": {
@@ -128,6 +130,8 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
         "mode": evaluation.mode.value,
         "prompts": describe_prompts(evaluation),
         "sampling": evaluation.sampling,
+        "family": evaluation.family.name,
+        "of_record": list(evaluation.of_record),
         "n": evaluation.num_samples,
         "seed": evaluation.seed,
         "tasks": {each.task.name: _describe_task(finished, each) for each in finished.problem_sets},
@@ -144,10 +148,10 @@ def make_results(finished: Finished, command: str | None = None) -> dict[str, An
 
 def describe_prompts(evaluation: Evaluation) -> dict[str, str | None]:
     """Return the prompts of record of an evaluation."""
-    template = evaluation.mode.suffix.end("{problem}")
+    template = evaluation.mode.suffix.end("{problem}") if evaluation.family.has_suffix else "{problem}"
     return {
         "system_prompt": evaluation.system_prompt,
-        "suffix": template.removeprefix("{problem} "),
+        "suffix": template.removeprefix("{problem}").lstrip(" "),
         "template": template,
     }
 

@@ -20,7 +20,6 @@ from multiverse_hf.evaluation.samples import Sample, SampleStore
 from multiverse_hf.evaluation.settings import Evaluation, check_run
 from multiverse_hf.evaluation.tasks import Instance, Mode, ProblemSet, Task, load_problems
 from multiverse_hf.judging.verifier import Verifier
-from multiverse_hf.modeling.families import Family
 from multiverse_hf.outputs import check_output, write_output
 
 _POLL_S = 0.005
@@ -97,6 +96,7 @@ def run_evaluation(
         raise CommandError(
             f"{checkpoint.name} has no control tags and cannot branch; evaluate it with --mode autoregressive"
         )
+    evaluation = evaluation.of(checkpoint.tags.names)
     problem_sets, num_seen = leave_out_seen(found, checkpoint.path)
     weights = fingerprint(checkpoint)
 
@@ -124,7 +124,7 @@ def run_evaluation(
         correct = sum(sample.correct for sample in store.samples.values())
         on_progress(RunProgress(len(trials) - len(left), len(trials), correct))
         for done, answered in enumerate(answer_trials(evaluation, checkpoint, model, left) if left else (), start=1):
-            sample = make_sample(evaluation, checkpoint.tags.names, answered, verifier)
+            sample = make_sample(evaluation, answered, verifier)
             store.add(sample)
             correct += sample.correct
             on_progress(RunProgress(len(trials) - len(left) + done, len(trials), correct))
@@ -202,7 +202,7 @@ def answer_trials(
             running = still
 
 
-def make_sample(evaluation: Evaluation, family: Family, answered: Answered, verifier: Verifier) -> Sample:
+def make_sample(evaluation: Evaluation, answered: Answered, verifier: Verifier) -> Sample:
     """Return the judged sample of an answer."""
     trial, stats = answered.trial, answered.stats
     problem = trial.problem
@@ -214,14 +214,14 @@ def make_sample(evaluation: Evaluation, family: Family, answered: Answered, veri
         group=trial.problem.group,
         sample=trial.sample,
         seed=trial.seed,
-        prompt=trial.problem.prompt(evaluation.mode),
+        prompt=evaluation.prompt(trial.problem),
         document=answered.document,
         gold=trial.problem.gold,
         answer=verdict.answer,
         correct=verdict.correct,
         rule=verdict.rule.value,
         score=verdict.score,
-        well_formed=answered.error is None and is_well_formed(answered.document, family),
+        well_formed=answered.error is None and is_well_formed(answered.document, evaluation.family),
         **{name: getattr(stats, name) for name in counted},
         malformed=stats.malformed,
         finish_reason=str(stats.finish_reason) if answered.error is None else "refused",

@@ -1,7 +1,7 @@
 """Settings of an evaluation, and the check that a folder's run has the same ones."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from multiverse_hf.evaluation.tasks import (
     Mode,
     Task,
 )
+from multiverse_hf.modeling.families import MULTIVERSE, Family
 from multiverse_hf.outputs import json_text
 
 
@@ -36,13 +37,14 @@ class Evaluation:
         num_samples: answers per problem.
         seed: seed of all noise. The noise of a problem's answer k depends only on this seed and k, so runs that differ
             only in their batches have the same answers.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token. By default the family's; so are the next one and ``system_prompt``.
         top_p: draw among the likeliest tokens with this much probability together.
         max_new_tokens: limit of the length: positions past the prompt, not tokens of all paths.
-        system_prompt: system message before each problem; the record has none.
+        system_prompt: system message before each problem.
         dtype, attention, device, threads: as for :func:`~multiverse_hf.checkpoints.load_model`.
         max_num_seqs, max_cache_tokens: limits of the engine.
         rule: rule for the answers of a user's own files; ``math`` by default.
+        family: the model's family, and ``of_record`` the settings that were taken from it (:meth:`of`).
     """
 
     model: str | None
@@ -53,8 +55,8 @@ class Evaluation:
     limit: int | None = None
     num_samples: int = 1
     seed: int = 0
-    temperature: float = TEMPERATURE
-    top_p: float = TOP_P
+    temperature: float | None = None
+    top_p: float | None = None
     max_new_tokens: int = MAX_NEW_TOKENS
     system_prompt: str | None = None
     dtype: Dtype = Dtype.AUTO
@@ -64,6 +66,8 @@ class Evaluation:
     max_num_seqs: int = MAX_NUM_SEQS
     max_cache_tokens: int | None = None
     rule: AnswerKind | None = None
+    family: Family = MULTIVERSE
+    of_record: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check that the settings fit together.
@@ -92,10 +96,27 @@ class Evaluation:
         """
         return tuple(find_task(name, self.rule or AnswerKind.MATH) for name in self.tasks)
 
+    def of(self, family: Family) -> "Evaluation":
+        """Return the evaluation of a model of a family: what it does not say is the family's."""
+        temperature, top_p = family.temperature, 1.0 if family.top_p is None else family.top_p
+        if temperature is None:
+            temperature, top_p = TEMPERATURE, TOP_P
+        given = {"temperature": temperature, "top_p": top_p, "system_prompt": family.system_prompt}
+        taken = {name: value for name, value in given.items() if getattr(self, name) is None and value is not None}
+        return replace(self, family=family, of_record=tuple(taken), **taken)
+
+    def prompt(self, problem: Instance) -> str:
+        """Return the prompt for a problem, with the sentence of record if the family has one."""
+        return problem.prompt(self.mode) if self.family.has_suffix else problem.question
+
     @property
     def sampling(self) -> dict[str, Any]:
         """Options of the engine. All are set, as a checkpoint's generation config may have others."""
+        if self.temperature is None or self.top_p is None:
+            return self.of(self.family).sampling
         drawn = {"temperature": self.temperature, "top_p": self.top_p} if self.temperature else {}
+        if drawn and self.family.path_repetition_penalty != 1:
+            drawn["path_repetition_penalty"] = self.family.path_repetition_penalty
         return {
             "do_sample": self.temperature > 0,
             **drawn,
@@ -107,7 +128,7 @@ class Evaluation:
 
     def messages(self, problem: Instance) -> str | list[dict[str, str]]:
         """Return the prompt or the messages for a problem."""
-        prompt = problem.prompt(self.mode)
+        prompt = self.prompt(problem)
         if self.system_prompt is None:
             return prompt
         return [{"role": "system", "content": self.system_prompt}, {"role": "user", "content": prompt}]
@@ -116,7 +137,7 @@ class Evaluation:
 Evaluate = Callable[[Evaluation, Path], dict[str, Any]]  # runs it in a folder and returns its results
 OPTION_NAMES = {"num_samples": "n", "tasks": "task"}  # settings with another name of their option
 # Settings that do not change an answer; they may differ when a run is continued.
-_MAY_DIFFER = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model")
+_MAY_DIFFER = ("device", "threads", "max_num_seqs", "max_cache_tokens", "data_dir", "model", "family", "of_record")
 
 
 def check_run(

@@ -134,6 +134,16 @@ class Family:
         """The tag that opens the paths of a block."""
         return self.open("parallel") if self.goal is None else self.close("goal")
 
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The sampling of record, as options of ``generate``; empty where there is none."""
+        if self.temperature is None:
+            return {}
+        options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        if self.path_repetition_penalty != 1:
+            options["path_repetition_penalty"] = self.path_repetition_penalty
+        return {name: value for name, value in options.items() if value is not None}
+
     def is_in(self, text: str) -> bool:
         """Return whether a text has the tags of a block: the one that opens its paths, and the last one."""
         return self.trigger in text and self.tag(self.ending[-1]) in text

@@ -259,7 +259,8 @@ def encode_prompt(
 
     A string becomes one user message where the tokenizer has a chat template. Tags in an assistant's message are
     control tags (that is how a half-written answer is continued); in every other message they are text. So are the
-    tokenizer's special tokens, such as the end of a turn.
+    tokenizer's special tokens, such as the end of a turn. A family may have a system message of record, which a prompt
+    without one begins with.
 
     Args:
         tokenizer: a transformers tokenizer.
@@ -366,6 +367,8 @@ def _join(tokenizer: Any, texts: Sequence[str], mark: str, has_template: bool) -
 def _encode(
     tokenizer: Any, messages: Sequence[Mapping[str, str]], names: Family, add_generation_prompt: bool
 ) -> list[int]:
+    if names.system_prompt is not None and all(message["role"] != "system" for message in messages):
+        messages = [{"role": "system", "content": names.system_prompt}, *messages]
     contents = [message["content"] for message in messages]
     guarded, mark = _guard(tokenizer, contents, names)
     safe = [

@@ -245,7 +245,8 @@ def create_app(worker: ModelWorker, config: ServerConfig, metrics: Metrics) -> F
     async def models() -> dict[str, Any]:
         context = None if worker.checkpoint is None else worker.context
         card = {"id": config.name, "object": "model", "created": 0, "owned_by": "multiverse_hf"}
-        return {"object": "list", "data": [{**card, "max_model_len": context}]}
+        card |= {"max_model_len": context, "multiverse": worker.record}
+        return {"object": "list", "data": [card]}
 
     @app.get("/v1/models/{name:path}", responses=responses)
     async def model(name: str) -> dict[str, Any]:

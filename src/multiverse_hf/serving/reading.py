@@ -197,7 +197,7 @@ def _read(
     else:
         options["max_total_tokens"] = config.max_total_tokens
     options["max_time"] = config.max_time
-    options |= _sampling(body)
+    options |= checkpoint.with_record(_sampling(body))
     asked = ModelRequest(prompts, options=options, seed=body.seed)
     if isinstance(body, Completing):
         asked.copies = body.n or 1
@@ -215,7 +215,7 @@ def _read(
 
 
 def _sampling(body: Sampling) -> dict[str, Any]:
-    """Return transformers' options. Where nothing is said, the checkpoint's generation config decides."""
+    """Return transformers' options. Where nothing is said, the family decides, then the generation config."""
     asked: dict[str, Any] = {}
     if body.temperature is not None:
         asked["do_sample"] = body.temperature >= MIN_TEMPERATURE

@@ -183,6 +183,12 @@ class ModelWorker:
         """Positions of the model's context."""
         return getattr(self.checkpoint.config, "max_position_embeddings", None)
 
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The model's family and its sampling of record, for clients; None while the model is being loaded."""
+        checkpoint = self.checkpoint
+        return checkpoint and {"family": checkpoint.tags.names.name, "sampling": checkpoint.record}
+
     def check_ready(self) -> None:
         """Check that requests are taken.
 

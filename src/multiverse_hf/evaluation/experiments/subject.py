@@ -36,7 +36,7 @@ class Subject:
         problems = load_problems(evaluation.read_tasks()[0], evaluation.data_dir, evaluation.limit)
         checkpoint = open_checkpoint(evaluation.model, evaluation.revision)
         model = load_model(checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads)
-        return cls(evaluation, checkpoint, model, problems)
+        return cls(evaluation.of(checkpoint.tags.names), checkpoint, model, problems)
 
     def prompts(self) -> list[list[int]]:
         """Return the prompts' token ids.

@@ -71,7 +71,7 @@ class MultiverseLightevalModel(LightevalModel):
         self.evaluation = Evaluation(name, tuple(TASKS), **options)
         # without tags it answers only autoregressive tasks; greedy_until checks that
         self.checkpoint = open_checkpoint(name, self.evaluation.revision, needs_tags=False)
-        evaluation = self.evaluation
+        evaluation = self.evaluation = self.evaluation.of(self.checkpoint.tags.names)
         self.model = load_model(
             self.checkpoint, evaluation.dtype, evaluation.attention, evaluation.device, evaluation.threads
         )
