@@ -92,7 +92,7 @@ class ForceBlock(LogitsProcessor):
         self, tags: TagSet, goal: list[int], given: int, prompt_length: int, num_paths: int, path_tokens: int
     ) -> None:
         fork = prompt_length + len(goal) - given
-        reduce = fork + num_paths * path_tokens + len(tags.conclusion_prefix())
+        reduce = fork + num_paths * path_tokens + len(tags.reduce_prefix)
         self.forced = dict(enumerate(goal[given:], prompt_length))  # tokens seen -> the only next token
         self.forced[fork + path_tokens - 1] = tags.close("path")
         self.forced |= {reduce + 1: tags.close("conclusion"), reduce + 2: tags.close("parallel"), reduce + 3: EOS}
@@ -128,7 +128,7 @@ def make_workload(
     given = 0 if write_goal else len(goal) - 1
     prompts = make_prompts(batch, prompt_tokens, VOCAB, goal[:given])
     processor = ForceBlock(tags, goal, given, prompt_tokens, num_paths, path_tokens)
-    num_tokens = len(goal) - given + num_paths * path_tokens + len(tags.conclusion_prefix()) + 4
+    num_tokens = len(goal) - given + num_paths * path_tokens + len(tags.reduce_prefix) + 4
     return Workload(prompts, processor, num_paths, num_tokens)
 
 

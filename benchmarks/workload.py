@@ -172,7 +172,7 @@ def plan_block(tags: TagSet, num_paths: int, path_tokens: int) -> Answer:
 
 def _count_others(tags: TagSet) -> int:
     """Count the tokens outside the paths: ``</Goal>``, and a conclusion with one token of text."""
-    return 1 + len(tags.conclusion_prefix()) + 1 + len([tags.close("conclusion"), tags.close("parallel")])
+    return 1 + len(tags.reduce_prefix) + 1 + len([tags.close("conclusion"), tags.close("parallel")])
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.serving.client import BranchClient
 from multiverse_hf.serving.events import StreamEvent, StreamEvents
-from multiverse_hf.viewing.live import Writing, draw
+from multiverse_hf.viewing.live import Writing, draw_writing
 from multiverse_hf.viewing.page import html_page, view_data
 from multiverse_hf.viewing.results import ViewedResult
 from multiverse_hf.viewing.sources import EndpointSource, LocalSource, Question
@@ -56,7 +56,7 @@ def forked(*texts: str) -> list[StreamEvent]:
 
 
 def test_text_of_a_model_is_no_markup_and_a_frame_stays_small() -> None:
-    drawn = draw(written(*forked(HOSTILE, "x" * 1_000_000, "\ud800")), HOSTILE, HOSTILE)
+    drawn = draw_writing(written(*forked(HOSTILE, "x" * 1_000_000, "\ud800")), HOSTILE, HOSTILE)
     assert not re.search(r"<(script|img|/style)", drawn)
     assert re.findall(r"<(\w+)[ >]", drawn).count("section") == 4  # the answer, and three lanes
     assert len(drawn) < 20_000
@@ -66,7 +66,7 @@ def test_text_of_a_model_is_no_markup_and_a_frame_stays_small() -> None:
 def test_an_event_that_fits_nothing_is_an_error_of_the_answer() -> None:
     writing = written(StreamEvent(kind="token", branch="7", text="x"))
     assert writing.is_done
-    assert 'role="alert"' in draw(writing)
+    assert 'role="alert"' in draw_writing(writing)
 
 
 @pytest.mark.slow  # imports Gradio

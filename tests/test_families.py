@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from multiverse_hf.data.families import (
-    Family,
     Fork,
+    ProblemFamily,
     Solution,
     Subtask,
     find_dependence,
@@ -28,7 +28,7 @@ PARALLEL = {
 NAMES = sorted(SEQUENTIAL | NESTED | PARALLEL)
 
 
-def recipe_family(name: str) -> Family:
+def recipe_family(name: str) -> ProblemFamily:
     pytest.importorskip("reasoning_gym")
     return load_families(RECIPE / "families")[name]
 
@@ -112,7 +112,7 @@ def test_arithmetic_is_checked(text: str, is_right: bool) -> None:
 
 
 OWN = """
-from multiverse_hf.data.families import Subtask, Family, Fork, Solution
+from multiverse_hf.data.families import Subtask, ProblemFamily, Fork, Solution
 
 def make(seed):
     return {"question": f"What are twice {seed} and thrice {seed}?", "answer": f"{2 * seed} {3 * seed}"}
@@ -125,7 +125,7 @@ def solve(item):
     number = int(item["question"].split()[3])
     return Solution((Fork(write, ((2, number), (3, number)), "Both are known."),), item["answer"])
 
-FAMILIES = [Family("twice", solve, make=make)]
+FAMILIES = [ProblemFamily("twice", solve, make=make)]
 """
 
 

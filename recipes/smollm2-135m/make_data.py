@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from multiverse_hf.data.families import Family, Solution, load_families
+from multiverse_hf.data.families import ProblemFamily, Solution, load_families
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, ScriptParser, install_line
 from multiverse_hf.outputs import check_output, output_folder
@@ -31,7 +31,7 @@ TRIES = 4  # items drawn for each row: some repeat, or do not suit
 class Made:
     """An item with its checked solution."""
 
-    family: Family
+    family: ProblemFamily
     item: dict[str, Any]
     solution: Solution
 
@@ -46,7 +46,7 @@ class Made:
         }
 
 
-def solve_items(family: Family, seed: int, count: int, taken: set[str]) -> list[Made]:
+def solve_items(family: ProblemFamily, seed: int, count: int, taken: set[str]) -> list[Made]:
     """Return ``count`` solved and checked items whose questions are not in ``taken``, and add them to it.
 
     Raises:
@@ -69,7 +69,7 @@ def solve_items(family: Family, seed: int, count: int, taken: set[str]) -> list[
     return made
 
 
-def find_task(family: Family, size: int) -> str | None:
+def find_task(family: ProblemFamily, size: int) -> str | None:
     """Return the --task of ``multiverse eval`` for the held-out problems, None for a family of one's own items."""
     if family.make:
         return None

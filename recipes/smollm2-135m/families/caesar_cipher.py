@@ -2,7 +2,7 @@
 
 import re
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 MOVED = 3
 
@@ -34,4 +34,4 @@ def check(item: dict, text: str) -> str | None:
 
 
 OPTIONS = {"min_words": 3, "max_words": 12, "min_rotation": MOVED, "max_rotation": MOVED}
-FAMILIES = [Family("caesar_cipher", solve, OPTIONS, check=check)]
+FAMILIES = [ProblemFamily("caesar_cipher", solve, OPTIONS, check=check)]

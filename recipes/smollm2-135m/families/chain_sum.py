@@ -1,6 +1,6 @@
 """Sums and differences in a row: each step needs the one before, so there is no block."""
 
-from multiverse_hf.data.families import Family, Solution
+from multiverse_hf.data.families import ProblemFamily, Solution
 
 
 def solve(item: dict) -> Solution:
@@ -13,4 +13,4 @@ def solve(item: dict) -> Solution:
     return Solution((" ".join(steps),), item["answer"])
 
 
-FAMILIES = [Family("chain_sum", solve, {"min_terms": 3, "max_terms": 6, "max_digits": 2})]
+FAMILIES = [ProblemFamily("chain_sum", solve, {"min_terms": 3, "max_terms": 6, "max_digits": 2})]

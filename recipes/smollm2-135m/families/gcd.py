@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def find_factors(number: int) -> list[int]:
@@ -57,6 +57,6 @@ def solve_one(item: dict) -> Solution:
 
 
 FAMILIES = [
-    Family("gcd", solve_gcd, {"min_numbers": 4, "max_numbers": 6, "min_value": 12, "max_value": 99}),
-    Family("prime_factorization", solve_one, {"min_value": 4, "max_value": 300}),
+    ProblemFamily("gcd", solve_gcd, {"min_numbers": 4, "max_numbers": 6, "min_value": 12, "max_value": 99}),
+    ProblemFamily("prime_factorization", solve_one, {"min_value": 4, "max_value": 300}),
 ]

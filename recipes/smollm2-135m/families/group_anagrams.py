@@ -3,7 +3,7 @@
 import json
 import re
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def write_word(word: str) -> Subtask:
@@ -29,4 +29,4 @@ def check(item: dict, text: str) -> str | None:
 
 
 OPTIONS = {"min_anagram_groups": 3, "max_anagram_groups": 4, "min_words_per_group": 2, "max_words_per_group": 2}
-FAMILIES = [Family("group_anagrams", solve, OPTIONS, check=check)]
+FAMILIES = [ProblemFamily("group_anagrams", solve, OPTIONS, check=check)]

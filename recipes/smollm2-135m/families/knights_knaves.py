@@ -3,7 +3,7 @@
 from functools import partial
 from itertools import product
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def is_true(statement: tuple, case: tuple[bool, ...]) -> bool:
@@ -64,4 +64,4 @@ def solve(item: dict) -> Solution:
     return Solution(("I try each case.", fork, last), item["answer"].rstrip("."))
 
 
-FAMILIES = [Family("knights_knaves", solve)]
+FAMILIES = [ProblemFamily("knights_knaves", solve)]

@@ -2,7 +2,7 @@
 
 from reasoning_gym.arithmetic.leg_counting import ANIMALS
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def write_animal(part: tuple[str, int]) -> Subtask:
@@ -30,4 +30,4 @@ def solve(item: dict) -> Solution:
     return Solution(("I count the legs of each kind of animal.", fork, " ".join(sums)), item["answer"])
 
 
-FAMILIES = [Family("leg_counting", solve, {"min_animals": 5, "max_animals": 8})]
+FAMILIES = [ProblemFamily("leg_counting", solve, {"min_animals": 5, "max_animals": 8})]

@@ -2,7 +2,7 @@
 
 import re
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 GROUP = 3  # words of a path
 LONG = 18  # words from which the text is cut into halves
@@ -70,4 +70,4 @@ def check(item: dict, text: str) -> str | None:
     return None
 
 
-FAMILIES = [Family("letter_counting", solve, {"min_words": 10, "max_words": 24}, check=check)]
+FAMILIES = [ProblemFamily("letter_counting", solve, {"min_words": 10, "max_words": 24}, check=check)]

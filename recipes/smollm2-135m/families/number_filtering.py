@@ -1,6 +1,6 @@
 """Numbers to keep: a path for each number compares it with the limit."""
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def write_number(part: tuple[str, str, str]) -> Subtask:
@@ -28,4 +28,4 @@ def solve(item: dict) -> Solution:
 
 
 OPTIONS = {"min_numbers": 5, "max_numbers": 9, "max_decimals": 0, "min_value": -99, "max_value": 99}
-FAMILIES = [Family("number_filtering", solve, OPTIONS)]
+FAMILIES = [ProblemFamily("number_filtering", solve, OPTIONS)]

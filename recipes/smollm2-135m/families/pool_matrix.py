@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 SIZE = 2  # rows and columns of a square
 
@@ -55,4 +55,4 @@ def solve(item: dict) -> Solution:
 
 
 OPTIONS = {"min_rows": 4, "max_rows": 6, "max_cols": 5, "min_pool_size": SIZE, "max_pool_size": SIZE}
-FAMILIES = [Family("pool_matrix", solve, OPTIONS)]
+FAMILIES = [ProblemFamily("pool_matrix", solve, OPTIONS)]

@@ -1,6 +1,6 @@
 """Products of two numbers by partial products, nested: a path for each digit of the second, a block of the first's."""
 
-from multiverse_hf.data.families import Family, Fork, Solution, Subtask
+from multiverse_hf.data.families import Fork, ProblemFamily, Solution, Subtask
 
 
 def split(number: int) -> list[int]:
@@ -49,4 +49,4 @@ def solve(item: dict) -> Solution:
     return Solution((start, fork, f"Add the rows. {add([first * row for row in rows])}"), item["answer"])
 
 
-FAMILIES = [Family("products", solve, {"min_digits": 2, "max_digits": 3})]
+FAMILIES = [ProblemFamily("products", solve, {"min_digits": 2, "max_digits": 3})]

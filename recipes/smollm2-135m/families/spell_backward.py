@@ -1,6 +1,6 @@
 """Words spelled backward, one letter after the other: no block."""
 
-from multiverse_hf.data.families import Family, Solution
+from multiverse_hf.data.families import ProblemFamily, Solution
 
 
 def solve(item: dict) -> Solution:
@@ -12,4 +12,4 @@ def solve(item: dict) -> Solution:
     return Solution((" ".join(steps),), item["answer"])
 
 
-FAMILIES = [Family("spell_backward", solve, {"min_word_len": 3, "max_word_len": 7})]
+FAMILIES = [ProblemFamily("spell_backward", solve, {"min_word_len": 3, "max_word_len": 7})]

@@ -21,17 +21,17 @@ def list_families(as_json: JsonOption = False, traceback: TracebackOption = Fals
       multiverse families --json
     """
     if as_json:
-        print_json({name: dataclasses.asdict(family) | describe(family) for name, family in FAMILIES.items()})
+        print_json({name: dataclasses.asdict(family) | rules_for_people(family) for name, family in FAMILIES.items()})
         return
-    rows = [[name, *describe(family).values()] for name, family in FAMILIES.items()]
-    columns = ["family", *(heading.replace("_", " ") for heading in describe(next(iter(FAMILIES.values()))))]
+    rows = [[name, *rules_for_people(family).values()] for name, family in FAMILIES.items()]
+    columns = ["family", *(heading.replace("_", " ") for heading in rules_for_people(next(iter(FAMILIES.values()))))]
     table = Table(*(Column(name, overflow="fold") for name in columns), box=SIMPLE_HEAD)
     for cells in rows:
         table.add_row(*cells)
     Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
-def describe(family: Family) -> dict[str, str]:
+def rules_for_people(family: Family) -> dict[str, str]:
     """Return a family's rules for people, by the headings of the table."""
     limits = [f"{value} {name.removeprefix('max_')}" for name, value in family.limits.items() if value is not None]
     return {
@@ -41,8 +41,8 @@ def describe(family: Family) -> dict[str, str]:
         "written_at_a_fork": written(family, family.path_start),
         "written_at_a_reduce": written(family, family.reduce_start),
         "at_most": ", ".join(limits),
-        "sampling_of_record": describe_sampling(family),
-        "prompt_of_record": describe_prompt(family),
+        "sampling_of_record": sampling_for_people(family),
+        "prompt_of_record": prompt_for_people(family),
     }
 
 
@@ -52,7 +52,7 @@ def written(family: Family, text: str) -> str:
     return "".join(own.get(piece) or family.tag(piece) for piece in pieces_of(text))
 
 
-def describe_sampling(family: Family) -> str:
+def sampling_for_people(family: Family) -> str:
     """Return the sampling of record for people."""
     values = {"temperature": family.temperature, "top_p": family.top_p}
     if family.path_repetition_penalty != 1:
@@ -60,7 +60,7 @@ def describe_sampling(family: Family) -> str:
     return ", ".join(f"{name} {value:g}" for name, value in values.items() if value is not None) or "none"
 
 
-def describe_prompt(family: Family) -> str:
+def prompt_for_people(family: Family) -> str:
     """Return the prompt of record for people."""
     parts: list[Any] = [family.system_prompt and f"system: {family.system_prompt}"]
     parts.append("the sentence of Multiverse-1K at the end" if family.has_suffix else None)

@@ -86,7 +86,7 @@ def _write_fork(fork: Fork, label: str, tags: Family) -> str:
 
 
 @dataclass(frozen=True)
-class Family:
+class ProblemFamily:
     """A family of problems.
 
     Attributes:
@@ -191,7 +191,7 @@ def _value(text: str) -> Fraction:
     return total + product
 
 
-def load_families(folder: Path) -> dict[str, Family]:
+def load_families(folder: Path) -> dict[str, ProblemFamily]:
     """Return the families of all files ``*.py`` of a folder, by name.
 
     Raises:
@@ -199,7 +199,7 @@ def load_families(folder: Path) -> dict[str, Family]:
     """
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}; name a folder with family files")
-    families: dict[str, Family] = {}
+    families: dict[str, ProblemFamily] = {}
     for path in sorted(folder.glob("*.py")):
         spec = importlib.util.spec_from_file_location(f"family_{path.stem}", path)
         module = importlib.util.module_from_spec(spec)
@@ -208,8 +208,8 @@ def load_families(folder: Path) -> dict[str, Family]:
         except (Exception, SystemExit) as err:  # the file is a user's own program and may raise anything
             raise ValueError(f"cannot load {path}: {type(err).__name__}: {' '.join(str(err).split())}") from err
         found = getattr(module, "FAMILIES", None)
-        if not isinstance(found, list | tuple) or not all(isinstance(each, Family) for each in found):
-            raise ValueError(f"{path} has no list FAMILIES of Family objects; set FAMILIES = [Family(...)]")
+        if not isinstance(found, list | tuple) or not all(isinstance(each, ProblemFamily) for each in found):
+            raise ValueError(f"{path} has no list FAMILIES = [ProblemFamily(...)]; add it")
         for family in found:
             if family.name in families:
                 raise ValueError(f"{path}: another file has a family {family.name!r}; rename one of them")

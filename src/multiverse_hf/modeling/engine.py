@@ -23,7 +23,7 @@ from .distributed import Broadcast
 from .drafts import check_drafts, draft, foresee
 from .grammar import TokenMask
 from .runner import make_runner
-from .sampling import choose, mask_scores, nothing_to_choose, penalize_paths
+from .sampling import choose, mask_scores, nothing_to_choose, penalize_path
 from .scheduler import Scheduler
 from .state import Branch, FinishReason, Reading, Ready, Request, Segment, Sequence
 from .tags import TagSet
@@ -231,7 +231,10 @@ class Engine:
         """
         sampler, own = queries[some[0]][0].request.sampler, [queries[row] for row in some]
         own_masks = [masks[row] for row in some]
-        scores = penalize_paths(mask_scores(own_masks, logits[some[0] : some[-1] + 1].clone()), own)
+        scores = mask_scores(own_masks, logits[some[0] : some[-1] + 1].clone())
+        for row, (sequence, branch) in enumerate(own):
+            if (penalty := sequence.request.options.path_repetition_penalty) != 1:
+                penalize_path(scores[row], branch, penalty)
         if not sampler.has_processors:
             return [(some, scores)]
         try:

@@ -61,20 +61,18 @@ def mask_scores(masks: Sequence[TokenMask | None], scores: torch.Tensor) -> torc
     return scores
 
 
-def penalize_paths(scores: torch.Tensor, rows: Sequence[tuple[Any, Any]]) -> torch.Tensor:
-    """Penalize in place what paths repeat of their own tokens, where a request asks for it.
+def penalize_path(scores: torch.Tensor, branch: Any, penalty: float) -> None:
+    """Penalize in place what a path repeats of its own tokens.
 
     Args:
-        scores: (N, V).
-        rows: the answer and the branch of each row.
+        scores: (V,).
+        branch: whose scores they are; outside of paths nothing is penalized.
+        penalty: as ``repetition_penalty`` of transformers.
     """
-    for row, (answer, branch) in enumerate(rows):
-        penalty = answer.request.options.path_repetition_penalty
-        if penalty != 1 and branch.blocks:
-            ids = torch.tensor(sorted(set(branch.context[branch.own :])), dtype=torch.long, device=scores.device)
-            found = scores[row, ids]
-            scores[row, ids] = torch.where(found < 0, found * penalty, found / penalty)
-    return scores
+    if branch.blocks:
+        ids = torch.tensor(sorted(set(branch.context[branch.own :])), dtype=torch.long, device=scores.device)
+        found = scores[ids]
+        scores[ids] = torch.where(found < 0, found * penalty, found / penalty)
 
 
 def _to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.viewing.live import Writing, draw, follow
+from multiverse_hf.viewing.live import Writing, draw_writing, follow
 from multiverse_hf.viewing.page import html_page, view_data
 from multiverse_hf.viewing.results import ViewedResult
 from multiverse_hf.viewing.sources import Question, Source
@@ -47,8 +47,8 @@ class App:
             return
         note = self.source.note(question.problem)
         for writing in follow(self.source, question, pace):
-            yield draw(writing, note=note), ""
-        yield draw(writing, note=note), self._viewer([("answer", writing)])
+            yield draw_writing(writing, note=note), ""
+        yield draw_writing(writing, note=note), self._viewer([("answer", writing)])
 
     def race(self, problem: str, *options: Any) -> Iterator[tuple[str, str]]:
         """Yield both sides of a race while they run, one after the other; at the end, both in the viewer's page."""
@@ -125,7 +125,7 @@ def _failed(error: Exception) -> str:
 
 
 def _raced(first: Writing | None, second: Writing | None, note: str | None) -> str:
-    sides = f'<div class="mv-race">{draw(first, PARALLEL)}{draw(second, AUTOREGRESSIVE)}</div>'
+    sides = f'<div class="mv-race">{draw_writing(first, PARALLEL)}{draw_writing(second, AUTOREGRESSIVE)}</div>'
     notes = "".join(f'<p class="mv-note">{html.escape(each)}</p>' for each in (HOW_RACED, note) if each)
     return f"{notes}{sides}{_result(first, second)}"
 

@@ -124,7 +124,7 @@ def follow(source: Source, question: Question, pace: float = 0) -> Iterator[Writ
 # HTML. Text of a model is escaped here, and nowhere else becomes markup.
 
 
-def draw(writing: Writing | None, heading: str = "", note: str | None = None) -> str:
+def draw_writing(writing: Writing | None, heading: str = "", note: str | None = None) -> str:
     """Return an answer as HTML: clock, branches side by side, and an error if there is one."""
     title = f"<h2>{html.escape(heading)}</h2>" if heading else ""
     if writing is None:
