@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -200,6 +201,72 @@ def test_a_race_runs_both_sides_to_their_end(browser: Any, url: str) -> None:
         steps = [int(re.search(r"(\d+) steps", state)[1]) for state in states]
         assert steps[0] < steps[1]  # both really ran
         page.frame_locator("iframe").locator(".result").nth(1).wait_for()
+
+
+@pytest.fixture
+def slow_engine() -> Iterator[MultiverseEngine]:
+    """An engine whose answers take so long that only cancelling ends them during a test."""
+    checkpoint = open_checkpoint(None)
+    model = load_model(checkpoint, Dtype.FLOAT32, Attention.SDPA, "cpu", None)
+    with MultiverseEngine(model, checkpoint.tokenizer, max_num_seqs=4) as engine:
+        engine._engine.on_step = lambda: time.sleep(0.2)
+        yield engine
+
+
+def until_idle(engine: MultiverseEngine) -> None:
+    end = time.monotonic() + PATIENCE / 1000
+    while engine.memory()["num_running"] + engine.memory()["num_waiting"]:
+        assert time.monotonic() < end
+        time.sleep(0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("button", ["Answer", "Race"])
+@pytest.mark.parametrize("way", ["stops", "leaves"])
+def test_a_visitor_who_stops_or_leaves_cancels_the_answer(
+    browser: Any, slow_engine: MultiverseEngine, button: str, way: str
+) -> None:
+    with app_of(LocalSource(slow_engine, open_checkpoint(None))) as address, visit(browser, address) as page:
+        ask(page, FLAT, button)
+        page.locator(".mv-lane").first.wait_for()
+        before = slow_engine.memory()["num_steps"]
+        assert slow_engine.memory()["num_running"] == 1
+        if way == "stops":
+            page.get_by_role("button", name="Stop", exact=True).click()
+            page.get_by_text("Stopped. The answer below is not complete.").wait_for()
+        else:
+            page.goto("about:blank")
+        until_idle(slow_engine)
+        assert slow_engine.memory()["num_steps"] < before + 40  # the answer takes more than a hundred
+
+
+@pytest.mark.slow
+def test_several_visitors_are_answered_at_once(browser: Any, slow_engine: MultiverseEngine) -> None:
+    slow_engine._engine.on_step = lambda: time.sleep(0.05)
+    with contextlib.ExitStack() as stack:
+        address = stack.enter_context(app_of(LocalSource(slow_engine, open_checkpoint(None))))
+        pages = [stack.enter_context(visit(browser, address)) for _ in range(3)]
+        for page in pages:
+            ask(page, FLAT)
+        running = 0
+        while running < 3:
+            running = max(running, slow_engine.memory()["num_running"])
+            pages[0].wait_for_timeout(50)
+        for page in pages:
+            page.frame_locator("iframe").locator(".lane").nth(2).wait_for()
+
+
+@pytest.mark.slow
+def test_empty_fields_are_the_models_own_and_bad_ones_are_told(browser: Any, url: str) -> None:
+    with visit(browser, url) as page:
+        page.get_by_role("button", name="Options").click()
+        assert page.get_by_label("Temperature").input_value() == ""
+        assert page.get_by_label("Seed").input_value() == ""
+        for label, text in (("Temperature", "hot"), ("Temperature", "3"), ("Seed", "1.5"), ("Seed", "-1")):
+            page.get_by_label(label).fill(text)
+            ask(page, FLAT)
+            page.get_by_role("alert").filter(has_text=f"{label} must be").filter(has_text=text).wait_for()
+            page.get_by_label(label).fill("")
 
 
 @pytest.mark.slow

@@ -458,6 +458,7 @@ def test_options_that_do_not_fit_are_refused_in_a_line(
     assert not Path("OUT", "run.json").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_goes_on_with_the_run_it_was_begun_with_only(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source, folder = tmp_path / "in.jsonl", tmp_path / "out"
     write_problems(source, 2)

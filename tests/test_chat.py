@@ -225,6 +225,7 @@ def test_a_conversation_with_an_endpoint(served: Served, capfd, monkeypatch) -> 
     assert plain == (0, "".join(f"{each}\n" for each in expected), "")
 
 
+@pytest.mark.slow
 def test_errors_of_an_endpoint_are_a_line_each(served: Served, capfd, monkeypatch) -> None:
     monkeypatch.delenv("MULTIVERSE_API_KEY", raising=False)
     code, out, err = converse(capfd, monkeypatch, f"{SHORT}\n{SHORT}\n", "--url", served.url, "--api-key", "wrong")

@@ -325,6 +325,7 @@ def test_an_endpoint_that_is_down_for_a_while_costs_no_row(tmp_path: Path, serve
     assert status["calls server error"] >= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "rows", "words"),
     [

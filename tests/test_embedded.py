@@ -41,6 +41,7 @@ def test_flat_problems_are_solved_with_one_path_a_chain(tiny):
         check(parse_document(text))
 
 
+@pytest.mark.slow
 def test_nested_problems_are_solved_with_a_block_in_every_group(tiny):
     rng = random.Random(8)
     problems = [sample_problem(rng, Kind.NESTED) for _ in range(5)]
@@ -50,12 +51,13 @@ def test_nested_problems_are_solved_with_a_block_in_every_group(tiny):
     assert {stats.depth for stats in output.stats} == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "parallel"),
     [
         (Kind.SINGLE, True),
         (Kind.FLAT, False),
-        pytest.param(Kind.NESTED, False, marks=pytest.mark.slow),
+        (Kind.NESTED, False),
     ],
 )
 def test_a_single_chain_and_the_sequential_suffix_fork_nothing(tiny, kind, parallel):

@@ -183,7 +183,7 @@ class PressureOnSlidingWindows(Pressure):
     name = "gemma3_text"
 
 
-Pressure.TestCase.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
+Pressure.TestCase.settings = settings(max_examples=5, stateful_step_count=30, deadline=None)
 PressureOnSlidingWindows.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 PressureOnStaticShapes.TestCase.settings = settings(max_examples=8, stateful_step_count=20, deadline=None)
 TestPressure = Pressure.TestCase
@@ -319,6 +319,7 @@ def nested(depth: int, width: int) -> list[int]:
     return goal if depth == 1 else [*goal, TAGS.open("path"), *nested(depth - 1, width)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_static_shapes_are_few_and_choose_the_same():
     engine = new_engine("qwen2", 1000, decoding="static")

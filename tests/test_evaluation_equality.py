@@ -231,6 +231,7 @@ def test_a_unit_has_one_name_in_all_its_spellings() -> None:
     assert split_unit(r"5\text{ m}", letters=False).unit == (("m", 1),)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="../shared/data/benchmarks is not here")
 def test_no_gold_answer_is_another_one(verifier: Verifier) -> None:
     rows = [json.loads(line) for line in (BENCHMARKS / "math500_first100.jsonl").read_text().splitlines()]

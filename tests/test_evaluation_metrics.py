@@ -72,6 +72,7 @@ def test_numbers_that_cannot_be_are_refused() -> None:
     assert parallel_rate([0, 2, 1, 0]) == 0.5
 
 
+@pytest.mark.slow
 def test_ids_of_an_answer_measure_what_the_engine_counted_also_where_a_budget_cut_it() -> None:
     checkpoint = open_checkpoint(None)
     model = load_model(checkpoint, Dtype.AUTO, Attention.SDPA, "cpu", None)

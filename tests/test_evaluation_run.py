@@ -57,6 +57,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_results_say_what_was_asked_how_and_what_came_of_it(whole: Path) -> None:
     results = json.loads((whole / "results.json").read_text())
     assert results["schema"] == 1
@@ -89,6 +90,7 @@ def test_results_say_what_was_asked_how_and_what_came_of_it(whole: Path) -> None
     assert sum(task["rules"].values()) == sum(task["finish_reasons"].values()) == 12
 
 
+@pytest.mark.slow
 def test_the_report_begins_with_prompt_sampling_model_versions_hardware_and_commit(whole: Path) -> None:
     page = (whole / "report.md").read_text()
     heads = [line.partition(":")[0] for line in page.splitlines()[2:8]]
@@ -100,6 +102,7 @@ def test_the_report_begins_with_prompt_sampling_model_versions_hardware_and_comm
     assert "report.svg" in html
 
 
+@pytest.mark.slow
 def test_the_report_shows_problem_answer_and_verdict_of_what_was_wrong(whole: Path) -> None:
     wrong = [sample for sample in read_samples(whole / "samples") if not sample.correct]
     page, html = ((whole / f"report.{kind}").read_text() for kind in ("md", "html"))
@@ -118,6 +121,7 @@ def test_the_report_shows_problem_answer_and_verdict_of_what_was_wrong(whole: Pa
     )
 
 
+@pytest.mark.slow
 def test_no_text_of_an_answer_breaks_out_of_the_report(whole: Path) -> None:
     text = "```\n# A heading\n<script>``` `x`"
     sample = replace(read_samples(whole / "samples")[0], correct=False, document=text, answer=text, prompt=text)
@@ -151,6 +155,7 @@ def test_a_narrow_terminal_cuts_nothing_off_a_table(whole: Path) -> None:
         assert all(f"{100 * metrics[name][end]:.1f}" in "".join(table) for end in ("value", "low", "high"))
 
 
+@pytest.mark.slow
 def test_samples_are_parquet_with_prompt_document_answer_verdict_stats_and_seed(whole: Path) -> None:
     import pyarrow.parquet
 
@@ -199,6 +204,7 @@ def test_answers_depend_neither_on_the_batch_nor_on_a_kill_and_none_is_repeated(
     assert ours == theirs
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(whole: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     shutil.copytree(whole, folder)
@@ -363,6 +369,7 @@ def test_the_rule_of_ones_own_rows_judges_them(rule, answer, text, correct, tmp_
         assert judge(rule, problem.gold, text, verifier).correct is correct
 
 
+@pytest.mark.slow
 def test_a_store_keeps_every_sample_wherever_it_is_cut_off(whole: Path, tmp_path: Path) -> None:
     import pyarrow.parquet
 
@@ -401,6 +408,7 @@ def lock_in_other_process(folder: Path) -> None:
         raise CommandError(done.stderr.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_folder_of_another_run_is_refused_with_what_differs(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -553,6 +561,7 @@ def changed_run(whole: Path, folder: Path, change) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_comparison_pairs_problems_and_lists_who_changed_sides(whole: Path, tmp_path: Path) -> None:
     samples = sorted(read_samples(whole / "samples"), key=lambda sample: sample.key)
     hurt, helped = (next(s.id for s in samples if s.correct is correct) for correct in (True, False))
@@ -578,6 +587,7 @@ def test_a_comparison_pairs_problems_and_lists_who_changed_sides(whole: Path, tm
     assert (tmp_path / "out/comparison.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_answers_that_other_rules_judged_are_judged_again(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -595,6 +605,7 @@ def test_answers_that_other_rules_judged_are_judged_again(
     assert "- B was judged again" in (tmp_path / "out/comparison.md").read_text()
 
 
+@pytest.mark.slow
 def test_problems_that_only_one_run_has_are_left_out_and_counted(whole: Path, tmp_path: Path) -> None:
     some = {sample.id for sample in read_samples(whole / "samples")[:3]}
     part = changed_run(whole, tmp_path / "part", lambda samples: [s for s in samples if s.id in some])
@@ -603,6 +614,7 @@ def test_problems_that_only_one_run_has_are_left_out_and_counted(whole: Path, tm
     assert (task["problems"], task["only_a"], task["only_b"]) == (len(some), 0, 6 - len(some))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_compared_is_told_in_a_line(
     whole: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

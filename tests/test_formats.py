@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from helpers import slow_unless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -66,7 +67,9 @@ class CallersOwn(FormatProcessor):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"do_sample": True, "seed": 5, "structure": "lenient", "max_branches": 1}, {"structure": "off"}],
+    slow_unless(
+        [{}], [{}, {"do_sample": True, "seed": 5, "structure": "lenient", "max_branches": 1}, {"structure": "off"}]
+    ),
     ids=str,
 )
 def test_an_answer_branches_in_its_reasoning_and_then_keeps_to_the_schema(model, tokenizer, compiler, options):

@@ -463,6 +463,7 @@ def test_an_offloaded_model_reads_and_writes_as_on_its_device(how, tmp_path):
         assert torch.equal(answer(model, PROMPTS, FORCED).sequences, want)
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_is_left_out_of_the_engines_steps(monkeypatch):
     model = tiny_model("qwen2")
     want = answer(model, PROMPTS, FORCED).sequences

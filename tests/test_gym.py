@@ -56,6 +56,7 @@ def test_a_name_with_options_is_read_and_written_the_same_way(text: str, title: 
     assert gym.parse_generator(title) == generator
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unquiet")
 @pytest.mark.parametrize(
     ("task", "words"),
@@ -124,6 +125,7 @@ def test_two_processes_ask_the_same_whatever_their_hash_seeds() -> None:
     assert [len(rows) for rows in made[0]] == [5, 2]
 
 
+@pytest.mark.slow
 def test_problems_do_not_depend_on_the_limit_and_options_change_them() -> None:
     first, more = (load_problems(gym_task("rg:leg_counting,size=9"), limit=limit).problems for limit in (2, None))
     assert len(more) == 9

@@ -305,6 +305,7 @@ def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_un
     assert {entry[-1] for entry in whole} == {0.0, 0.5, 1.0}
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_write_to_one_folder(base: Path, tmp_path: Path, monkeypatch, capfd) -> None:
     hold = "import fcntl, sys, time; file = open('out/.running', 'w'); fcntl.lockf(file, fcntl.LOCK_EX); print('held')"
     (tmp_path / "out").mkdir()

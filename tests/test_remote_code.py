@@ -99,6 +99,7 @@ def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, 
     }
 
 
+@pytest.mark.slow
 def test_structure_options_that_a_checkpoint_states_are_followed_by_whoever_loads_it(saved, tmp_path, capfd, unquiet):
     from multiverse_hf.cli import run
 
@@ -128,6 +129,7 @@ def test_from_config_gives_a_model_that_branches(saved):
     assert branching.generate(torch.tensor([[30, 31]]), max_new_tokens=20).shape[1] <= 22
 
 
+@pytest.mark.slow
 def test_a_loader_that_takes_the_class_from_architectures_branches_by_custom_generate(saved):
     expected = ask(MultiverseForCausalLM.from_pretrained(saved))
     model = Qwen3ForCausalLM.from_pretrained(saved, trust_remote_code=True)

@@ -63,7 +63,7 @@ def slow_labels(ids: list[int]) -> list[int]:
     return labels
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(plan=plans)
 @example(plan=NESTED)
 def test_labels_are_the_tokens_the_engine_sampled_and_nothing_else(plan):

@@ -283,6 +283,7 @@ def test_responses_have_reasoning_and_text(client: Any) -> None:
         assert stream.get_final_response().output_text == message.content
 
 
+@pytest.mark.slow
 def test_the_answer_after_the_reasoning_keeps_to_a_schema(client: Any) -> None:
     schema = {
         "type": "object",

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from browser import CHROMIUM, Page, open_browser
+from helpers import slow_unless
 from hypothesis import given
 from hypothesis import strategies as st
 from test_real_documents import SAMPLES, tokenizer_of_samples
@@ -67,7 +68,7 @@ def test_positions_and_sight_are_those_of_the_layout(text: str) -> None:
 
 
 @pytest.mark.skipif(not SAMPLES, reason="../shared/data/multiverse-1k-samples is not here")
-@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_unless(SAMPLES[:1], SAMPLES), ids=lambda path: path.stem)
 def test_real_documents_are_shown_as_the_layout_has_them(path: Path) -> None:
     trace = trace_of(path.read_text(), tokenizer_of_samples())
     check_layout(trace, path.read_text(), tokenizer_of_samples())

@@ -1,6 +1,7 @@
 """The app of ``multiverse app``: a problem is typed, and its branches are seen while they are written."""
 
 import html
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -71,8 +72,8 @@ class App:
         self,
         problem: str,
         max_new_tokens: float | None,
-        temperature: float | None,
-        seed: float | None,
+        temperature: str,
+        seed: str,
         structure: str,
         suffix: str,
         pace: float | None,
@@ -90,14 +91,19 @@ class App:
         limit = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= limit <= self.max_new_tokens:
             raise CommandError(f"Most tokens must be from 1 to {self.max_new_tokens}, got {limit:g}")
-        if temperature is not None and not 0 <= temperature <= 2:
-            raise CommandError(f"Temperature must be from 0 to 2, got {temperature:g}; leave it empty for the model's")
-        if seed is not None and not 0 <= seed < 2**53:
-            raise CommandError(f"Seed must be a whole number from 0, got {seed:g}; leave it empty for a random one")
+        heat = _number(temperature, float)
+        if heat is not None and not 0 <= heat <= 2:
+            raise CommandError(
+                f"Temperature must be from 0 to 2, got {temperature!r:.40}; leave it empty for the model's"
+            )
+        whole = _number(seed, int)
+        if whole is not None and not 0 <= whole < 2**53:
+            raise CommandError(
+                f"Seed must be a whole number from 0, got {seed!r:.40}; leave it empty for a random one"
+            )
         if pace is not None and not 0 <= pace <= 1000:
             raise CommandError(f"Slow motion must be from 0 to 1000 steps a second, got {pace:g}")
-        whole = None if seed is None else int(seed)
-        return Question(problem, Suffix(suffix), structure, int(limit), temperature, whole), pace or 0
+        return Question(problem, Suffix(suffix), structure, int(limit), heat, whole), pace or 0
 
     def _viewer(self, written: Sequence[tuple[str, Writing]]) -> str:
         """Return the viewer's page of finished answers, in a frame of its own without rights."""
@@ -118,6 +124,15 @@ class App:
             f'<iframe title="The answer in the viewer" sandbox="allow-scripts" srcdoc="{html.escape(page)}"></iframe>'
         )
         return f"<h2>Who wrote when</h2>{frame}"
+
+
+def _number(text: str | None, kind: type[int] | type[float]) -> float | None:
+    """Return the number in a field that may be empty; not a number where it holds anything else."""
+    text = str(text or "").strip()
+    try:
+        return kind(text) if text else None
+    except ValueError:
+        return math.nan
 
 
 def _failed(error: Exception) -> str:
@@ -174,8 +189,9 @@ def make_page(app: App, examples: Sequence[str], slow: float, num_visitors: int)
                 tokens = gr.Number(
                     limit, label="Most tokens", info="along the longest path", precision=0, minimum=1, maximum=limit
                 )
-                temperature = gr.Number(None, label="Temperature", info="0: greedy; empty: the model's own")
-                seed = gr.Number(None, label="Seed", info="empty: a random one", precision=0)
+                # text, since a field of numbers shows 0 where it is empty
+                temperature = gr.Textbox(label="Temperature", info="0: greedy; empty: the model's own", max_length=20)
+                seed = gr.Textbox(label="Seed", info="empty: a random one", max_length=20)
             with gr.Row():
                 structure = gr.Dropdown(
                     ["guided", "lenient", "off"], value="guided", label="Structure", info="off: no branches"
@@ -185,6 +201,7 @@ def make_page(app: App, examples: Sequence[str], slow: float, num_visitors: int)
                     info="asks for a form of answer",
                 )  # fmt: skip
                 pace = gr.Number(slow, label="Slow motion", info="most steps a second shown; 0: the model's own speed")
+        said = gr.HTML(elem_classes="mv-board")
         board = gr.HTML(elem_classes="mv-board")
         viewer = gr.HTML(elem_classes=["mv-board", "mv-viewer-box"])
         if os.environ.get("SPACE_ID"):
@@ -192,12 +209,13 @@ def make_page(app: App, examples: Sequence[str], slow: float, num_visitors: int)
         inputs = [problem, tokens, temperature, seed, structure, suffix, pace]
         same: dict[str, Any] = {"inputs": inputs, "outputs": [board, viewer], "show_progress": "minimal"}
         same |= {"api_visibility": "private", "trigger_mode": "once"}
+        gr.on([problem.submit, start.click, race.click], lambda: "", outputs=said, api_visibility="private")
         running = gr.on([problem.submit, start.click], app.answer, concurrency_limit=num_visitors, **same)
         # races wait for each other, so that none slows another
         racing = race.click(app.race, concurrency_limit=1, **same)
         stop.click(
-            lambda: '<p class="mv-note" role="status">Stopped. The answer above is not complete.</p>',
-            outputs=viewer, cancels=[running, racing], api_visibility="private",
+            lambda: '<p class="mv-note" role="status">Stopped. The answer below is not complete.</p>',
+            outputs=said, cancels=[running, racing], api_visibility="private",
         )  # fmt: skip
     page.queue(max_size=MAX_WAITING, api_open=False)
     return page
