@@ -264,6 +264,7 @@ def test_equal_prompts_get_draws_of_their_own_by_their_ids(tmp_path: Path, capfd
     assert [row["document"] for row in answers(tmp_path / "second")][::2] == [c, a]
 
 
+@pytest.mark.slow
 def test_a_row_that_can_never_be_answered_says_so_and_stops_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source, folder = tmp_path / "in.jsonl", tmp_path / "out"
     long, medium = "A=1+2; " * 5000, "A=1+2; " * 60
@@ -486,6 +487,7 @@ def test_a_folder_goes_on_with_the_run_it_was_begun_with_only(tmp_path: Path, ca
     assert (done.returncode, "no run.json" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_folder_whose_rows_were_counted_from_0_goes_on_only_if_all_rows_have_ids(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ):

@@ -625,6 +625,7 @@ def test_what_cannot_be_compared_is_told_in_a_line(
     assert "schema 99" in error_of(capfd, "compare", str(whole), str(nothing))
 
 
+@pytest.mark.slow
 def test_refused_prompts_are_told_of_and_are_not_well_formed(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     options = ["--limit", "2", "--max-cache-tokens", "10", "--temperature", "0", "--output", str(tmp_path / "run")]
     assert run(["eval", "--task", "mv:chains", *options]) == 0

@@ -180,6 +180,7 @@ def keeps(value, schema) -> bool:
     return value is None if kind == "null" else type(value) is bool
 
 
+@pytest.mark.slow
 def test_whatever_a_random_model_ends_keeps_to_its_schema(tokenizer, compiler):
     torch.manual_seed(0)
     config = LlamaConfig(

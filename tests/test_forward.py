@@ -425,6 +425,7 @@ def test_lora_sees_the_layout_and_its_labels():
 # The state a trainer leaves a model in
 
 
+@pytest.mark.slow
 def test_answers_while_training_are_those_of_evaluation():
     settings = {"attention_dropout": 0.5}
     model = tiny_model("qwen2", **settings)

@@ -187,6 +187,7 @@ def test_a_text_generation_pipeline_branches(saved):
     assert said == ask(MultiverseForCausalLM.from_pretrained(saved))
 
 
+@pytest.mark.slow
 def test_export_writes_a_checkpoint_in_the_published_form_with_its_code(saved, tmp_path, capfd, unquiet):
     """As published: the tags are special tokens, config and folder know nothing of Multiverse."""
     from multiverse_hf.cli import run

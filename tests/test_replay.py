@@ -340,6 +340,7 @@ def test_what_a_random_model_writes_by_itself_replays(structure, seed):
         assert_replays(model, prompts, structure=structure, max_new_tokens=80, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=5)
 @given(plan=plans, seed=st.integers(0, 2**40))
 def test_sampled_plans_replay_in_several_copies(plan, seed):

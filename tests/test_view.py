@@ -68,7 +68,7 @@ def test_positions_and_sight_are_those_of_the_layout(text: str) -> None:
 
 
 @pytest.mark.skipif(not SAMPLES, reason="../shared/data/multiverse-1k-samples is not here")
-@pytest.mark.parametrize("path", slow_unless(SAMPLES[:1], SAMPLES), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", slow_unless(SAMPLES[4:5], SAMPLES), ids=lambda path: path.stem)
 def test_real_documents_are_shown_as_the_layout_has_them(path: Path) -> None:
     trace = trace_of(path.read_text(), tokenizer_of_samples())
     check_layout(trace, path.read_text(), tokenizer_of_samples())
@@ -391,6 +391,7 @@ def test_view_writes_a_page_named_after_its_file_and_pictures(
     assert first == Path("b.svg").read_text()
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_one_pass_over_the_document(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
