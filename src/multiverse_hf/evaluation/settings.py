@@ -103,7 +103,8 @@ class Evaluation:
             temperature, top_p = TEMPERATURE, TOP_P
         given = {"temperature": temperature, "top_p": top_p, "system_prompt": family.system_prompt}
         taken = {name: value for name, value in given.items() if getattr(self, name) is None and value is not None}
-        return replace(self, family=family, of_record=tuple(taken), **taken)
+        told = tuple(name for name in taken if name != "top_p" or self.temperature != 0)  # greedy: top_p does nothing
+        return replace(self, family=family, of_record=told, **taken)
 
     def prompt(self, problem: Instance) -> str:
         """Return the prompt for a problem, with the sentence of record if the family has one."""
