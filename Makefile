@@ -44,7 +44,7 @@ demo: $(CORE)  ## see the embedded model split, write in parallel and merge (CPU
 test: $(DEV)  ## run the default tests (offline, CPU; 5 minutes on two quiet cores)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: $(DEV)  ## run the slow and the long tests (PYTEST_ARGS="-m slow": what CI runs of them)
+test-slow: $(DEV)  ## run the slow and the long tests (PYTEST_ARGS="-m 'slow and not long'": what CI runs of them)
 	$(BIN)/python -m pytest -m "slow or long" $(PYTEST_ARGS)
 
 test-ecosystem: $(ECOSYSTEM)  ## run the tests of other people's tools, slow ones too

@@ -91,8 +91,12 @@ def follow(text: str, prompt_text: str = "", **options):
     return ids, documents(output, [prompt])[0], replay_error(model, output, len(prompt), mask), output.stats[0]
 
 
+LONGEST = sorted(SAMPLES, key=lambda path: path.stat().st_size)[-2:]
+WHOLE = [pytest.param(path, marks=[pytest.mark.long] * (path in LONGEST), id=path.stem) for path in SAMPLES]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", WHOLE)
 def test_a_published_document_is_written_back_by_the_engine_and_replays(path):
     text = path.read_text()
     ids, written, error, stats = follow(text)

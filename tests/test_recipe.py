@@ -130,7 +130,9 @@ def test_the_rows_that_are_shown_and_shipped_are_rows_without_doubt() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["docs/training.md", "recipes/own-documents/README.md"])
+@pytest.mark.parametrize(
+    "page", ["docs/training.md", pytest.param("recipes/own-documents/README.md", marks=pytest.mark.long)]
+)
 def test_the_documents_that_are_shipped_make_a_tiny_model_fork_as_they_do(page: str, tmp_path: Path) -> None:
     block = commands_of(page, "own-documents/sft.yaml --check_rows")
     lines = block.splitlines()
@@ -259,7 +261,7 @@ def losses(folder: Path) -> list[tuple[float, ...]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "packed"])
 def test_a_killed_run_goes_on_in_the_middle_of_an_epoch_with_the_losses_of_an_uninterrupted_one(
     base: Path, tmp_path: Path, packed: bool
 ) -> None:
