@@ -6,7 +6,6 @@ width, and a block as columns, one per path.
 
 import re
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from multiverse_hf.modeling.tags import LABEL
-from multiverse_hf.viewing.branches import BranchTree, Columns, Decode, Flow, Roles, TextRole, TextRun, TokenText
+from multiverse_hf.viewing.branches import BranchTree, Columns, Decode, Flow, Pace, Roles, TextRole, TextRun, TokenText
 
 if TYPE_CHECKING:  # they import torch, which only a running model needs
     from multiverse_hf.modeling.state import BranchEvent
@@ -198,13 +197,11 @@ class LiveView:
     """
 
     def __init__(self, console: Console, decode: Decode, roles: Roles, pace: float | None = None) -> None:
-        self.console, self.pace = console, pace
+        self.console, self.pace = console, None if pace is None else Pace(pace)
         self.tree = BranchTree(decode, roles)
         self.painter = Painter(console, console.options.ascii_only)
         self.num_printed = 0  # items of the answer that were printed
         self._lock = threading.Lock()  # the live display draws in another thread
-        self._stepped: set[str] = set()  # branches that chose a token in this step
-        self._next_step = 0.0
         self._live = Live(self, console=console, refresh_per_second=FRAMES_PER_SECOND, transient=True)
 
     def __enter__(self) -> "LiveView":
@@ -220,22 +217,13 @@ class LiveView:
     def on_event(self, event: "BranchEvent | StreamEvent") -> None:
         """Handle an event of the generation."""
         if self.pace is not None and event.sampled:
-            self._keep_pace(event.branch)
+            self.pace.keep(event.branch)
         with self._lock:
             self.tree.feed(event)
         if event.branch == "" and event.kind == "fork":
             self._print_settled(len(self.tree.root.items) - 1)
         elif event.branch == "" and event.kind == "reduce":
             self._print_settled(len(self.tree.root.items))
-
-    def _keep_pace(self, branch: str) -> None:
-        """Wait at the start of a step: at a branch that has chosen a token since the last wait."""
-        if branch in self._stepped:
-            self._stepped.clear()
-            time.sleep(max(self._next_step - time.monotonic(), 0))
-        if not self._stepped:
-            self._next_step = time.monotonic() + 1 / self.pace
-        self._stepped.add(branch)
 
     def _print_settled(self, end: int) -> None:
         """Print the answer's items up to ``end``, which are final."""

@@ -1,5 +1,6 @@
 """An answer as a tree of branches while it is written: flows of text, and in them blocks with a flow for each path."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -22,6 +23,28 @@ TEXT_ROLES: Roles = {
     for role, _ in family.items()
     for tag, opens in ((family.open(role), True), (family.close(role), False))
 }
+
+
+class Pace:
+    """Slows the display of an answer down.
+
+    Args:
+        rate: most steps shown in a second.
+    """
+
+    def __init__(self, rate: float) -> None:
+        self.rate = rate
+        self._stepped: set[str] = set()  # branches that chose a token in this step
+        self._next_step = 0.0
+
+    def keep(self, branch: str) -> None:
+        """Wait at the start of a step: at a branch that has chosen a token since the last wait."""
+        if branch in self._stepped:
+            self._stepped.clear()
+            time.sleep(max(self._next_step - time.monotonic(), 0))
+        if not self._stepped:
+            self._next_step = time.monotonic() + 1 / self.rate
+        self._stepped.add(branch)
 
 
 class TokenText:

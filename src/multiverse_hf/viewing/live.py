@@ -10,7 +10,7 @@ from multiverse_hf.errors import CommandError, one_line
 from multiverse_hf.modeling.tags import LABEL
 from multiverse_hf.serving.events import StreamEvent
 from multiverse_hf.serving.text import DocumentOrder
-from multiverse_hf.viewing.branches import TEXT_ROLES, BranchTree, Columns, Flow, TextRole, TextRun
+from multiverse_hf.viewing.branches import TEXT_ROLES, BranchTree, Columns, Flow, Pace, TextRole, TextRun
 from multiverse_hf.viewing.sources import Ended, Put, Question, Source
 
 FRAME_S = 0.1  # seconds between two pictures of an answer
@@ -46,8 +46,7 @@ class Writing:
         self.num_open = 1
         self._order, self._document = DocumentOrder(), []
         self._begun = time.monotonic()
-        self._stepped: set[str] = set()  # branches that chose a token in this step
-        self._next_step = 0.0
+        self._pace = Pace(self.pace)
 
     @property
     def document(self) -> str:
@@ -66,7 +65,7 @@ class Writing:
                     self.seconds = time.monotonic() - self._begun
                 return
             if self.pace and isinstance(event, StreamEvent) and event.sampled:
-                self._keep_pace(event.branch)
+                self._pace.keep(event.branch)
             self.has_begun, self.seconds = True, moment - self._begun
             self.feed(event)
 
@@ -91,15 +90,6 @@ class Writing:
             self.num_open -= 1
         elif event.kind == "reduce":
             self.num_open += 1
-
-    def _keep_pace(self, branch: str) -> None:
-        """Wait at the start of a step: at a branch that has chosen a token since the last wait."""
-        if branch in self._stepped:
-            self._stepped.clear()
-            time.sleep(max(self._next_step - time.monotonic(), 0))
-        if not self._stepped:
-            self._next_step = time.monotonic() + 1 / self.pace
-        self._stepped.add(branch)
 
 
 def follow(source: Source, question: Question, pace: float = 0) -> Iterator[Writing]:
