@@ -115,4 +115,4 @@ def test_model_engine_and_command_line_pass_their_tests_with_other_transformers(
     assert said.stdout.strip() == version
     cases = ElementTree.parse(report).getroot().iter("testcase")
     passed = {Path(case.get("file")).stem for case in cases if case.find("skipped") is None}
-    assert passed == {file.stem for file in files}
+    assert passed >= {file.stem for file in files}  # hypothesis names a file of its own for its state machines
