@@ -2,7 +2,7 @@
 
     python recipes/grpo.py --config recipes/multiverse-tiny/grpo.yaml                            # chains, on a CPU
     python recipes/grpo.py --config recipes/multiverse-tiny/grpo.yaml --rewards my_reward.py:score
-    python recipes/grpo.py --config recipes/qwen3-4b/grpo.yaml --dataset_name rg:leg_counting,size=1000
+    python recipes/grpo.py --config recipes/smollm2-135m/grpo.yaml --dataset_name rg:leg_counting,size=1000
 
 ``--rewards right acceleration --reward_weights 1 1`` names rewards of multiverse_hf.evaluation.rewards, or functions
 of your own file. Every key of the YAML file can be overridden on the command line. A killed run goes on with
@@ -47,9 +47,9 @@ from multiverse_hf.training.runs import check_same_run, claim, errors_in_a_line,
 class TaskArguments:
     """The problems, and what an answer is worth."""
 
-    dataset_name: str = field(
-        default="chains",
-        metadata={"help": "chains, a generator such as rg:gcd,size=1000, or a file or dataset with prompt and answer"},
+    dataset_name: list[str] = field(
+        default_factory=lambda: ["chains"],
+        metadata={"help": "chains, generators such as rg:gcd,size=1000, or a file or dataset with prompt and answer"},
     )
     dataset_train_split: str = field(default="train", metadata={"help": "split of a dataset"})
     num_rows: int = field(default=2000, metadata={"help": "chains: number of problems"})
@@ -61,6 +61,11 @@ class TaskArguments:
     reward_timeout: float = field(default=60.0, metadata={"help": "seconds that a reward may take for one answer"})
     stop_on_collapse: bool = field(default=False, metadata={"help": "end the run where answers collapse"})
 
+    def __post_init__(self) -> None:
+        for name in ("dataset_name", "rewards"):
+            if isinstance(value := getattr(self, name), str):  # a YAML file may name one without brackets
+                setattr(self, name, [value])
+
 
 def read_problems(task: TaskArguments) -> Any:
     """Return the dataset of problems, with prompts as chat messages.
@@ -68,9 +73,15 @@ def read_problems(task: TaskArguments) -> Any:
     Raises:
         CommandError: if it cannot be read, or a row has no prompt.
     """
-    if task.dataset_name.startswith("rg:"):
-        return make_prompts(task.dataset_name)
-    if task.dataset_name == "chains":
+    if all(name.startswith("rg:") for name in task.dataset_name):
+        return make_prompts(*task.dataset_name)
+    if len(task.dataset_name) > 1:
+        raise CommandError(
+            f"dataset_name has {len(task.dataset_name)} names, {' '.join(task.dataset_name)}; only generators "
+            "(rg:...) can be joined, so name one"
+        )
+    (dataset_name,) = task.dataset_name
+    if dataset_name == "chains":
         rows = [
             {"prompt": Suffix.PARALLEL.end(row["problem"]), "answer": row["answer"], "task": "chains"}
             for row in chains_rows(task.num_rows, task.rows_seed)
@@ -78,14 +89,14 @@ def read_problems(task: TaskArguments) -> Any:
     else:
         rows = []
         try:
-            for number, row in number_rows(task.dataset_name, split=task.dataset_train_split):
+            for number, row in number_rows(dataset_name, split=task.dataset_train_split):
                 if isinstance(row, RowError) or not row.get("prompt"):
-                    raise CommandError(f"{task.dataset_name}, row {number} has no prompt; each row needs one")
+                    raise CommandError(f"{dataset_name}, row {number} has no prompt; each row needs one")
                 rows.append(dict(row))
         except ValueError as err:
             raise CommandError(one_line(err)) from err
     if not rows:
-        raise CommandError(f"{task.dataset_name} has no rows; give problems to train on")
+        raise CommandError(f"{dataset_name} has no rows; give problems to train on")
     for row in rows:
         if isinstance(row["prompt"], str):
             row["prompt"] = [{"role": "user", "content": row["prompt"]}]

@@ -1,6 +1,9 @@
 """GRPO: the trainer and the engine agree on every chosen token, and rewards are what they are said to be."""
 
+import importlib.util
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,6 +25,7 @@ from multiverse_hf.modeling.layout import plain_layout
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.training.grpo import MultiverseGRPOTrainer, find_collapse, trivial_share
 
+ROOT = Path(__file__).parents[1]
 PLANS = {
     "nested": (3, Forced(paths=((4, Forced(paths=((3,), (5,))), 2), (6,))), 4, "eos"),
     "chained": (2, Forced(paths=((3,), (5,))), 3, Forced(paths=((2,), (4,), (3,))), 2, "eos"),
@@ -172,6 +176,41 @@ def test_an_unknown_reward_is_refused(tmp_path):
         find_reward("speed")
     with pytest.raises(CommandError, match=r"no file .*gone.py for the reward"):
         find_reward(f"{tmp_path}/gone.py:score")
+
+
+def load_recipe(monkeypatch):
+    spec = importlib.util.spec_from_file_location("grpo_recipe", ROOT / "recipes/grpo.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "grpo_recipe", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/grpo.yaml")), ids=lambda path: path.parent.name)
+def test_every_recipe_names_problems_and_rewards_that_are_there(path, tmp_path, monkeypatch):
+    if path.parent.name != "multiverse-tiny":
+        pytest.importorskip("reasoning_gym", reason="the recipe needs the tasks extra")
+    recipe = load_recipe(monkeypatch)
+    parser = recipe.Parser((recipe.TaskArguments, recipe.GRPOConfig, recipe.ModelConfig))
+    options = ["--config", str(path), "--use_cpu", "--output_dir", str(tmp_path)]
+    task, training, model = parser.parse_args_and_config(options)
+    assert model.model_name_or_path in ("embedded", f"runs/{path.parent.name}/multiverse")
+    assert len([find_reward(name) for name in task.rewards]) == len(training.reward_weights)
+    assert training.generation_batch_size % training.num_generations == 0
+    task.dataset_name = [
+        name.replace("size=1000", "size=3").replace("size=4000", "size=3") for name in task.dataset_name
+    ]
+    task.num_rows = 3
+    problems = recipe.read_problems(task)
+    assert len(problems) == 3 * len(task.dataset_name)
+    assert all(row["prompt"][0]["content"] and row["answer"] for row in problems)
+
+
+def test_names_may_be_one_or_several_and_files_are_not_joined(monkeypatch):
+    recipe = load_recipe(monkeypatch)
+    assert recipe.TaskArguments(dataset_name="rg:gcd", rewards="right").rewards == ["right"]
+    with pytest.raises(CommandError, match=r"2 names, rg:gcd mine.jsonl; only generators"):
+        recipe.read_problems(recipe.TaskArguments(dataset_name=["rg:gcd", "mine.jsonl"]))
 
 
 def block(*paths: str) -> str:
