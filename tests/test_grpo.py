@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,9 +11,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from helpers import EOS, FollowPlan, Forced, exact_softmax, left_pad, tiny_model
+from helpers import EOS, TAGS, FollowPlan, Forced, exact_softmax, left_pad, tiny_model
 from peft import LoraConfig, get_peft_model
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig, LogitsProcessor
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
@@ -21,9 +22,9 @@ from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import parse_document
 from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.rewards import acceleration, find_reward, right
-from multiverse_hf.modeling.layout import plain_layout
+from multiverse_hf.modeling.layout import build_layout, plain_layout
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
-from multiverse_hf.training.grpo import MultiverseGRPOTrainer, find_collapse, trivial_share
+from multiverse_hf.training.grpo import MultiverseGRPOTrainer, find_collapse, read_openings, trivial_share
 
 ROOT = Path(__file__).parents[1]
 PLANS = {
@@ -97,6 +98,42 @@ def test_a_wrong_layout_breaks_the_agreement(monkeypatch):
     assert worst_difference(torch.float64)[1] > 1e-2
 
 
+class WatchGrammar(LogitsProcessor):
+    """Notes for each context of a branch whether the engine's grammar lets a block begin there."""
+
+    def __init__(self) -> None:
+        self.opener, self.seen = TAGS.open("parallel"), {}
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        for ids, row in zip(input_ids.tolist(), scores, strict=True):
+            self.seen[tuple(ids)] = bool(row[self.opener] > -math.inf)
+        return scores
+
+    def __deepcopy__(self, memo: dict) -> "WatchGrammar":
+        return self
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_probability_of_a_block_is_that_of_each_step_at_which_the_engine_lets_one_begin(plan):
+    model, prompt = tiny_model("qwen3"), [40, 41, 42, 43, 44]
+    watch, follow = WatchGrammar(), FollowPlan(plan, len(prompt))
+    with MultiverseEngine(model) as engine:
+        result = engine.submit(prompt, CONFIG, logits_processor=[watch, follow], output_logits=True).result()
+    ids = prompt + result.ids
+    visible = build_layout(ids, TAGS).mask()
+    steps = [  # what each token was chosen from, where the branch that chose it might have opened a block
+        result.logits[index].softmax(-1)
+        for index, chosen in enumerate(result.sampled)
+        if chosen and watch.seen[tuple(torch.tensor(ids)[visible[len(prompt) + index - 1]].tolist())]
+    ]
+    assert 10 < len(steps) < sum(result.sampled)
+    probability = sum(step[watch.opener] for step in steps) / len(steps)
+    entropy = sum(torch.special.entr(step).sum() for step in steps) / len(steps)
+    with exact_softmax():
+        assert read_openings(model, result) == pytest.approx((probability.item(), entropy.item()), abs=1e-9)
+    assert read_openings(model, replace(result, ids=[], sampled=[])) is None
+
+
 def make_trainer(tmp_path, model=None, reward=None, **options) -> MultiverseGRPOTrainer:
     prompts = [Suffix.PARALLEL.end(each) for each in ("A=5+6; B=3+4; total?", "A=8-5; B=2+7; total?")]
     dataset = Dataset.from_list(
@@ -134,6 +171,8 @@ def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(
         assert step["engine/ratio_mean"] == pytest.approx(1, abs=1e-4)
         assert step["clip_ratio/region_mean"] == 0
         assert math.isfinite(step["loss"])
+        assert 0 < step["answers/opening_probability"] < 1
+        assert step["answers/opening_entropy"] > 0
 
 
 def test_sampling_from_another_distribution_is_refused(tmp_path):

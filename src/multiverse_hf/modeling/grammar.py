@@ -235,6 +235,11 @@ class Structure(Scanner):
             self.thinking, self.has_thought = opens, True
         return event
 
+    @property
+    def may_open(self) -> bool:
+        """Whether the grammar allows a block to begin here, limits aside."""
+        return self.tags.ids[self.tags.names.opener] in self._allowed()
+
     def path_labels(self) -> list[list[int]]:
         """Return the label of every path that the outlines written so far ask for; none has one without outlines."""
         tags = self.tags

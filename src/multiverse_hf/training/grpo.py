@@ -18,6 +18,8 @@ from trl import GRPOTrainer
 from multiverse_hf.documents import Document, DocumentError, parse_document
 from multiverse_hf.errors import FAILURE, CommandError
 from multiverse_hf.modeling.families import Family
+from multiverse_hf.modeling.grammar import Structure
+from multiverse_hf.modeling.handles import MultiverseResult
 from multiverse_hf.modeling.integrations import multiverse_model
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.training.rollouts import encode_prompts, whole_model
@@ -28,14 +30,17 @@ logger = logging.getLogger(__name__)
 PLAIN_SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": None, "repetition_penalty": 1.0}
 ANSWER_SHAPE = ("parallelism", "length", "num_tokens", "num_forks", "max_width", "depth")
 SHORT_PATH = 8  # characters; a shorter path is trivial
+OPENING = ("opening_probability", "opening_entropy")
 DOCUMENTS = 4  # written at each logging step
+READ_DOCUMENTS = 8  # of each rollout, in which the probability of a block is read: a pass without gradients each
 
 
 def engine_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
     """Return an answer to each prompt, all written in one batch, in the format of TRL's ``rollout_func``.
 
     Reward functions get ``document`` (the text with its tags), the measures of its structure, ``malformed``,
-    ``trivial`` and ``finish_reason``, one entry for each answer.
+    ``trivial`` and ``finish_reason``, one entry for each answer. ``opening_probability`` and ``opening_entropy`` have
+    a number for some answers, None for others (:func:`read_openings`).
     """
     tokenizer = trainer.processing_class
     rows = encode_prompts(tokenizer, prompts)
@@ -46,6 +51,8 @@ def engine_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         try:
             with MultiverseEngine(model, tokenizer, max_num_seqs=max(1, len(rows))) as engine:
                 results = engine.generate(rows, trainer.generation_config, logprobs=0)
+            stride = -(-len(results) // READ_DOCUMENTS)  # over all prompts
+            openings = [None if n % stride else read_openings(model, result) for n, result in enumerate(results)]
         finally:
             model.train(was_training)
     hidden = set(tokenizer.all_special_ids) - set(model.tags.control_ids)
@@ -66,7 +73,33 @@ def engine_rollout(prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         "trivial": [0.0 if tree is None else trivial_share(tree) for tree in parsed],
         "finish_reason": [str(result.stats.finish_reason) for result in results],
         **{name: [getattr(result.stats, name) for result in results] for name in ANSWER_SHAPE},
+        **{name: [None if found is None else found[n] for found in openings] for n, name in enumerate(OPENING)},
     }
+
+
+def read_openings(model: Any, result: MultiverseResult) -> tuple[float, float] | None:
+    """Return how likely the model is to open a block, and the entropy, in nats, of what it chooses from there.
+
+    Args:
+        model: a Multiverse model.
+        result: an answer of its.
+
+    Returns:
+        Means over the places where the model chose a token and the grammar allows a block; None without such a place.
+    """
+    structure, places = Structure(model.tags), []
+    for index, token in enumerate(ids := [*result.prompt_ids, *result.ids]):
+        chosen = index - len(result.prompt_ids)
+        if chosen >= 0 and result.sampled[chosen] and structure.may_open:
+            places.append(index - 1)
+        structure.feed(token)
+    if not places:
+        return None
+    rows, keep = torch.tensor([ids], device=model.device), torch.tensor(places, device=model.device)
+    with torch.no_grad():
+        logps = model(input_ids=rows, logits_to_keep=keep, use_cache=False).logits[0].log_softmax(-1)
+    opener = model.tags.ids[model.tags.names.opener]
+    return logps[:, opener].exp().mean().item(), torch.special.entr(logps.exp()).sum(-1).mean().item()
 
 
 def _parse(text: str, names: Family) -> Document | None:
@@ -135,12 +168,15 @@ class MultiverseGRPOTrainer(GRPOTrainer):
         batch = super()._generate_and_score_completions(inputs)
         # TRL corrects for the sampler only with vLLM. With the engine's values here, its clipped ratio does it.
         batch["old_per_token_logps"] = batch["sampling_per_token_logps"]
-        names = ("prompt", "document", "answer", "malformed", "trivial", "finish_reason", *ANSWER_SHAPE)
+        names = ("prompt", "document", "answer", "malformed", "trivial", "finish_reason", *ANSWER_SHAPE, *OPENING)
         rows = gather_object([{name: row[name] for name in names if name in row} for row in inputs])
         self._documents = rows[:DOCUMENTS]
         measures = {name: [row[name] for row in rows] for name in (*ANSWER_SHAPE, "malformed", "trivial")}
         measures["forking"] = [row["num_forks"] > 0 for row in rows]
+        measures |= {name: [row[name] for row in rows if row[name] is not None] for name in OPENING}
         for name, values in measures.items():
+            if not values:  # no document with a place for a block
+                continue
             mode = "train" if self.model.training else "eval"
             self._metrics[mode][f"answers/{name}"].append(sum(map(float, values)) / len(values))
         return batch
