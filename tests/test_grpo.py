@@ -1,8 +1,13 @@
 """GRPO: the trainer and the engine agree on every chosen token, and rewards are what they are said to be."""
 
 import importlib.util
+import json
 import math
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -173,6 +178,49 @@ def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(
         assert math.isfinite(step["loss"])
         assert 0 < step["answers/opening_probability"] < 1
         assert step["answers/opening_entropy"] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_by_the_same_command_with_the_curve_of_an_uninterrupted_one(tmp_path):
+    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+    with torch.no_grad():  # the embedded model is so sure of itself that the answers of a group are equal
+        model.model.norm.weight.mul_(0.4)
+    model.save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(tmp_path / "start")
+    command = [sys.executable, ROOT / "recipes/grpo.py", "--config", ROOT / "recipes/multiverse-tiny/grpo.yaml"]
+    command += ["--model_name_or_path", "start", "--rewards", "longest_path", "--reward_weights", "1"]
+    command += ["--per_device_train_batch_size", "4", "--num_generations", "2", "--max_completion_length", "60"]
+    command += ["--num_rows", "8", "--max_steps", "5", "--save_steps", "1", "--logging_steps", "1"]
+    command += ["--learning_rate", "1e-3", "--report_to", "none", "--resume_from_checkpoint", "true"]
+
+    def start(folder: str) -> subprocess.Popen:
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+        with (tmp_path / f"{folder}.txt").open("a") as log:
+            options = {"cwd": tmp_path, "env": environment, "stdout": log, "stderr": log, "start_new_session": True}
+            return subprocess.Popen([*command, "--output_dir", folder], **options)
+
+    def finish(folder: str, process: subprocess.Popen) -> list[dict]:
+        assert process.wait(timeout=1800) == 0, (tmp_path / f"{folder}.txt").read_text()[-3000:]
+        names = ("step", "loss", "grad_norm", "reward", "answers/parallelism", "answers/opening_probability")
+        steps = json.loads((tmp_path / folder / "run.json").read_text())["log"][:-1]  # the last has the totals
+        return [{name: step[name] for name in names} for step in steps]
+
+    killed = start("killed")
+    while not (tmp_path / "killed/checkpoint-2/trainer_state.json").exists():
+        assert killed.poll() is None, (tmp_path / "killed.txt").read_text()[-3000:]
+        time.sleep(0.02)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed/run.json").exists()
+    first = tmp_path / "killed/documents/step-1.jsonl"
+    written = first.stat().st_mtime_ns
+    resumed, whole = start("killed"), start("whole")
+    curve, expected = finish("killed", resumed), finish("whole", whole)
+    assert first.stat().st_mtime_ns == written, "the run began anew"
+    assert [step["step"] for step in expected] == [1, 2, 3, 4, 5]
+    assert len({step["reward"] for step in expected}) == len({step["answers/parallelism"] for step in expected}) == 5
+    assert all(step["loss"] and step["grad_norm"] for step in expected[2:])
+    assert [pytest.approx(step, abs=1e-6) for step in expected] == curve
 
 
 def test_sampling_from_another_distribution_is_refused(tmp_path):
