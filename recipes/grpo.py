@@ -60,6 +60,9 @@ class TaskArguments:
     )
     reward_timeout: float = field(default=60.0, metadata={"help": "seconds that a reward may take for one answer"})
     stop_on_collapse: bool = field(default=False, metadata={"help": "end the run where answers collapse"})
+    share_prompt: bool = field(
+        default=False, metadata={"help": "compute what completions of one prompt begin with once, for less work"}
+    )
 
     def __post_init__(self) -> None:
         for name in ("dataset_name", "rewards"):
@@ -134,6 +137,7 @@ def train(task: TaskArguments, training: GRPOConfig, model_args: ModelConfig) ->
             processing_class=base.tokenizer,
             peft_config=get_peft_config(model_args),
             stop_on_collapse=task.stop_on_collapse,
+            share_prompt=task.share_prompt,
         )
     except (ValueError, ImportError, RuntimeError, TypeError) as err:
         raise CommandError(one_line(err)) from err

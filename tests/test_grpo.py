@@ -139,7 +139,15 @@ def test_the_probability_of_a_block_is_that_of_each_step_at_which_the_engine_let
     assert read_openings(model, replace(result, ids=[], sampled=[])) is None
 
 
-def make_trainer(tmp_path, model=None, reward=None, **options) -> MultiverseGRPOTrainer:
+def unsure_model():
+    """The embedded model with flatter distributions: its own are so sharp that the answers of a group are equal."""
+    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+    with torch.no_grad():
+        model.model.norm.weight.mul_(0.4)
+    return model
+
+
+def make_trainer(tmp_path, model=None, reward=None, share_prompt=False, **options) -> MultiverseGRPOTrainer:
     prompts = [Suffix.PARALLEL.end(each) for each in ("A=5+6; B=3+4; total?", "A=8-5; B=2+7; total?")]
     dataset = Dataset.from_list(
         [{"prompt": [{"role": "user", "content": prompt}], "answer": "18"} for prompt in prompts]
@@ -155,22 +163,28 @@ def make_trainer(tmp_path, model=None, reward=None, **options) -> MultiverseGRPO
         args=GRPOConfig(**(settings | options)),
         train_dataset=dataset,
         processing_class=AutoTokenizer.from_pretrained(embedded_model()),
+        share_prompt=share_prompt,
     )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
-def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(lora, tmp_path):
-    model = MultiverseForCausalLM.from_pretrained(embedded_model())
+@pytest.mark.parametrize(
+    ("lora", "share_prompt"),
+    [(False, False), (True, False), (True, True)],
+    ids=["full", "lora", "lora with shared prompts"],
+)
+def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(lora, share_prompt, tmp_path):
+    model = unsure_model()
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
-    trainer = make_trainer(tmp_path, model, learning_rate=1e-2)
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} if share_prompt else {}
+    trainer = make_trainer(tmp_path, model, share_prompt=share_prompt, learning_rate=1e-2, **sizes)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(steps) == 2
     assert any(not torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert steps[0]["answers/forking"] == 1
+    assert steps[0]["answers/forking"] > 0
     for step in steps:  # the second is of other weights
         assert step["engine/logp_difference_max"] < 1e-4
         assert step["engine/ratio_mean"] == pytest.approx(1, abs=1e-4)
@@ -182,10 +196,7 @@ def test_the_ratio_is_one_at_each_first_update_and_weights_of_the_engine_follow(
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_by_the_same_command_with_the_curve_of_an_uninterrupted_one(tmp_path):
-    model = MultiverseForCausalLM.from_pretrained(embedded_model())
-    with torch.no_grad():  # the embedded model is so sure of itself that the answers of a group are equal
-        model.model.norm.weight.mul_(0.4)
-    model.save_pretrained(tmp_path / "start")
+    unsure_model().save_pretrained(tmp_path / "start")
     AutoTokenizer.from_pretrained(embedded_model()).save_pretrained(tmp_path / "start")
     command = [sys.executable, ROOT / "recipes/grpo.py", "--config", ROOT / "recipes/multiverse-tiny/grpo.yaml"]
     command += ["--model_name_or_path", "start", "--rewards", "longest_path", "--reward_weights", "1"]
@@ -226,6 +237,12 @@ def test_a_killed_run_goes_on_by_the_same_command_with_the_curve_of_an_uninterru
 def test_sampling_from_another_distribution_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"temperature is 0.7, but log-probabilities are of the model's own"):
         make_trainer(tmp_path, temperature=0.7)
+
+
+def test_shared_prompts_are_refused_where_experts_are_balanced_by_the_tokens_of_each_row(tmp_path):
+    model = tiny_model("qwen3_moe", dtype=torch.float32, router_aux_loss_coef=0.01)
+    with pytest.raises(ValueError, match="share_prompt counts a shared token once, but the load-balancing loss"):
+        make_trainer(tmp_path, model, share_prompt=True)
 
 
 CHAINS = {"answer": ["18", "18"], "task": ["chains", "chains"], "document": ["...\nAnswer: 18", "...\nAnswer: 17"]}

@@ -23,6 +23,7 @@ from multiverse_hf.modeling.handles import MultiverseResult
 from multiverse_hf.modeling.integrations import multiverse_model
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
 from multiverse_hf.training.rollouts import encode_prompts, whole_model
+from multiverse_hf.training.trees import score_trees, sort_by_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -134,13 +135,15 @@ class MultiverseGRPOTrainer(GRPOTrainer):
 
     Args:
         stop_on_collapse: end the run there.
+        share_prompt: compute what completions of one prompt begin with once. Loss and gradients are the same.
         **kwargs: as for GRPOTrainer, without ``rollout_func``. A reference model is used if ``beta`` is not 0.
 
     Raises:
-        ValueError: if the model is no Multiverse model, or sampling changes the distribution.
+        ValueError: if the model is no Multiverse model, or sampling changes the distribution, or experts are balanced
+            by tokens that ``share_prompt`` counts once.
     """
 
-    def __init__(self, *args: Any, stop_on_collapse: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, stop_on_collapse: bool = False, share_prompt: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, rollout_func=engine_rollout, **kwargs)
         if multiverse_model(self.model) is None:
             raise ValueError(
@@ -152,17 +155,52 @@ class MultiverseGRPOTrainer(GRPOTrainer):
                 raise ValueError(
                     f"{name} is {value}, but log-probabilities are of the model's own distribution; leave {name} out"
                 )
-        self.stop_on_collapse = stop_on_collapse
+        if share_prompt and self.aux_loss_enabled:
+            raise ValueError(
+                "share_prompt counts a shared token once, but the load-balancing loss of experts counts it in each "
+                "row; leave out share_prompt, or set router_aux_loss_coef to 0"
+            )
+        self.stop_on_collapse, self.share_prompt = stop_on_collapse, share_prompt
         self._documents: list[dict[str, Any]] = []
         self._logps: torch.Tensor | None = None  # the trainer's, of the last forward
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing: ``save_pretrained`` writes the model's card, and keeps an existing one."""
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        scores = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        rows = input_ids, attention_mask
+        if self.share_prompt:
+            tags = multiverse_model(self.model).tags
+            with self.accelerator.autocast():
+                parts = [
+                    score_trees(model, tags, *part, logits_to_keep)
+                    for part in zip(*(each.split(batch_size or len(each)) for each in rows), strict=True)
+                ]
+            logps, entropies = zip(*parts, strict=True)
+            scores = torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+        else:
+            scores = super()._get_per_token_logps_and_entropies(
+                model, *rows, logits_to_keep, batch_size, compute_entropy, **kwargs
+            )
         self._logps = scores[0].detach()
         return scores
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if self.share_prompt and self._buffered_inputs is not before:
+            self._buffered_inputs = sort_by_prompt(self._buffered_inputs)
+            inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        return inputs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super()._generate_and_score_completions(inputs)
