@@ -2,9 +2,11 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from test_benchmarks import _scripts_find_their_siblings, is_picture, load, run  # noqa: F401 - a fixture
 
 from multiverse_hf.modeling.layout import build_layout
@@ -32,6 +34,28 @@ def test_rows_with_paths_train_beside_the_same_rows_as_plain_text(tmp_path: Path
             ratio = side["speed_to_causal"]
             assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
             assert side["peak_to_causal"] == pytest.approx(side["peak_bytes"] / causal["peak_bytes"], abs=1e-4)
+
+
+def test_a_group_trains_as_a_tree_beside_a_row_for_each_completion(tmp_path: Path) -> None:
+    options = ["--prompts", "60", "300", "--completion", "200", "--group", "3", "--path-tokens", "10", "30"]
+    result = run("grpo_tree", *options, "--layers", "1", "--threads", "1", cwd=tmp_path)
+    for row, length in zip(result["results"], (60, 300), strict=True):
+        separate, tree = row["sides"]["separate"], row["sides"]["tree"]
+        assert separate["tokens"] == 3 * (length + 200)
+        # the prompt once, its last token in each row, and three completions
+        assert tree["tokens"] == length + 2 + 3 * 200
+        assert row["memory_ratio"] == pytest.approx(separate["peak_bytes"] / tree["peak_bytes"], abs=1e-4)
+        assert 0 < row["speed_ratio"]["min"] <= row["speed_ratio"]["median"] <= row["speed_ratio"]["max"]
+
+
+def test_trees_with_other_log_probabilities_are_not_the_same_work() -> None:
+    side = load("grpo_tree").Side
+    zeros = torch.zeros(2, 3)
+    sides = {"separate": side(None, 6, logps=zeros, loss=1.0, norm=1.0)}
+    for wrong in ({"logps": zeros + 0.01}, {"loss": 1.01}, {"norm": 0.99}, {"logps": zeros.log()}):
+        sides["tree"] = replace(sides["separate"], **wrong)
+        with pytest.raises(RuntimeError, match="not the same work"):
+            load("grpo_tree").check(sides, 1e-3)
 
 
 def test_masks_are_measured_against_the_length_and_drawn(
