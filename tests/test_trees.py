@@ -10,9 +10,9 @@ from helpers import EOS, FIRST_TEXT, PAD, TAGS, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_grpo import make_trainer
-from test_layout import Block, trees, written
+from test_layout import Block, expanded, trees, written
 
-from multiverse_hf.modeling import attention_chunked
+from multiverse_hf.modeling import attention_chunked, masks
 from multiverse_hf.modeling.labels import forced_mask
 from multiverse_hf.modeling.layout import build_layout
 from multiverse_hf.training import trees as tree_module
@@ -52,6 +52,16 @@ def test_in_a_tree_each_row_sees_what_it_sees_alone_and_a_shared_token_stands_on
     # one token for each prefix that rows have, and a copy of the last shared one where a row leaves another
     prefixes = {tuple(row[:end]) for row in rows for end in range(1, len(row) + 1)}
     assert len(tree.ids) == len(prefixes) + len(rows) - 1
+
+
+@pytest.mark.slow
+@settings(max_examples=15)
+@given(prompt=texts, completions=st.lists(texts, min_size=2, max_size=4), tile=st.sampled_from([4, 8]))
+def test_flex_attention_sees_of_a_tree_what_a_dense_mask_shows(prompt, completions, tile):
+    layout = grow_tree([prompt + completion for completion in completions], TAGS).layout
+    with patch.object(masks, "_TILE", tile):
+        mask = masks.block_mask(layout.position_ids[None], layout.segment_ids[None], layout.visible[None])
+    assert torch.equal(expanded(mask)[0, 0], layout.mask())
 
 
 def test_micro_batches_keep_their_rows_and_have_completions_of_a_prompt_together():

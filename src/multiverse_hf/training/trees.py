@@ -47,7 +47,8 @@ def grow_tree(rows: Sequence[list[int]], tags: TagSet) -> Tree:
     previous, before = [], places[0]
     for number in sorted(range(len(rows)), key=rows.__getitem__):  # each has most in common with the one before it
         row, layout = rows[number], layouts[number]
-        num_shared = max(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(row, previous))) - 1, 0)  # noqa: B905
+        pairs = zip(row, previous, strict=False)
+        num_shared = max(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs)) - 1, 0)
         starts += before[num_shared : num_shared + 1].tolist()  # where the one before leaves this one
         changes = layout.segment_ids[num_shared:].diff().nonzero().flatten() + 1
         starts += [len(ids), *(changes + len(ids)).tolist()]
