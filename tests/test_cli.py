@@ -337,6 +337,7 @@ def test_a_prompt_over_the_context_is_refused(folder: Path, capfd: pytest.Captur
         (["generate", "x", "--temperature", "0"], ["--temperature", "--greedy"]),
         (["generate", "x", "--temperature", "1e-45"], ["--temperature", "1e-45", "--greedy"]),
         (["generate", "x", "--top-p", "1.5"], ["--top-p"]),
+        (["generate", "x", "--speculate", "-3"], ["--speculate", "auto", "-3"]),
         (["generate", "x", "--greedy", "--temperature", "1"], ["--greedy"]),
         (["generate", "x", "--json", "--live"], ["--json", "--live"]),
         (["generate", "x", "--model", "./no-such-model"], ["./no-such-model", "owner/name"]),

@@ -627,6 +627,7 @@ def test_every_accelerate_config_is_one(config: Path) -> None:
         ([CURATION, "--queued", "9"], ["--queued", "500", "9"]),
         ([QUOTING, "--tokenizer", "./none"], ["--tokenizer ./none"]),
         ([QUOTING, "--tokenizer", "base", "--documents", "none"], ["--documents none", ".xml"]),
+        (["benchmarks/speculation.py", "--model", "./no-such-model"], ["no-such-model"]),
         ([CHAINS, "--threads", "0"], ["--threads", "at least 1"]),
         ([CHAINS, "--max-new-tokens", "-1"], ["--max-new-tokens", "at least 1"]),
         ([CHAINS, "--chains", "9"], ["--chains", "from 2 to 8"]),

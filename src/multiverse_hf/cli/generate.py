@@ -44,6 +44,7 @@ from multiverse_hf.cli.options import (
     check_sampling,
     print_job,
     print_json,
+    read_speculate,
 )
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import ONLY_CHAINS, is_problem
@@ -88,6 +89,10 @@ def generate(
     max_path_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most tokens of one path.")] = None,
     max_depth: Annotated[int | None, typer.Option(min=0, metavar="N", help="Most nested blocks.")] = None,
     max_paths: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most paths of one block.")] = None,
+    speculate: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Tokens each branch drafts for a step to check: a number, auto or off."),
+    ] = None,
     max_time: Annotated[
         float | None, typer.Option(min=0, metavar="SECONDS", help="Time limit; then open branches are closed.")
     ] = None,
@@ -179,6 +184,7 @@ def generate(
         "max_path_tokens": max_path_tokens,
         "max_depth": max_depth,
         "max_paths": max_paths,
+        "speculate": read_speculate(speculate),
         "max_time": max_time,
         "do_sample": do_sample,
         "temperature": temperature,

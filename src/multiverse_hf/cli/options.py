@@ -107,6 +107,19 @@ def check_sampling(temperature: float | None, top_p: float | None, greedy: str) 
         raise CommandError(f"--top-p must be above 0 and at most 1, got {top_p}")
 
 
+def read_speculate(value: str | None) -> int | str | None:
+    """Return the value of ``--speculate``.
+
+    Raises:
+        CommandError: if it is neither a number nor ``auto`` nor ``off``.
+    """
+    if value is None or value in ("auto", "off"):
+        return value
+    if not value.isascii() or not value.isdigit():
+        raise CommandError(f"--speculate must be auto, off or a number of tokens, got {value}")
+    return int(value)
+
+
 def print_job(outcome: JobOutcome, output: Path, as_json: bool, totals: Mapping[str, Any] | None) -> bool:
     """Print how a job ended, for programs or where tasks are still to run. Return whether it printed anything.
 

@@ -5,9 +5,12 @@ entries, and the step chooses a token at each of them. Noise is keyed by positio
 made without drafts. The longest beginning on which choice and draft agree is kept, and the choice after it is free.
 
 What is kept waits in :attr:`~.state.Branch.ready`. The engine writes one token of each live branch at a time, so the
-order in which an answer is written, and with it every limit, event and criterion, is the one without drafts.
+order in which an answer is written, and with it every limit, event and criterion, is the one without drafts. A branch
+whose tokens wait goes on from the last of them, unless that is a tag or an end.
 """
 
+import itertools
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,80 +18,200 @@ from typing import Any
 import numpy as np
 
 from .cache import LogCache
-from .state import Branch, Ready, Sequence
+from .state import AUTO, Branch, Ready, Sequence
 
-LONGEST = 4  # tokens at the end of a context that are looked for before it, and fewer down to
-SHORTEST = 2
-LEAST_TRUST = 0.2  # share of right drafts below which a branch drafts only now and then,
+LONGEST = 8  # tokens at the end of a context that are looked for before it, or else as many as there are
+MOST = 8  # drafts of a branch in a step, where their number is not set
+CONTINUES = 0.5  # of the drafts after a right one, so many are right too in the documents of the SmolLM2 recipe
+LEAST_TRUST = 0.1  # share of right first drafts below which a branch drafts only now and then,
 RETRY = 32  # once in so many positions
-LEARNING = 0.3  # weight of the last step in the share
+LEARNING = 0.1  # weight of the last step in the share
+NOTING = 0.2  # weight of the last step in what a step costs
 
 
-def draft(sequence: Sequence, writer: Any) -> None:
-    """Add the drafts of a sequence's branches to its log, to be read in the next step.
+class StepCosts:
+    """What a decoding step takes, by the log entries that it reads: learned from the steps themselves."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[int, float] = {}  # by the power of two that holds the number of entries
+
+    def note(self, num_entries: int, seconds: float) -> None:
+        """Learn from a step. One that was held up counts as four times what was known at most."""
+        size = (num_entries - 1).bit_length()
+        known = self.seconds.get(size, seconds)
+        self.seconds[size] = known + NOTING * (min(seconds, 4 * known) - known)
+
+    def __call__(self, num_entries: int) -> float:
+        """Return the seconds of a step; what is not known takes as long as the next smaller step that is."""
+        size = (num_entries - 1).bit_length()
+        known = [each for each in self.seconds if each <= size]
+        return self.seconds[max(known)] if known else min(self.seconds.values(), default=1.0)
+
+
+_costs: "weakref.WeakKeyDictionary[Any, StepCosts]" = weakref.WeakKeyDictionary()
+
+
+def step_costs(model: Any) -> StepCosts:
+    """Return what is known of a model's steps. Engines of one model share it."""
+    return _costs.setdefault(model, StepCosts())
+
+
+def allot(trusts: list[float], num_asking: int, num_entries: int, costs: StepCosts) -> list[int]:
+    """Return how many tokens each branch drafts, so that a step chooses the most tokens for its time.
 
     Args:
-        sequence: a running answer.
+        trusts: of each branch that may draft, the share of its first drafts that were right.
+        num_asking: branches that choose a token in the step.
+        num_entries: log entries that the step reads without drafts, at least 1.
+        costs: of a step.
+    """
+    chances = [(trust * CONTINUES**place, at) for at, trust in enumerate(trusts) for place in range(MOST)]
+    chances.sort(reverse=True)
+    gain, best, most = float(num_asking), num_asking / costs(num_entries), 0
+    for number, (chance, _) in enumerate(chances, 1):
+        gain += chance
+        if (rate := gain / costs(num_entries + number)) > best:
+            best, most = rate, number
+    counts = [0] * len(trusts)
+    for _, at in chances[:most]:
+        counts[at] += 1
+    return counts
+
+
+def go_ahead(sequences: list[Sequence], writer: Any) -> None:
+    """Add to the logs the tokens that wait to be written, so that their branches go on from them.
+
+    Args:
+        sequences: running answers.
         writer: the engine's :class:`~.writing.Writer`.
     """
-    request, most = sequence.request, sequence.request.options.speculate
-    if not most or sequence.is_reading or request.calls is not None:
-        return
-    last = sequence.prompt_length + sequence.budget.positions
-    for branch in sequence.live:
-        is_due = branch.trust >= LEAST_TRUST or branch.position % RETRY == 0
-        room = min(most, last - branch.position - 1)
-        if branch.ready or room < 1 or not is_due:
+    for sequence in filter(may_draft, sequences):
+        for branch in sequence.live:
+            last = getattr(branch.ready[-1].chosen, "token", None) if branch.ready else None
+            if last is None or acts(last, sequence, writer) or not room(sequence, branch):
+                continue
+            unread = [ready for ready in branch.ready if ready.entry is None]
+            entries = _add(sequence, branch, [ready.chosen.token for ready in unread], writer)
+            for ready, entry in zip(unread, entries, strict=True):
+                ready.entry = entry
+
+
+def draft(sequences: list[Sequence], writer: Any, costs: StepCosts, broadcast: Any) -> None:
+    """Add the drafts of branches to their logs, to be read in the next step.
+
+    Args:
+        sequences: running answers, after :func:`go_ahead`.
+        writer: the engine's :class:`~.writing.Writer`.
+        costs: of a step, where an answer leaves the number of drafts open.
+        broadcast: tells all processes what the first one decides (:class:`~.distributed.Broadcast`).
+    """
+    able = [
+        (sequence, branch)
+        for sequence in sequences
+        if may_draft(sequence)
+        for branch in sequence.live
+        if branch.asking and room(sequence, branch)
+        if branch.trust >= LEAST_TRUST or branch.position % RETRY == 0
+    ]
+    free = [branch for sequence, branch in able if sequence.request.options.speculate == AUTO]
+    counts = {}
+    if free:
+        num_asking = sum(bool(branch.asking) for sequence in sequences for branch in sequence.live)
+        num_entries = sum(len(sequence.pending) for sequence in sequences)
+        shares = broadcast(allot([branch.trust for branch in free], num_asking, max(num_entries, 1), costs))
+        counts = {id(branch): share for branch, share in zip(free, shares, strict=True)}
+    for sequence, branch in able:
+        most = min(counts.get(id(branch), sequence.request.options.speculate), room(sequence, branch))
+        if not most:
             continue
-        tokens = []
-        for token in find_continuation(branch.context, room):
-            if token in writer.tags.roles or token in request.eos:
-                break
-            tokens.append(token)
-        if not tokens:
-            continue
-        first = len(sequence.ids)
-        while first + len(tokens) > len(sequence.positions):
-            writer.grow(sequence)
-        entries = list(range(first, first + len(tokens)))
-        sequence.ids += tokens
-        sequence.positions[entries] = np.arange(branch.position, branch.position + len(tokens))
-        sequence.sampled += [False] * len(tokens)
-        sequence.labels += [branch.label] * len(tokens)
-        sees = branch.sees.copy()
-        sees[entries] = True
-        sequence.pending += [(entry, sees) for entry in entries]
-        sequence.num_unwritten += len(entries)
-        sequence.stats.num_drafted += len(entries)
-        branch.drafts = entries
+        context = [*branch.context, *(ready.chosen.token for ready in branch.ready)]
+        tokens = find_continuation(context, most)
+        tokens = tokens[: next((at for at, token in enumerate(tokens) if acts(token, sequence, writer)), None)]
+        branch.drafts = _add(sequence, branch, tokens, writer)
+        sequence.stats.num_drafted += len(tokens)
+
+
+def may_draft(sequence: Sequence) -> bool:
+    """Return whether a running answer drafts in the next step."""
+    return bool(sequence.request.options.speculate) and not sequence.is_reading and sequence.request.calls is None
+
+
+def acts(token: int, sequence: Sequence, writer: Any) -> bool:
+    """Return whether a token is more than text: it may end a branch, fork or merge. No draft goes past it."""
+    request = sequence.request
+    return token in request.eos or (request.structured and token in writer.tags.roles)
+
+
+def room(sequence: Sequence, branch: Branch) -> int:
+    """Return how many positions a branch has after the next token that it chooses."""
+    end = sequence.prompt_length + sequence.budget.positions
+    return max(end - branch.position - len(branch.ready) - 1, 0)
+
+
+def _add(sequence: Sequence, branch: Branch, tokens: list[int], writer: Any) -> list[int]:
+    """Add tokens to a log after what their branch has, to be read but not written, and return their entries."""
+    if not tokens:
+        return []
+    first = len(sequence.ids)
+    while first + len(tokens) > len(sequence.positions):
+        writer.grow(sequence)
+    entries = list(range(first, first + len(tokens)))
+    before = [ready.entry for ready in branch.ready if ready.entry is not None]
+    position = branch.position + len(before)
+    sequence.ids += tokens
+    sequence.positions[entries] = np.arange(position, position + len(tokens))
+    sequence.sampled += [False] * len(tokens)
+    sequence.labels += [branch.label] * len(tokens)
+    sees = branch.sees.copy()
+    sees[before + entries] = True
+    sequence.pending += [(entry, sees) for entry in entries]
+    sequence.num_unwritten += len(entries)
+    return entries
 
 
 def find_continuation(context: list[int], most: int) -> list[int]:
-    """Return up to ``most`` tokens that followed the last tokens of a context where they stood last; none if new."""
-    for length in range(LONGEST, SHORTEST - 1, -1):
-        if len(context) <= length:
-            continue
-        tail = context[-length:]
-        for at in range(len(context) - length - 1, -1, -1):
-            if context[at] == tail[0] and context[at : at + length] == tail:
-                return context[at + length : at + length + most]
-    return []
+    """Return ``most`` tokens that followed the last tokens of a context where they stood last; none if they are new.
+
+    Of a context that has repeated a few tokens to its end, the repeat goes on.
+    """
+    longest, after, at, end = 0, 0, -1, len(context) - 1
+    while True:
+        try:
+            at = context.index(context[end], at + 1, end) if end > 0 else -1
+        except ValueError:
+            at = -1
+        if at < 0:
+            break
+        length = 1
+        while length < LONGEST and length <= at and context[at - length] == context[end - length]:
+            length += 1
+        if length >= longest:
+            longest, after = length, at + 1
+    period = len(context) - after
+    return [context[after + place % period] for place in range(most)] if longest else []
 
 
 def foresee(sequence: Sequence) -> Iterator[Branch]:
-    """Yield each branch that chooses a token now, then the same as it is after each of its drafts."""
-    for branch in sequence.live:
-        if branch.ready:
-            continue
-        yield branch
-        ahead = branch
-        for entry in branch.drafts:
-            token = sequence.ids[entry]
-            structure = ahead.structure.copy()
-            if sequence.request.structured:
+    """Yield each branch that chooses a token now, as it is once what waits is written, and then with each draft."""
+    request = sequence.request
+    looks = request.sampler.needs_context or request.options.path_repetition_penalty != 1
+
+    def after(branch: Branch, tokens: list[int]) -> Branch:
+        structure = branch.structure
+        if request.structured:
+            structure = structure.copy()
+            for token in tokens:
                 structure.feed(token)
-            context = [*ahead.context, token]
-            ahead = replace(ahead, structure=structure, position=ahead.position + 1, context=context)
+        context = [*branch.context, *tokens] if looks else branch.context
+        return replace(branch, structure=structure, position=branch.position + len(tokens), context=context)
+
+    for branch in sequence.live:
+        if not branch.asking:
+            continue
+        ahead = after(branch, [ready.chosen.token for ready in branch.ready]) if branch.ready else branch
+        yield ahead
+        for entry in branch.drafts:
+            ahead = after(ahead, [sequence.ids[entry]])
             yield ahead
 
 
@@ -100,35 +223,37 @@ def check_drafts(queries: list[tuple[Sequence, Branch]], choices: list[Any], cac
         choices: for each its token (:class:`~.writing.Chosen`), why there is none, or None if the sequence failed.
         cache: holds the logs.
     """
-    drafted: list[Sequence] = []
     at = 0
-    while at < len(queries):
-        sequence, branch = queries[at]
-        own = choices[at : at + 1 + len(branch.drafts)]
+    for sequence, rows in itertools.groupby(sequence for sequence, _ in queries):
+        own = choices[at : at + len(list(rows))]
         at += len(own)
-        for chosen, entry in zip(own, [*branch.drafts, None], strict=True):
-            if chosen is None:
-                break
-            is_right = entry is not None and sequence.ids[entry] == getattr(chosen, "token", None)
-            branch.ready.append(Ready(chosen, entry if is_right else None))
-            if not is_right:
-                break
-        if branch.drafts:
-            share = (len(branch.ready) - 1) / len(branch.drafts)
-            branch.trust += LEARNING * (share - branch.trust)
-            if not drafted or drafted[-1] is not sequence:
-                drafted.append(sequence)
-    for sequence in drafted:
-        keep_right(sequence, cache)
+        drafted = [branch for branch in sequence.live if branch.drafts]
+        for branch in sequence.live:  # none if it failed
+            asked = len(branch.asking)
+            _make_ready(sequence, branch, own[:asked])
+            del own[:asked]
+        if drafted:
+            _keep_right(sequence, drafted, cache)
 
 
-def keep_right(sequence: Sequence, cache: LogCache) -> None:
+def _make_ready(sequence: Sequence, branch: Branch, choices: list[Any]) -> None:
+    for chosen, entry in zip(choices, [*branch.drafts, None], strict=bool(choices)):
+        if chosen is None:
+            break
+        is_right = entry is not None and sequence.ids[entry] == getattr(chosen, "token", None)
+        branch.ready.append(Ready(chosen, entry if is_right else None))
+        if not is_right:
+            break
+    if branch.drafts and choices[0] is not None:
+        is_right = sequence.ids[branch.drafts[0]] == getattr(choices[0], "token", None)
+        branch.trust += LEARNING * (is_right - branch.trust)
+
+
+def _keep_right(sequence: Sequence, drafted: list[Branch], cache: LogCache) -> None:
     """Take a sequence's wrong drafts out of its log. All drafts are at its end."""
-    drafts = [entry for branch in sequence.live for entry in branch.drafts]
-    if not drafts:  # it failed
-        return
-    right = [ready for branch in sequence.live if branch.drafts for ready in branch.ready if ready.entry is not None]
-    first, entries = drafts[0], [ready.entry for ready in right]
+    first, num_drafts = drafted[0].drafts[0], sum(len(branch.drafts) for branch in drafted)
+    right = [ready for branch in drafted for ready in branch.ready if ready.entry is not None and ready.entry >= first]
+    entries = [ready.entry for ready in right]
     cache.keep(sequence.arrival, first, entries)
     sequence.positions[first : first + len(entries)] = sequence.positions[entries]
     for values in (sequence.ids, sequence.sampled, sequence.labels):
@@ -136,14 +261,14 @@ def keep_right(sequence: Sequence, cache: LogCache) -> None:
     for place, ready in enumerate(right):
         ready.entry = first + place
     sequence.num_computed = first + len(entries)
-    sequence.num_unwritten -= len(drafts) - len(entries)
+    sequence.num_unwritten -= num_drafts - len(entries)
     sequence.stats.num_accepted += len(entries)
-    for branch in sequence.live:
+    for branch in drafted:
         branch.drafts = []
 
 
 def forget(sequence: Sequence) -> None:
-    """Note that the cache has lost a log: its drafts go, and what is ready has to be read when it is written."""
+    """Take a sequence's drafts out of its log, which the cache has lost."""
     drafts = [entry for branch in sequence.live for entry in branch.drafts]
     if drafts:
         for values in (sequence.ids, sequence.sampled, sequence.labels):
@@ -151,5 +276,3 @@ def forget(sequence: Sequence) -> None:
         sequence.num_unwritten -= len(drafts)
     for branch in sequence.live:
         branch.drafts = []
-        for ready in branch.ready:
-            ready.entry = None

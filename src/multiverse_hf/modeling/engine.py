@@ -20,7 +20,7 @@ from .budget import Budget
 from .cache import LogCache
 from .cpu import packed_weights
 from .distributed import Broadcast
-from .drafts import check_drafts, draft, foresee
+from .drafts import check_drafts, draft, foresee, go_ahead, step_costs
 from .grammar import TokenMask
 from .runner import make_runner
 from .sampling import choose, mask_scores, nothing_to_choose, penalize_path
@@ -63,7 +63,7 @@ class Engine:
         self.max_positions = getattr(model.config, "max_position_embeddings", None)
         self.scheduler = Scheduler(cache, max_num_seqs, prefill_chunk)
         self.runner = make_runner(model, cache, decoding)
-        self.broadcast = Broadcast(model)
+        self.broadcast, self.costs = Broadcast(model), step_costs(model)
         self.writer = Writer(tags, model.device)
         self.num_steps = 0
         self._arrivals = itertools.count()
@@ -129,15 +129,20 @@ class Engine:
         done = self._release()  # what was stopped gives its memory to what is scheduled
         if self.packs_weights and self.scheduler.waiting and not self.scheduler.running:
             self.runner.packed_layers = packed_weights(self.model)
-        for sequence in self.scheduler.running:
-            if sequence.request.options.speculate:
-                draft(sequence, self.writer)
+        begin = time.perf_counter()
+        drafting = [sequence for sequence in self.scheduler.running if sequence.request.options.speculate]
+        if drafting:
+            go_ahead(drafting, self.writer)
+            draft(drafting, self.writer, self.costs, self.broadcast)
+        is_decoding = not any(sequence.is_reading for sequence in self.scheduler.sequences)
         batch = self.scheduler.schedule()
         if batch:
             logits = self.runner(batch)
             queries = self._advance(batch)
             self._interpret(queries, self._sample(queries, logits))
             self.num_steps += 1
+            if drafting and is_decoding:
+                self.costs.note(sum(len(reading.entries) for reading in batch), time.perf_counter() - begin)
         if self.on_step is not None:
             self.on_step()
         return done + self._release()
@@ -253,7 +258,7 @@ class Engine:
 
         A token of each live branch is written at a time, so that an answer is written as it is without drafts.
         """
-        if any(branch.drafts for _, branch in queries):
+        if any(sequence.request.options.speculate for sequence, _ in queries):
             check_drafts(queries, choices, self.cache)
         else:
             for (_, branch), chosen in zip(queries, choices, strict=True):

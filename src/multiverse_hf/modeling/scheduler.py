@@ -62,7 +62,8 @@ class Scheduler:
             count = len(sequence.pending)
             if sequence.is_reading:
                 # what the live branches choose their first tokens from is read in one step, the last one
-                num_before = min(branch.segment.entries[-1] for branch in sequence.live) - sequence.num_computed
+                asking = [entry for branch in sequence.live for entry in branch.asking]
+                num_before = min(asking) - sequence.num_computed
                 if count > chunk and num_before > 0:
                     count = min(chunk, num_before)
                 chunk = max(chunk - count, 0)
@@ -76,8 +77,7 @@ class Scheduler:
             if count := counts.get(sequence, 0):
                 first = sequence.num_computed
                 entries, is_last = sequence.pending[:count], count == len(sequence.pending)
-                asking = [branch for branch in sequence.live if not branch.ready] if is_last else []
-                rows = [entry for branch in asking for entry in (branch.segment.entries[-1], *branch.drafts)]
+                rows = [entry for branch in sequence.live for entry in branch.asking] if is_last else []
                 queries = slice(begin, begin + count)
                 batch.append(Reading(sequence, entries, queries, first, first + count, is_last, rows))
                 begin += count

@@ -39,6 +39,9 @@ class FinishReason(StrEnum):
     CANCELLED = "cancelled"
 
 
+AUTO = "auto"  # of speculate
+
+
 @dataclass(frozen=True, slots=True)
 class StructureOptions:
     """Options of :meth:`generate` that transformers does not have.
@@ -58,7 +61,8 @@ class StructureOptions:
         max_blocks: blocks of an answer, those in other paths not counted.
         path_repetition_penalty: as ``repetition_penalty`` of transformers, but in paths only, and for the tokens that
             the path itself has.
-        speculate: tokens each branch may draft for a step to check (:mod:`~.drafts`). No answer depends on it.
+        speculate: tokens each branch may draft for a step to check (:mod:`~.drafts`): a number, ``"off"`` (0), or
+            ``"auto"``: as many as the measured time of steps pays for. No answer depends on it.
     """
 
     structure: str = "guided"
@@ -68,11 +72,13 @@ class StructureOptions:
     max_path_tokens: int | None = None
     max_total_tokens: int | None = None
     stop_scope: str = "path"
-    speculate: int = 0
+    speculate: int | str = 0
     max_blocks: int | None = None
     path_repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.speculate == "off":
+            object.__setattr__(self, "speculate", 0)
         if self.structure not in ("guided", "lenient", "off"):
             raise ValueError(f"structure must be 'guided', 'lenient' or 'off', got {self.structure!r}")
         if self.stop_scope not in ("path", "answer"):
@@ -84,10 +90,11 @@ class StructureOptions:
         for name in (*optional_counts, "max_depth", "max_paths", "max_branches", "speculate"):
             value = getattr(self, name)
             low = 0 if name in ("max_depth", "speculate") else 1
-            optional = name in optional_counts
             fits = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            if not fits and not (optional and value is None):
-                raise ValueError(f"{name} must be an integer of at least {low}, got {value!r}")
+            if fits or (name in optional_counts and value is None) or (name == "speculate" and value == AUTO):
+                continue
+            words = "'auto', 'off' or " if name == "speculate" else ""
+            raise ValueError(f"{name} must be {words}an integer of at least {low}, got {value!r}")
 
 
 @dataclass(slots=True)
@@ -170,7 +177,7 @@ class Ready:
 
     Attributes:
         chosen: the token (:class:`~.writing.Chosen`), or why there was none to choose.
-        entry: the log entry from which the model has read it already, None if it has not.
+        entry: the log entry from which the model reads it before it is written, None if it does not.
     """
 
     chosen: Any
@@ -190,7 +197,7 @@ class Branch:
         text_end: below this position its budget has room for text, as long as it has tokens; 0 if it has to be asked.
         ready: tokens to write next, one in each step of the answer.
         drafts: log entries of the tokens that it guesses to come.
-        trust: how often its drafts were right, a running mean.
+        trust: how often the first of its drafts was right, a running mean. A path has that of the branch that forked.
     """
 
     structure: Structure
@@ -209,7 +216,13 @@ class Branch:
     text_end: int = 0
     ready: list[Ready] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
-    trust: float = 1.0
+    trust: float = 0.3
+
+    @property
+    def asking(self) -> list[int]:
+        """Log entries after which it chooses a token in this step: its last one, and its drafts. None if it waits."""
+        last = self.ready[-1].entry if self.ready else self.segment.entries[-1]
+        return [] if last is None else [last, *self.drafts]
 
 
 @dataclass(slots=True, eq=False)
@@ -336,8 +349,7 @@ class Reading:
         queries: their place in the packed row of the step.
         first, end: the first of them, and one past the last.
         is_last: nothing is left to read then: the sequence's branches choose their next tokens.
-        rows: log entries whose logits are wanted: the last of each branch that has nothing ready, and its drafts. None
-            unless it is the last.
+        rows: log entries whose logits are wanted: :attr:`Branch.asking` of each branch. None unless it is the last.
     """
 
     sequence: Sequence
@@ -415,6 +427,13 @@ def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
             segment, sees = block.reduced, np.logical_or.reduce(ends)
 
     walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
+    for branch in sequence.live:
+        waiting = [ready.entry for ready in branch.ready if ready.entry is not None]
+        if waiting:
+            sees = branch.sees.copy()
+            sees[waiting] = True
+            for entry in waiting:
+                seen[entry] = entry, sees
     for entry, each in enumerate(seen):
         if each is None:  # chosen, and then not written: nothing else sees it
             seen[entry] = entry, np.arange(len(sequence.positions)) == entry

@@ -249,6 +249,7 @@ class Writer:
             path=path,
             until=fork.until,
             own=len(fork.context),
+            trust=fork.trust,
         )
 
     def start_held(self, sequence: Sequence) -> None:
@@ -291,6 +292,7 @@ class Writer:
             until=fork.until,
             after=block,
             own=fork.own,
+            trust=branch.trust,
         )
         block.sees, block.tails = [], []
         sequence.live[at] = reduced

@@ -104,7 +104,7 @@ class MultiverseFields(Strict):
     max_depth: int | None = Field(default=None, ge=0)
     max_paths: int | None = Field(default=None, ge=1)
     max_branches: int | None = Field(default=None, ge=1)
-    speculate: int | None = Field(default=None, ge=0, le=64)
+    speculate: Annotated[int, Field(ge=0, le=64)] | Literal["auto", "off"] | None = None
     suffix: Literal["parallel", "sequential", "none"] | None = Field(
         default=None, description="sentence of record at the end of the last user message"
     )
