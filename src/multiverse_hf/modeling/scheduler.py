@@ -62,8 +62,8 @@ class Scheduler:
             count = len(sequence.pending)
             if sequence.is_reading:
                 # what the live branches choose their first tokens from is read in one step, the last one
-                asking = [entry for branch in sequence.live for entry in branch.asking]
-                num_before = min(asking) - sequence.num_computed
+                asking = [branch for branch in sequence.live if branch.asking]
+                num_before = min(branch.asking[0] for branch in asking) - sequence.num_computed
                 if count > chunk and num_before > 0:
                     count = min(chunk, num_before)
                 chunk = max(chunk - count, 0)
@@ -77,7 +77,9 @@ class Scheduler:
             if count := counts.get(sequence, 0):
                 first = sequence.num_computed
                 entries, is_last = sequence.pending[:count], count == len(sequence.pending)
-                rows = [entry for branch in sequence.live for entry in branch.asking] if is_last else []
+                rows: list[int] = []
+                for branch in sequence.live if is_last else ():
+                    rows += branch.asking if branch.ready or branch.drafts else branch.segment.entries[-1:]
                 queries = slice(begin, begin + count)
                 batch.append(Reading(sequence, entries, queries, first, first + count, is_last, rows))
                 begin += count
