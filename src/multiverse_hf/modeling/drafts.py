@@ -26,26 +26,39 @@ CONTINUES = 0.5  # of the drafts after a right one, so many are right too in the
 LEAST_TRUST = 0.1  # share of right first drafts below which a branch drafts only now and then,
 RETRY = 32  # once in so many positions
 LEARNING = 0.1  # weight of the last step in the share
+MARGIN = 1.1  # drafts have to promise so many times the tokens for the time
 NOTING = 0.2  # weight of the last step in what a step costs
 
 
 class StepCosts:
-    """What a decoding step takes, by the log entries that it reads: learned from the steps themselves."""
+    """What a decoding step takes, by the log entries that it reads: learned from the steps themselves.
+
+    Attributes:
+        known: for each power of two, running means of the number of entries up to it, and of the seconds.
+    """
 
     def __init__(self) -> None:
-        self.seconds: dict[int, float] = {}  # by the power of two that holds the number of entries
+        self.known: dict[int, tuple[float, float]] = {}
 
     def note(self, num_entries: int, seconds: float) -> None:
         """Learn from a step. One that was held up counts as four times what was known at most."""
         size = (num_entries - 1).bit_length()
-        known = self.seconds.get(size, seconds)
-        self.seconds[size] = known + NOTING * (min(seconds, 4 * known) - known)
+        number, known = self.known.get(size, (num_entries, seconds))
+        known += NOTING * (min(seconds, 4 * known) - known)
+        self.known[size] = number + NOTING * (num_entries - number), known
 
-    def __call__(self, num_entries: int) -> float:
-        """Return the seconds of a step; what is not known takes as long as the next smaller step that is."""
-        size = (num_entries - 1).bit_length()
-        known = [each for each in self.seconds if each <= size]
-        return self.seconds[max(known)] if known else min(self.seconds.values(), default=1.0)
+    def __call__(self, num_entries: np.ndarray) -> np.ndarray:
+        """Return the seconds of steps: on the lines between what is known, at least what a smaller step takes.
+
+        Past the greatest that is known, the last line goes on.
+        """
+        if not self.known:
+            return np.ones(len(num_entries))
+        numbers, seconds = (np.array(each) for each in zip(*sorted(self.known.values()), strict=True))
+        seconds = np.maximum.accumulate(seconds)
+        slope = (seconds[-1] - seconds[-2]) / (numbers[-1] - numbers[-2]) if len(numbers) > 1 else 0.0
+        beyond = np.maximum(num_entries - numbers[-1], 0)
+        return np.interp(num_entries, numbers, seconds) + slope * beyond
 
 
 _costs: "weakref.WeakKeyDictionary[Any, StepCosts]" = weakref.WeakKeyDictionary()
@@ -65,13 +78,14 @@ def allot(trusts: list[float], num_asking: int, num_entries: int, costs: StepCos
         num_entries: log entries that the step reads without drafts, at least 1.
         costs: of a step.
     """
-    chances = [(trust * CONTINUES**place, at) for at, trust in enumerate(trusts) for place in range(MOST)]
-    chances.sort(reverse=True)
-    gain, best, most = float(num_asking), num_asking / costs(num_entries), 0
-    for number, (chance, _) in enumerate(chances, 1):
-        gain += chance
-        if (rate := gain / costs(num_entries + number)) > best:
-            best, most = rate, number
+    chances = sorted(
+        ((trust * CONTINUES**place, at) for at, trust in enumerate(trusts) for place in range(MOST)), reverse=True
+    )
+    gains = num_asking + np.cumsum([0.0, *(chance for chance, _ in chances)])
+    rates = gains / costs(num_entries + np.arange(len(gains)))
+    most = int(rates.argmax())
+    if rates[most] < MARGIN * rates[0]:
+        most = 0
     counts = [0] * len(trusts)
     for _, at in chances[:most]:
         counts[at] += 1
