@@ -19,7 +19,7 @@ from test_replay import assert_replays
 from transformers import AutoTokenizer
 
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
-from multiverse_hf.modeling.drafts import CONTINUES, LONGEST, MARGIN, MOST, StepCosts, allot, find_continuation
+from multiverse_hf.modeling.drafts import LONGEST, MARGIN, MOST, StepCosts, allot, find_continuation
 from multiverse_hf.modeling.tags import encode_prompt
 
 tiny_model = functools.cache(new_tiny_model)
@@ -129,7 +129,7 @@ def test_a_branch_goes_ahead_of_its_siblings():
 
 
 @given(
-    trusts=st.lists(st.sampled_from([0.1, 0.3, 0.5, 1.0]), max_size=3),
+    trusts=st.lists(st.tuples(*[st.sampled_from([0.1, 0.3, 0.5, 1.0])] * 2), max_size=2),
     others=st.integers(0, 3),
     seconds=st.lists(st.floats(0.1, 5), min_size=1, max_size=5),
 )
@@ -140,7 +140,8 @@ def test_the_number_of_drafts_gives_the_most_tokens_for_the_time(trusts, others,
     num_asking = len(trusts) + others
 
     def rate(counts):
-        right = [trust * CONTINUES**place for trust, most in zip(trusts, counts, strict=True) for place in range(most)]
+        each = zip(trusts, counts, strict=True)
+        right = [trust * flow**place for (trust, flow), most in each for place in range(most)]
         return (num_asking + sum(right)) / costs(np.array([max(num_asking, 1) + sum(counts)]))[0]
 
     counts = allot(trusts, num_asking, max(num_asking, 1), costs)

@@ -21,8 +21,7 @@ from .cache import LogCache
 from .state import AUTO, Branch, Ready, Sequence
 
 LONGEST = 8  # tokens at the end of a context that are looked for before it, or else as many as there are
-MOST = 8  # drafts of a branch in a step, where their number is not set
-CONTINUES = 0.5  # of the drafts after a right one, so many are right too in the documents of the SmolLM2 recipe
+MOST = 10  # drafts of a branch in a step, where their number is not set
 LEAST_TRUST = 0.1  # share of right first drafts below which a branch drafts only now and then,
 RETRY = 32  # once in so many positions
 LEARNING = 0.1  # weight of the last step in the share
@@ -69,17 +68,17 @@ def step_costs(model: Any) -> StepCosts:
     return _costs.setdefault(model, StepCosts())
 
 
-def allot(trusts: list[float], num_asking: int, num_entries: int, costs: StepCosts) -> list[int]:
+def allot(trusts: list[tuple[float, float]], num_asking: int, num_entries: int, costs: StepCosts) -> list[int]:
     """Return how many tokens each branch drafts, so that a step chooses the most tokens for its time.
 
     Args:
-        trusts: of each branch that may draft, the share of its first drafts that were right.
+        trusts: of each branch that may draft, its :attr:`~.state.Branch.trust` and :attr:`~.state.Branch.flow`.
         num_asking: branches that choose a token in the step.
         num_entries: log entries that the step reads without drafts, at least 1.
         costs: of a step.
     """
     chances = sorted(
-        ((trust * CONTINUES**place, at) for at, trust in enumerate(trusts) for place in range(MOST)), reverse=True
+        ((trust * flow**place, -at) for at, (trust, flow) in enumerate(trusts) for place in range(MOST)), reverse=True
     )
     gains = num_asking + np.cumsum([0.0, *(chance for chance, _ in chances)])
     rates = gains / costs(num_entries + np.arange(len(gains)))
@@ -88,7 +87,7 @@ def allot(trusts: list[float], num_asking: int, num_entries: int, costs: StepCos
         most = 0
     counts = [0] * len(trusts)
     for _, at in chances[:most]:
-        counts[at] += 1
+        counts[-at] += 1
     return counts
 
 
@@ -132,7 +131,9 @@ def draft(sequences: list[Sequence], writer: Any, costs: StepCosts, broadcast: A
     if free:
         num_asking = sum(bool(branch.asking) for sequence in sequences for branch in sequence.live)
         num_entries = sum(len(sequence.pending) for sequence in sequences)
-        shares = broadcast(allot([branch.trust for branch in free], num_asking, max(num_entries, 1), costs))
+        shares = broadcast(
+            allot([(branch.trust, branch.flow) for branch in free], num_asking, max(num_entries, 1), costs)
+        )
         counts = {id(branch): share for branch, share in zip(free, shares, strict=True)}
     for sequence, branch in able:
         most = min(counts.get(id(branch), sequence.request.options.speculate), room(sequence, branch))
@@ -259,8 +260,15 @@ def _make_ready(sequence: Sequence, branch: Branch, choices: list[Any]) -> None:
         if not is_right:
             break
     if branch.drafts and choices[0] is not None:
-        is_right = sequence.ids[branch.drafts[0]] == getattr(choices[0], "token", None)
-        branch.trust += LEARNING * (is_right - branch.trust)
+        first, *after = [
+            sequence.ids[entry] == getattr(chosen, "token", None)
+            for entry, chosen in zip(branch.drafts, choices, strict=False)
+        ]
+        branch.trust += LEARNING * (first - branch.trust)
+        for is_right in after if first else ():
+            branch.flow += LEARNING * (is_right - branch.flow)
+            if not is_right:
+                break
 
 
 def _keep_right(sequence: Sequence, drafted: list[Branch], cache: LogCache) -> None:

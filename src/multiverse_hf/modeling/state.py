@@ -197,7 +197,8 @@ class Branch:
         text_end: below this position its budget has room for text, as long as it has tokens; 0 if it has to be asked.
         ready: tokens to write next, one in each step of the answer.
         drafts: log entries of the tokens that it guesses to come.
-        trust: how often the first of its drafts was right, a running mean. A path has that of the branch that forked.
+        trust: how often the first of its drafts was right, a running mean, and ``flow`` how often one after a right
+            one. A path begins with those of the branch that forked.
     """
 
     structure: Structure
@@ -217,6 +218,7 @@ class Branch:
     ready: list[Ready] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     trust: float = 0.3
+    flow: float = 0.5
 
     @property
     def asking(self) -> list[int]:

@@ -250,6 +250,7 @@ class Writer:
             until=fork.until,
             own=len(fork.context),
             trust=fork.trust,
+            flow=fork.flow,
         )
 
     def start_held(self, sequence: Sequence) -> None:
@@ -293,6 +294,7 @@ class Writer:
             after=block,
             own=fork.own,
             trust=branch.trust,
+            flow=branch.flow,
         )
         block.sees, block.tails = [], []
         sequence.live[at] = reduced
