@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -336,3 +337,42 @@ def test_a_collapse_is_named_with_numbers():
     assert find_collapse(first, first | {"answers/forking": 1.0}) == ["all fork, 50% at the start"]
     assert find_collapse(first, first | {"answers/length": 301.0}) == ["length 301, 100 at the start"]
     assert find_collapse(first, first | {"answers/trivial": 0.6}) == ["60% of the paths are empty or copies"]
+
+
+@pytest.mark.slow
+def test_the_experiment_in_small_compares_the_start_with_what_was_trained_and_goes_on(tmp_path):
+    shutil.copytree(embedded_model(), tmp_path / "rl/start")
+    command = [sys.executable, str(ROOT / "recipes/multiverse-tiny/rl.py"), "--output", "rl", "--seeds", "0"]
+    command += ["--arms", "acceleration", "--steps", "1", "--problems", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 1800}
+    done = subprocess.run(command, **options)
+    assert done.returncode == 0, done.stderr + "".join(log.read_text()[-2000:] for log in tmp_path.glob("rl/*.log"))
+    result = json.loads((tmp_path / "rl/rl.json").read_text())
+    assert list(result["rows"]) == ["start", "acceleration"]
+    (log,) = result["curves"]["acceleration"]
+    assert [entry["step"] for entry in log] == [1]
+    assert result["rows"]["start"]["parallelism"]["mean"] > 1.5
+    assert (tmp_path / "rl/rl.png").read_bytes().startswith(b"\x89PNG")
+    again = subprocess.run(command, **options)
+    assert (again.returncode, again.stdout) == (0, (tmp_path / "rl/rl.md").read_text())  # nothing was done again
+    other = subprocess.run([*command, "--problems", "5"], **options)
+    assert other.returncode == 2
+    assert "was begun with" in other.stderr
+
+
+@pytest.mark.slow
+def test_rows_that_rarely_fork_are_made_alike_twice(tmp_path):
+    for folder in ("a", "b"):
+        command = [sys.executable, str(ROOT / "recipes/multiverse-tiny/make_rare.py"), "--output", folder]
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+        subprocess.run([*command, "--rows", "200", "--problems", "20"], cwd=tmp_path, env=environment, check=True)
+    for name in ("rows.jsonl", "problems.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "a/rows.jsonl").read_text().splitlines()]
+    forks = [row for row in rows if parse_document(row["document"]).num_paths]
+    assert len(rows) == 200
+    assert 5 <= len(forks) <= 40
+    problems = [json.loads(line)["prompt"] for line in (tmp_path / "a/problems.jsonl").read_text().splitlines()]
+    assert len(problems) == 20
+    assert not {row["prompt"] for row in rows} & {prompt.partition(" Think")[0] for prompt in problems}
