@@ -57,9 +57,13 @@ class Engine:
         """Forget what was counted."""
         self.steps: collections.Counter[int] = collections.Counter()
         self.drafted = self.accepted = 0
+        self.seen = self.engine.memory()["num_steps"]
 
     def _count(self) -> None:
-        self.steps[self.engine.memory()["num_branches"]] += 1
+        memory = self.engine.memory()
+        if memory["num_steps"] > self.seen:  # it is called where there is nothing to do, too
+            self.steps[memory["num_branches"]] += 1
+        self.seen = memory["num_steps"]
 
     def __call__(self, prompts: Ids) -> Ids:
         results = self.engine.generate(prompts, **self.options)

@@ -27,6 +27,7 @@ from multiverse_hf import MultiverseForCausalLM, embedded_model
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.documents import parse_document
 from multiverse_hf.errors import CommandError
+from multiverse_hf.evaluation.chains import chains_rows, training_problems
 from multiverse_hf.evaluation.rewards import acceleration, find_reward, right
 from multiverse_hf.modeling.layout import build_layout, plain_layout
 from multiverse_hf.modeling.multiverse_engine import MultiverseEngine
@@ -376,3 +377,20 @@ def test_rows_that_rarely_fork_are_made_alike_twice(tmp_path):
     problems = [json.loads(line)["prompt"] for line in (tmp_path / "a/problems.jsonl").read_text().splitlines()]
     assert len(problems) == 20
     assert not {row["prompt"] for row in rows} & {prompt.partition(" Think")[0] for prompt in problems}
+
+
+def test_the_problems_of_a_run_are_known_from_its_record(tmp_path):
+    prompts = ["A=1+2; B=3+4; total?", Suffix.PARALLEL.end("A=5-2; B=1+1; total?"), "Hello"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+
+    def problems(**data):
+        (tmp_path / "run.json").write_text(json.dumps({"data": data}))
+        return training_problems(str(tmp_path))
+
+    expected = {"A=1+2; B=3+4; total?", "A=5-2; B=1+1; total?"}
+    assert problems(dataset_name=str(tmp_path / "rows.jsonl")) == expected
+    assert problems(dataset_name=[str(tmp_path / "rows.jsonl")]) == expected
+    assert problems(dataset_name=["chains"], num_rows=6, rows_seed=3) == {row["problem"] for row in chains_rows(6, 3)}
+    assert problems(dataset_name=["rg:gcd", "rg:leg_counting"]) == set()
+    with pytest.raises(CommandError, match="names no training rows"):
+        problems(dataset_name="no-such-file.jsonl")

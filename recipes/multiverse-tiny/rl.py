@@ -18,6 +18,7 @@ from pathlib import Path
 
 from paper import StepError, spread
 
+from multiverse_hf import embedded_model
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
 from multiverse_hf.evaluation.figures import make_figure
 from multiverse_hf.outputs import check_output, write_output
@@ -45,7 +46,8 @@ def make_start(args: argparse.Namespace) -> Path:
         print(f"training the start, see {start}.log", flush=True)
         call(
             Path(f"{start}.log"), str(HERE.parent / "sft.py"), "--config", str(HERE / "sft_rare.yaml"),
-            "--dataset_name", str(data / "rows.jsonl"), "--output_dir", str(start),
+            "--model_name_or_path", embedded_model(), "--dataset_name", str(data / "rows.jsonl"),
+            "--output_dir", str(start),
         )  # fmt: skip
     return start
 
@@ -61,7 +63,7 @@ def train(start: Path, run: Path, arm: str, seed: int, args: argparse.Namespace)
             "--model_name_or_path", str(start), "--dataset_name", str(args.output / "data/problems.jsonl"),
             "--rewards", *rewards, "--reward_weights", *weights, "--output_dir", str(run), "--seed", str(seed),
             "--max_steps", str(args.steps), "--learning_rate", str(args.learning_rate), "--logging_steps", "1",
-            "--report_to", "none", "--resume_from_checkpoint", "true",
+            "--per_device_train_batch_size", "32", "--report_to", "none", "--resume_from_checkpoint", "true",
         )  # fmt: skip
     return [entry for entry in json.loads(record.read_bytes())["log"] if "answers/parallelism" in entry]
 

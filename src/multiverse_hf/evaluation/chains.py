@@ -7,8 +7,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from multiverse_hf.data.chains import MAX_CHAINS, MAX_OPS, ChainsProblem, Kind, sample_problem
+from multiverse_hf.data.chains import (
+    MAX_CHAINS,
+    MAX_OPS,
+    ChainsProblem,
+    Kind,
+    is_problem,
+    parse_problem,
+    sample_problem,
+)
 from multiverse_hf.data.mixtures import ChainsMixture
+from multiverse_hf.data.records import RowError, number_rows
 from multiverse_hf.errors import CommandError
 
 SEED = 1000  # no training run uses it
@@ -43,19 +52,26 @@ def training_problems(model: str) -> set[str]:
     """Return the chains problems that a model was trained on, from its ``run.json``; none without this file.
 
     Raises:
-        CommandError: if sft.py did not write the file.
+        CommandError: if neither sft.py nor grpo.py wrote the file, or the rows that it names are not there.
     """
     record = Path(model, "run.json")
     if not record.is_file():
         return set()
     try:
         data = json.loads(record.read_bytes())["data"]
+        source = data.get("dataset_name", "chains")
+        if source == ["chains"]:  # of grpo.py, which may name several
+            return {row["problem"] for row in chains_rows(data["num_rows"], data["rows_seed"])}
+        if source != "chains":
+            source = source[0] if isinstance(source, list) else source
+            if source.startswith("rg:"):
+                return set()
+            prompts = (row.get("prompt") for _, row in number_rows(source) if not isinstance(row, RowError))
+            return {str(parse_problem(text)) for text in prompts if isinstance(text, str) and is_problem(text)}
         names = {field.name for field in fields(ChainsMixture)} & data.keys()
         return _problems_of(ChainsMixture(seed=data["rows_seed"], **{name: data[name] for name in names}))
     except (ValueError, KeyError, TypeError, AttributeError) as err:
-        raise CommandError(
-            f"{record} names no training rows ({err!r}); move it away if sft.py did not write it"
-        ) from err
+        raise CommandError(f"{record} names no training rows ({err!r}); move it away if no recipe wrote it") from err
 
 
 @functools.lru_cache(maxsize=4)  # a table or a curve asks for the same problems repeatedly
