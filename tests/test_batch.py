@@ -505,6 +505,7 @@ def test_a_folder_whose_rows_were_counted_from_0_goes_on_only_if_all_rows_have_i
         shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_other_weights_in_the_same_folder_are_another_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     source, model = tmp_path / "in.jsonl", tmp_path / "model"
     write_problems(source, 1)

@@ -170,9 +170,17 @@ def test_json_is_one_object_and_plain_prints_its_document(
     assert answer["prompt"] == f"A=5+6; B=7+8; total? {PARALLEL_SUFFIX}"
     assert answer["stats"]["length"] <= 40
     assert answer["stats"]["finish_reason"] in ("stop", "length")
-    plain = multiverse("generate", *options, stdin="A=5+6; B=7+8; total?\n")
+    plain = call(capfd, "generate", "--file", str(problem), *options)
     assert (plain.returncode, plain.stderr == "") == (0, answer["stats"]["finish_reason"] == "stop")
     assert plain.stdout == answer["document"] + "\n"
+
+
+@pytest.mark.slow
+def test_a_process_prints_what_a_call_prints(folder: Path, capfd: pytest.CaptureFixture[str]):
+    options = ("--model", str(folder), "--max-new-tokens", "40", "--threads", "1")
+    done = multiverse("generate", *options, stdin="A=5+6; B=7+8; total?\n")
+    called = call(capfd, "generate", "A=5+6; B=7+8; total?", *options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, called.stdout, called.stderr)
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def solve(tiny, problems, parallel: bool = True, **options):
 
 def test_flat_problems_are_solved_with_one_path_a_chain(tiny):
     rng = random.Random(7)
-    problems = [sample_problem(rng, Kind.FLAT, num_chains) for num_chains in range(2, 9)]
+    problems = [sample_problem(rng, Kind.FLAT, num_chains) for num_chains in (2, 4, 6)]
     texts, output = solve(tiny, problems)
-    assert sum(is_correct(p, text) for p, text in zip(problems, texts, strict=True)) >= 6
-    assert [stats.num_forks for stats in output.stats] == [1] * 7
-    assert [stats.max_width for stats in output.stats] == list(range(2, 9))
+    assert sum(is_correct(p, text) for p, text in zip(problems, texts, strict=True)) >= 2
+    assert [stats.num_forks for stats in output.stats] == [1] * 3
+    assert [stats.max_width for stats in output.stats] == [2, 4, 6]
     for text in texts:
         check(parse_document(text))
 

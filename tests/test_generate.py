@@ -251,7 +251,7 @@ def guided_answers(seed: int, prompt: list[int], thinks: bool = True, **limits):
     return output, documents(output, [prompt], copies=5)
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     seed=st.integers(0, 2**32),
     think=st.booleans(),
@@ -270,7 +270,7 @@ def test_guided_answers_of_random_models_parse_under_any_limits(seed, think, **l
             assert len(block.outlines) == len(block.paths) <= limits["max_paths"]
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 2**32), think=st.booleans(), **limits_of_all_kinds)
 def test_limits_are_never_passed(seed, think, **limits):
     output, answers = guided_answers(seed, [*PROMPT, *([OPEN("think")] if think else [])], **limits)

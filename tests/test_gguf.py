@@ -95,6 +95,7 @@ def test_a_base_without_tags_is_refused_as_a_folder_is_with_the_ways_out(files: 
         MultiverseForCausalLM.from_pretrained(files / "base.Q8_0.gguf", tags=tags)
 
 
+@pytest.mark.slow
 def test_export_writes_a_checkpoint_from_a_gguf_file(
     files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

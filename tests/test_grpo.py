@@ -292,7 +292,13 @@ def load_recipe(monkeypatch):
     return module
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*/grpo.yaml")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.parent.name, marks=[pytest.mark.slow] * (path.parent.name != "multiverse-tiny"))
+        for path in sorted(ROOT.glob("recipes/*/grpo.yaml"))
+    ],
+)
 def test_every_recipe_names_problems_and_rewards_that_are_there(path, tmp_path, monkeypatch):
     if path.parent.name != "multiverse-tiny":
         pytest.importorskip("reasoning_gym", reason="the recipe needs the tasks extra")

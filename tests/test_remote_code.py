@@ -85,6 +85,7 @@ def ask(model, **options) -> str:
     return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+@pytest.mark.slow
 def test_whatever_was_loaded_can_be_saved_and_loaded_again_with_its_code(saved, tmp_path):
     expected = ask(MultiverseForCausalLM.from_pretrained(saved))
     assert "Answer: 26" in expected
@@ -181,6 +182,7 @@ def test_auto_model_gives_the_backbone_which_follows_layouts(saved):
     assert AutoModel.from_pretrained(saved).config.model_type == "qwen3"
 
 
+@pytest.mark.slow
 def test_a_text_generation_pipeline_branches(saved):
     pipe = pipeline("text-generation", model=str(saved), trust_remote_code=True)
     said = pipe(CHAT, max_new_tokens=600, do_sample=False)[0]["generated_text"][-1]["content"]

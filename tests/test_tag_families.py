@@ -24,6 +24,10 @@ from multiverse_hf.modeling.modeling_multiverse import MultiverseForCausalLM
 from multiverse_hf.modeling.tags import TagSet, encode_prompt
 
 ALL = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+MOST = pytest.mark.parametrize(
+    "family",
+    [pytest.param(each, id=name, marks=[pytest.mark.slow] * (name == "npr")) for name, each in FAMILIES.items()],
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
     "{% if not (loop.last and continue_final_message) %}<|im_end|>\n{% endif %}{% endfor %}"
@@ -130,7 +134,7 @@ def test_a_document_cut_anywhere_is_continued_to_one_that_parses_and_replays(fam
         parse_document(spelled([*prompt, *ids], model.tags), family)
 
 
-@ALL
+@MOST
 def test_limits_are_the_familys_where_a_call_does_not_say(family):
     _, answers, _ = write(model_of(family), [[60]], max_depth=None, seed=8, max_new_tokens=400)
     document = parse_document(spelled(answers[0], make_tags(family)), family)
@@ -271,6 +275,7 @@ def test_a_folder_laid_out_as_nprs_is_served(tmp_path):
         assert "<takeaway>" in answer.choices[0].message.content
 
 
+@pytest.mark.slow
 def test_a_folder_laid_out_as_nprs_is_evaluated(tmp_path, unquiet):
     pytest.importorskip("pyarrow")
     pytest.importorskip("matplotlib")
