@@ -16,7 +16,7 @@ from helpers import tiny_model as new_tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_replay import assert_replays
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, LogitsProcessor
 
 from multiverse_hf import MultiverseEngine, MultiverseForCausalLM, embedded_model
 from multiverse_hf.modeling.drafts import LONGEST, MARGIN, MOST, StepCosts, allot, find_continuation
@@ -210,6 +210,57 @@ def test_preempted_answers_go_on_with_what_was_ready(decoding):
             if speculate:
                 assert engine.memory()["num_preemptions"] > 0
     assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("decoding", ["packed", pytest.param("static", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("limits", [{"max_new_tokens": 110}, {"max_new_tokens": 90, "max_path_tokens": 30}])
+def test_tokens_that_wait_in_blocks_leave_a_full_cache_and_no_answer_hangs(decoding, limits):
+    model = tiny_model("qwen2")
+    prompts = [[50 + row, 51, *fork(2 + row % 2)] for row in range(3)]
+    results = []
+    for speculate in (0, 8):
+        with MultiverseEngine(model, max_cache_tokens=400, max_num_seqs=3, decoding=decoding) as engine:
+            handles = [engine.submit(prompt, speculate=speculate, **limits) for prompt in prompts]
+            results.append([handle.result(timeout=300).ids for handle in handles])
+            if speculate:
+                assert engine.memory()["num_preemptions"] > 0
+    assert results[0] == results[1]
+
+
+class Choosy(LogitsProcessor):
+    """Fails where token 50 comes more than nine times in a row."""
+
+    is_stateless = True
+
+    def __call__(self, input_ids, scores):
+        if any(token == 50 and len(list(run)) > 9 for token, run in itertools.groupby(input_ids[0].tolist())):
+            raise RuntimeError("too often")
+        return scores
+
+
+def test_a_processor_that_fails_on_a_wrong_draft_fails_no_answer():
+    model, prompt = tiny_model("qwen3"), [50] * 9
+    plain = answer(model, [prompt], structure="off", max_new_tokens=20, logits_processor=[Choosy()])
+    assert plain.sequences[0, 9] != 50  # the draft is 50, again
+    drafted = answer(model, [prompt], structure="off", max_new_tokens=20, logits_processor=[Choosy()], speculate=4)
+    assert drafted.stats[0].num_drafted > 0
+    assert torch.equal(plain.sequences, drafted.sequences)
+    with pytest.raises(RuntimeError, match="too often"):
+        answer(model, [[50] * 10], structure="off", max_new_tokens=20, logits_processor=[Choosy()], speculate=4)
+
+
+def test_an_answer_that_its_listener_cancels_ends_where_it_ends_without_drafts():
+    def listen(event):
+        if event.kind == "token" and event.position >= 20:
+            handle.cancel()
+
+    ends = []
+    for speculate in (0, 6):
+        with MultiverseEngine(tiny_model("qwen3")) as engine:
+            engine_options = {"max_new_tokens": 500, "speculate": speculate, "structure": "off"}
+            handle = engine.submit([50, 51, 52], on_event=listen, **engine_options)
+            ends.append(handle.result(timeout=600).ids)
+    assert ends[0] == ends[1]
 
 
 def test_an_answer_that_is_cancelled_keeps_what_is_written_only():

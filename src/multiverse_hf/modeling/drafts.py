@@ -22,6 +22,7 @@ from .state import AUTO, Branch, Ready, Sequence
 
 LONGEST = 8  # tokens at the end of a context that are looked for before it, or else as many as there are
 MOST = 10  # drafts of a branch in a step, where their number is not set
+SPARE = 64  # log entries that the cache has to have free
 LEAST_TRUST = 0.1  # share of right first drafts below which a branch drafts only now and then,
 RETRY = 32  # once in so many positions
 LEARNING = 0.1  # weight of the last step in the share
@@ -91,14 +92,15 @@ def allot(trusts: list[tuple[float, float]], num_asking: int, num_entries: int, 
     return counts
 
 
-def go_ahead(sequences: list[Sequence], writer: Any) -> None:
+def go_ahead(sequences: list[Sequence], writer: Any, cache: LogCache) -> None:
     """Add to the logs the tokens that wait to be written, so that their branches go on from them.
 
     Args:
         sequences: running answers.
         writer: the engine's :class:`~.writing.Writer`.
+        cache: holds the logs.
     """
-    for sequence in filter(may_draft, sequences):
+    for sequence in filter(may_draft, sequences) if has_room(cache) else ():
         for branch in sequence.live:
             last = getattr(branch.ready[-1].chosen, "token", None) if branch.ready else None
             if last is None or acts(last, sequence, writer) or not room(sequence, branch):
@@ -109,19 +111,20 @@ def go_ahead(sequences: list[Sequence], writer: Any) -> None:
                 ready.entry = entry
 
 
-def draft(sequences: list[Sequence], writer: Any, costs: StepCosts, broadcast: Any) -> None:
+def draft(sequences: list[Sequence], writer: Any, cache: LogCache, costs: StepCosts, broadcast: Any) -> None:
     """Add the drafts of branches to their logs, to be read in the next step.
 
     Args:
         sequences: running answers, after :func:`go_ahead`.
         writer: the engine's :class:`~.writing.Writer`.
+        cache: holds the logs.
         costs: of a step, where an answer leaves the number of drafts open.
         broadcast: tells all processes what the first one decides (:class:`~.distributed.Broadcast`).
     """
     able = [
         (sequence, branch)
         for sequence in sequences
-        if may_draft(sequence)
+        if has_room(cache) and may_draft(sequence)
         for branch in sequence.live
         if branch.asking and room(sequence, branch)
         if branch.trust >= LEAST_TRUST or branch.position % RETRY == 0
@@ -144,6 +147,11 @@ def draft(sequences: list[Sequence], writer: Any, costs: StepCosts, broadcast: A
         tokens = tokens[: next((at for at, token in enumerate(tokens) if acts(token, sequence, writer)), None)]
         branch.drafts = _add(sequence, branch, tokens, writer)
         sequence.stats.num_drafted += len(tokens)
+
+
+def has_room(cache: LogCache) -> bool:
+    """Return whether the cache has room to spare, so that drafts do not push answers out of it."""
+    return cache.growable or cache.num_free >= SPARE
 
 
 def may_draft(sequence: Sequence) -> bool:
@@ -290,11 +298,40 @@ def _keep_right(sequence: Sequence, drafted: list[Branch], cache: LogCache) -> N
 
 
 def forget(sequence: Sequence) -> None:
-    """Take a sequence's drafts out of its log, which the cache has lost."""
-    drafts = [entry for branch in sequence.live for entry in branch.drafts]
-    if drafts:
-        for values in (sequence.ids, sequence.sampled, sequence.labels):
-            del values[drafts[0] :]
-        sequence.num_unwritten -= len(drafts)
+    """Take out of a log, which the cache has lost, what is not written: drafts, and tokens that wait or were dropped.
+
+    Otherwise they would take room of the cache that the budget of the answer counts on.
+    """
     for branch in sequence.live:
         branch.drafts = []
+        for ready in branch.ready:
+            ready.entry = None
+    if not sequence.num_unwritten:
+        return
+    segments, stack = [], [sequence.root]
+    while stack:
+        segments.append(segment := stack.pop())
+        if segment.block is not None:
+            stack += [*segment.block.paths, *filter(None, [segment.block.reduced])]
+    kept = sorted(entry for segment in segments for entry in segment.entries)
+    place = {entry: number for number, entry in enumerate(kept)}
+
+    def moved(values: np.ndarray) -> np.ndarray:
+        known = [entry for entry in kept if entry < len(values)]
+        result = np.zeros_like(values)
+        result[: len(known)] = values[known]
+        return result
+
+    for segment in segments:
+        segment.entries[:] = [place[entry] for entry in segment.entries]
+        if segment.block is not None:
+            segment.block.branch.sees = moved(segment.block.branch.sees)
+            segment.block.sees[:] = map(moved, segment.block.sees)
+    for branch in sequence.live:
+        branch.sees = moved(branch.sees)
+    sequence.positions = moved(sequence.positions)
+    for values in (sequence.ids, sequence.sampled, sequence.labels):
+        values[:] = [values[entry] for entry in kept]
+    sequence.logits = {place[entry]: value for entry, value in sequence.logits.items()}
+    sequence.scores = {place[entry]: value for entry, value in sequence.scores.items()}
+    sequence.num_unwritten = 0

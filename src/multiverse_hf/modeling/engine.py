@@ -132,10 +132,10 @@ class Engine:
         begin = time.perf_counter()
         drafting = [sequence for sequence in self.scheduler.running if sequence.request.options.speculate]
         if drafting:
-            go_ahead(drafting, self.writer)
-            draft(drafting, self.writer, self.costs, self.broadcast)
-        is_decoding = not any(sequence.is_reading for sequence in self.scheduler.sequences)
+            go_ahead(drafting, self.writer, self.cache)
+            draft(drafting, self.writer, self.cache, self.costs, self.broadcast)
         batch = self.scheduler.schedule()
+        is_decoding = not any(reading.sequence.is_reading for reading in batch)
         if batch:
             logits = self.runner(batch)
             queries = self._advance(batch)
@@ -200,7 +200,7 @@ class Engine:
         rows: list[int] = []
         pieces: list[torch.Tensor] = []
         for _, run in itertools.groupby(range(len(queries)), key=lambda row: queries[row][0].request.sampler.group):
-            for some, scores in self._process(list(run), queries, masks, logits):
+            for some, scores in self._process(list(run), queries, masks, logits, choices):
                 rows += some
                 pieces.append(scores)
         if not rows:
@@ -217,7 +217,11 @@ class Engine:
             if not math.isfinite(best):
                 choices[row] = nothing_to_choose(best, masks[row])
             else:
-                choices[row] = Chosen(token, after, logits[row], likelihood)
+                request, own = queries[row][0].request, logits[row]
+                if request.options.speculate and request.calls is None:  # it may wait long: keep what is looked at
+                    after = after.clone() if request.criteria else None
+                    own = own.clone() if request.keep_logits else None
+                choices[row] = Chosen(token, after, own, likelihood)
         return choices
 
     def _process(
@@ -226,10 +230,11 @@ class Engine:
         queries: list[tuple[Sequence, Branch]],
         masks: list[TokenMask | None],
         logits: torch.Tensor,
+        choices: list[Chosen | Exception | None],
     ) -> list[tuple[list[int], torch.Tensor]]:
         """Mask the logits of some neighbouring rows, and run the requests' processors on them.
 
-        What raises fails its own sequence only.
+        What raises fails its own sequence only. With drafts it is the choice of its row, which may never be written.
 
         Returns:
             The rows that are left, in groups with their scores.
@@ -246,12 +251,18 @@ class Engine:
             return [(some, sampler.process(scores, own_masks, own))]
         except BaseException as err:
             sequences = list(dict.fromkeys(sequence for sequence, _ in own))
+            if len(sequences) == 1 and sequences[0].request.options.speculate and sampler.calls is None:
+                if len(some) > 1:
+                    return [each for row in some for each in self._process([row], queries, masks, logits, choices)]
+                if isinstance(err, Exception):
+                    choices[some[0]] = err
+                    return []
             if len(sequences) == 1 or sampler.calls is not None:  # the caller's own saw them all at once
                 for sequence in sequences:
                     self._fail(sequence, err)
                 return []
         runs = [[row for row in some if queries[row][0] is sequence] for sequence in sequences]
-        return [each for run in runs for each in self._process(run, queries, masks, logits)]
+        return [each for run in runs for each in self._process(run, queries, masks, logits, choices)]
 
     def _interpret(self, queries: list[tuple[Sequence, Branch]], choices: list[Chosen | Exception | None]) -> None:
         """Do what the chosen tokens say. What a criterion or a streamer raises fails its own sequence only.
@@ -263,8 +274,10 @@ class Engine:
         else:
             for (_, branch), chosen in zip(queries, choices, strict=True):
                 branch.ready += [] if chosen is None else [Ready(chosen)]
-        going = list(dict.fromkeys(sequence for sequence, _ in queries))
-        while going := [each for each in going if each.live and all(branch.ready for branch in each.live)]:
+        going, stopped = list(dict.fromkeys(sequence for sequence, _ in queries)), ()
+        while going := [
+            each for each in going if each.live and all(branch.ready for branch in each.live) and each not in stopped
+        ]:
             taken = [(each, branch, branch.ready.pop(0)) for each in going for branch in each.live]
             for sequence, branch, ready in taken:
                 if branch.segment.ended:  # closed by a sibling's limit, or failed, in this very step
@@ -281,6 +294,7 @@ class Engine:
                         self.writer.start_held(sequence)
                     except BaseException as err:
                         self._fail(sequence, err)
+            stopped = [each for each in going if each.is_cancelled]  # without drafts, this would be the next step
 
     def _ask_callers(self, choices: list[tuple[Sequence, Branch, Ready]]) -> None:
         """Ask the callers' own stopping criteria, once for all rows of a call."""

@@ -429,14 +429,4 @@ def log_visibility(sequence: Sequence) -> list[tuple[int, np.ndarray]]:
             segment, sees = block.reduced, np.logical_or.reduce(ends)
 
     walk(sequence.root, np.zeros(len(sequence.positions), dtype=bool))
-    for branch in sequence.live:
-        waiting = [ready.entry for ready in branch.ready if ready.entry is not None]
-        if waiting:
-            sees = branch.sees.copy()
-            sees[waiting] = True
-            for entry in waiting:
-                seen[entry] = entry, sees
-    for entry, each in enumerate(seen):
-        if each is None:  # chosen, and then not written: nothing else sees it
-            seen[entry] = entry, np.arange(len(sequence.positions)) == entry
     return seen

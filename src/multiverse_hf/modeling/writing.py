@@ -25,14 +25,14 @@ class Chosen:
     """A token chosen for a branch, and what it was chosen from.
 
     Attributes:
-        scores: (V,) after the processors.
-        logits: (V,) before them.
+        scores: (V,) after the processors; with drafts only where criteria look at it.
+        logits: (V,) before them; with drafts only where they are kept.
         likelihood: where some request asks for it.
     """
 
     token: int
-    scores: torch.Tensor
-    logits: torch.Tensor
+    scores: torch.Tensor | None
+    logits: torch.Tensor | None
     likelihood: TokenScores | None
 
 
