@@ -22,7 +22,7 @@ from .state import AUTO, Branch, Ready, Sequence
 
 LONGEST = 8  # tokens at the end of a context that are looked for before it, or else as many as there are
 MOST = 10  # drafts of a branch in a step, where their number is not set
-SPARE = 64  # log entries that the cache has to have free
+LEAST_FREE = 64  # log entries that the cache has to have free
 LEAST_TRUST = 0.1  # share of right first drafts below which a branch drafts only now and then,
 RETRY = 32  # once in so many positions
 LEARNING = 0.1  # weight of the last step in the share
@@ -151,7 +151,7 @@ def draft(sequences: list[Sequence], writer: Any, cache: LogCache, costs: StepCo
 
 def has_room(cache: LogCache) -> bool:
     """Return whether the cache has room to spare, so that drafts do not push answers out of it."""
-    return cache.growable or cache.num_free >= SPARE
+    return cache.growable or cache.num_free >= LEAST_FREE
 
 
 def may_draft(sequence: Sequence) -> bool:
