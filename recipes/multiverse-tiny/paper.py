@@ -18,9 +18,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from multiverse_hf.begun import begin
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
-from multiverse_hf.outputs import write_output
+from multiverse_hf.outputs import check_output, write_output
 
 HERE = Path(__file__).parent
 KINDS = ("single", "flat", "nested")
@@ -167,7 +166,11 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}{f', at most {high}' if high else ''}")
     settings = {name: getattr(args, name) for name in ("num_rows", "max_chains", "max_ops", "problems")}
     try:
-        begin(args.output, settings)
+        check_output(args.output, is_folder=True)
+        begun = args.output / "settings.json"
+        if begun.is_file() and (before := json.loads(begun.read_bytes())) != settings:
+            raise CommandError(f"{args.output} was begun with {before}; use the same, or another --output")
+        write_output(begun, json.dumps(settings) + "\n")
     except CommandError as err:
         parser.error(str(err))
     try:

@@ -19,10 +19,9 @@ from pathlib import Path
 from paper import StepError, spread
 
 from multiverse_hf import embedded_model
-from multiverse_hf.begun import begin
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
 from multiverse_hf.evaluation.figures import make_figure
-from multiverse_hf.outputs import write_output
+from multiverse_hf.outputs import check_output, write_output
 from multiverse_hf.provenance import commit, hardware, versions
 
 HERE = Path(__file__).parent
@@ -120,7 +119,11 @@ def main() -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}")
     settings = {name: getattr(args, name) for name in ("steps", "learning_rate", "problems")}
     try:
-        begin(args.output, settings)
+        check_output(args.output, is_folder=True)
+        begun = args.output / "settings.json"
+        if begun.is_file() and (before := json.loads(begun.read_bytes())) != settings:
+            raise CommandError(f"{args.output} was begun with {before}; use the same, or another --output")
+        write_output(begun, json.dumps(settings) + "\n")
         start = make_start(args)
         results = {"start": [evaluate(start, args)]}
         curves: dict[str, list[list[dict[str, float]]]] = {}

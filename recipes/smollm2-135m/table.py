@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from make_base import HUB
 
-from multiverse_hf.begun import begin
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
-from multiverse_hf.outputs import write_output
+from multiverse_hf.outputs import check_output, write_output
 
 HERE = Path(__file__).parent
 ROWS = ("base", "autoregressive", "zero", "parallel")
@@ -143,7 +142,11 @@ def main() -> None:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     settings = {name: getattr(args, name) for name in ("model", "rows", "problems", "max_steps", "bf16")}
     try:
-        begin(args.output, settings)
+        check_output(args.output, is_folder=True)
+        begun = args.output / "settings.json"
+        if begun.is_file() and (before := json.loads(begun.read_bytes())) != settings:
+            raise CommandError(f"{args.output} was begun with {before}; use the same, or another --output")
+        write_output(begun, json.dumps(settings) + "\n")
         print(run(args), end="")
     except CommandError as err:
         parser.exit(err.code, f"error: {err}\n")

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from multiverse_hf.errors import CommandError, one_line
-from multiverse_hf.outputs import check_output, write_output
 
 Explain = Callable[[str, Mapping[str, Any], Any], str]
 
@@ -47,19 +46,6 @@ def check_begun(
         if name not in may_differ and value != stored.get(name):
             way_out = "give the same again to go on, or another --output"
             raise CommandError(f"{output} was begun {explain(name, stored, value)}; {way_out}")
-
-
-def begin(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of a run to ``settings.json`` in its folder, or check that it began with the same.
-
-    Raises:
-        CommandError: if a setting differs, or the folder cannot be written.
-    """
-    check_output(output, is_folder=True)
-    begun = output / "settings.json"
-    if (stored := read_begun(begun)) is not None:
-        check_begun(output, stored, settings, (), explain_option)
-    write_output(begun, json.dumps(settings) + "\n")
 
 
 def name_option(name: str, value: Any) -> str:
