@@ -14,7 +14,7 @@ import typer
 
 from multiverse_hf import __version__
 from multiverse_hf.cli import app as app_command
-from multiverse_hf.cli import chat, curate, demo, evaluate, export, families, generate, inspect, serve, view
+from multiverse_hf.cli import chat, convert, curate, demo, evaluate, export, families, generate, inspect, serve, view
 from multiverse_hf.cli.options import TRACEBACK, flowing
 from multiverse_hf.errors import FAILURE, INTERRUPTED, USAGE, CommandError, one_line
 
@@ -59,6 +59,7 @@ app.command()(flowing(view.view))
 app.command("app")(flowing(app_command.open_app))
 app.command("serve")(flowing(serve.serve_model))
 app.command()(flowing(curate.curate))
+app.command()(flowing(convert.convert))
 app.command()(flowing(export.merge))
 app.command()(flowing(export.export))
 app.command("eval")(flowing(evaluate.evaluate))
