@@ -1,11 +1,12 @@
 """Write training rows and held-out problems of families whose documents a program writes.
 
-python recipes/smollm2-135m/make_data.py --output runs/smollm2-135m/data
+python recipes/smollm2-135m/make_data.py --output runs/smollm2-135m/data --chats recipes/smollm2-135m/chats.jsonl
 python recipes/smollm2-135m/make_data.py --output runs/small --size 60 --heldout 5
 python recipes/smollm2-135m/make_data.py --output runs/mine --families my-families
 
 OUTPUT gets multiverse.jsonl and autoregressive.jsonl (the same problems in the same order), heldout.jsonl, and
-tasks.txt: for each family of reasoning-gym, the --task of `multiverse eval` that asks the held-out problems.
+tasks.txt: for each family of reasoning-gym, the --task of `multiverse eval` that asks the held-out problems. Both
+files of rows also get the --chats, which keep a training from forgetting what the base can do.
 """
 
 import json
@@ -77,6 +78,22 @@ def find_task(family: ProblemFamily, size: int) -> str | None:
     return ",".join([f"rg:{family.name}", *(f"{key}={json.dumps(value)}" for key, value in options.items())])
 
 
+def read_chats(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of chats.
+
+    Raises:
+        CommandError: if a line is not a chat.
+    """
+    chats = []
+    for number, line in enumerate(file.read_bytes().splitlines(), start=1):
+        try:
+            row = json.loads(line)
+            chats.append({"family": "chat", "prompt": row["prompt"], "document": row["document"]})
+        except (ValueError, KeyError, TypeError) as err:
+            raise CommandError(f"{file}, line {number}: no prompt and document; see make_chats.py") from err
+    return chats
+
+
 def describe(rows: list[Made], heldout: int, tokenizer: Any) -> Table:
     """Return the table of families: rows, median length, # parallel, blocks and checks."""
     from multiverse_hf.data.measures import Ruler
@@ -108,6 +125,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help=f"first seed, below {HELDOUT_SEED} (default: 0)")
     parser.add_argument("--families", type=Path, default=Path(__file__).parent / "families", help="folder of families")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="only these families of the folder")
+    parser.add_argument("--chats", type=Path, help="chats to spread over the rows, as make_chats.py writes them")
     parser.add_argument("--tokenizer", help="folder or repository; the table then counts tokens, not words")
     args = parser.parse_args()
     try:
@@ -136,6 +154,7 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
         rows: list[Made] = []
         heldout: list[Made] = []
+        chats = read_chats(args.chats) if args.chats else []
         for number, family in enumerate(track(chosen, "making documents", console=console)):
             taken: set[str] = set()
             heldout += solve_items(family, HELDOUT_SEED, args.heldout, taken)
@@ -145,26 +164,27 @@ def main() -> None:
         parser.error(f"{err}; {install_line('tasks')}")
     except (CommandError, OSError) as err:
         parser.error(" ".join(str(err).split()))
-    random.Random(args.seed).shuffle(rows)
     tasks = [task for task in (find_task(family, args.heldout) for family in chosen) if task]
     questions = [
         {"family": made.family.name, "question": made.item["question"], "answer": made.item["answer"]}
         for made in heldout
     ]
     files = {
-        "multiverse.jsonl": [made.row(Suffix.PARALLEL) for made in rows],
-        "autoregressive.jsonl": [made.row(Suffix.SEQUENTIAL) for made in rows],
+        "multiverse.jsonl": [*(made.row(Suffix.PARALLEL) for made in rows), *chats],
+        "autoregressive.jsonl": [*(made.row(Suffix.SEQUENTIAL) for made in rows), *chats],
         "heldout.jsonl": questions,
     }
     with output_folder(args.output) as folder:
         for name, values in files.items():
+            if name != "heldout.jsonl":
+                random.Random(args.seed).shuffle(values)  # the same order in both forms
             text = "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "tasks.txt").write_text("".join(f"{task}\n" for task in tasks), encoding="utf-8")
     Console(width=None if console.is_terminal else 119).print(
         describe(sorted(rows, key=lambda made: made.family.name), args.heldout, tokenizer)
     )
-    print(f"{args.output}: {len(rows)} rows in two forms, {len(heldout)} held-out problems")
+    print(f"{args.output}: {len(rows)} rows in two forms, {len(chats)} chats, {len(heldout)} held-out problems")
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> str:
         command = [HERE / "make_base.py", "--model", args.model, "--output", folder / "base"]
         call(folder / "base.log", "making the base", *command)
     if not (folder / "data").is_dir():
-        sizes = ["--size", str(args.rows), "--heldout", str(args.problems)]
+        sizes = ["--size", str(args.rows), "--heldout", str(args.problems), "--chats", HERE / "chats.jsonl"]
         call(folder / "data.log", "making the data", HERE / "make_data.py", "--output", folder / "data", *sizes)
     train(folder, "multiverse", "sft.yaml", options)
     train(folder, "autoregressive", "sft_autoregressive.yaml", options)
