@@ -1,6 +1,7 @@
 """``multiverse app`` in a real browser: branches grow side by side, a race ends, and text stays text."""
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -270,7 +271,8 @@ def test_empty_fields_are_the_models_own_and_bad_ones_are_told(browser: Any, url
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("width", "dark"), [(320, True), (800, False), (1600, False)])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [320, 800, 1600])
 def test_an_error_is_shown_at_any_width_and_axe_finds_no_serious_fault(
     browser: Any, url: str, width: int, dark: bool
 ) -> None:
@@ -377,8 +379,8 @@ def test_axe_finds_no_serious_fault_in_the_viewer(browser: Any, tmp_path: Path) 
 
     traces = [builder().build(ViewedResult("a", name, DOCUMENT, "Why?", key="k")) for name in ("first", "second")]
     (tmp_path / "page.html").write_text(html_page(view_data(traces, "one")), encoding="utf-8")
-    for dark in ("light", "dark"):
-        page = browser.new_page(color_scheme=dark)
+    for dark, width in itertools.product(("light", "dark"), (320, 800, 1600)):
+        page = browser.new_page(color_scheme=dark, viewport={"width": width, "height": 900})
         page.goto((tmp_path / "page.html").as_uri())
         page.locator("html[data-ready=yes]").wait_for(state="attached")
         assert find_faults(page) == {}
