@@ -1,6 +1,6 @@
 """What a call of ``forward`` brings that the layout depends on: rows to lay out, or an error for what cannot be.
 
-A row with a complete block is never let through as causal text.
+A row with a fork is never let through as causal text.
 """
 
 from dataclasses import dataclass

@@ -85,7 +85,9 @@ class _Frame:
 
 
 def build_layout(ids: torch.Tensor | Sequence[int], tags: TagSet) -> Layout:
-    """Lay out a document. Total: a tag that fits no rule, or a block cut short, is plain text.
+    """Lay out a document, whatever it is: a tag that fits no rule, or a goal that is not closed, is plain text.
+
+    The paths of an unfinished block keep their layout.
 
     Args:
         ids: (L,) token ids, paths one after the other.
