@@ -10,6 +10,7 @@ whose tokens wait goes on from the last of them, unless that is a tag or an end.
 """
 
 import itertools
+import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
@@ -100,12 +101,16 @@ def go_ahead(sequences: list[Sequence], writer: Any, cache: LogCache) -> None:
         writer: the engine's :class:`~.writing.Writer`.
         cache: holds the logs.
     """
-    for sequence in filter(may_draft, sequences) if has_room(cache) else ():
+    left = count_spare(sequences, cache)
+    for sequence in filter(may_draft, sequences):
         for branch in sequence.live:
             last = getattr(branch.ready[-1].chosen, "token", None) if branch.ready else None
             if last is None or acts(last, sequence, writer) or not room(sequence, branch):
                 continue
             unread = [ready for ready in branch.ready if ready.entry is None]
+            if len(unread) > left:
+                continue
+            left -= len(unread)
             entries = _add(sequence, branch, [ready.chosen.token for ready in unread], writer)
             for ready, entry in zip(unread, entries, strict=True):
                 ready.entry = entry
@@ -121,10 +126,11 @@ def draft(sequences: list[Sequence], writer: Any, cache: LogCache, costs: StepCo
         costs: of a step, where an answer leaves the number of drafts open.
         broadcast: tells all processes what the first one decides (:class:`~.distributed.Broadcast`).
     """
+    left = count_spare(sequences, cache)
     able = [
         (sequence, branch)
         for sequence in sequences
-        if has_room(cache) and may_draft(sequence)
+        if left > 0 and may_draft(sequence)
         for branch in sequence.live
         if branch.asking and room(sequence, branch)
         if branch.trust >= LEAST_TRUST or branch.position % RETRY == 0
@@ -140,18 +146,22 @@ def draft(sequences: list[Sequence], writer: Any, cache: LogCache, costs: StepCo
         counts = {id(branch): share for branch, share in zip(free, shares, strict=True)}
     for sequence, branch in able:
         most = min(counts.get(id(branch), sequence.request.options.speculate), room(sequence, branch))
-        if not most:
+        most = min(most, left)
+        if most <= 0:
             continue
         context = [*branch.context, *(ready.chosen.token for ready in branch.ready)]
         tokens = find_continuation(context, most)
         tokens = tokens[: next((at for at, token in enumerate(tokens) if acts(token, sequence, writer)), None)]
         branch.drafts = _add(sequence, branch, tokens, writer)
         sequence.stats.num_drafted += len(tokens)
+        left -= len(tokens)
 
 
-def has_room(cache: LogCache) -> bool:
-    """Return whether the cache has room to spare, so that drafts do not push answers out of it."""
-    return cache.growable or cache.num_free >= LEAST_FREE
+def count_spare(sequences: list[Sequence], cache: LogCache) -> int:
+    """Return how many log entries drafts may take, so that they push no answer out of the cache."""
+    if cache.growable:
+        return sys.maxsize
+    return cache.num_free - LEAST_FREE - sum(len(sequence.pending) for sequence in sequences)
 
 
 def may_draft(sequence: Sequence) -> bool:
