@@ -91,10 +91,33 @@ def test_what_the_other_family_lacks_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("family", "end", "losses"),
+    [
+        (Family(None, "P", "g", "o", "p", "c", reduce_start="\n"), "</p>\n\n<c>\nBoth are done.\n</c>\n</P>", []),
+        (
+            Family(None, "P", "g", "o", "p", None, reduce_start="\n</parallel>"),
+            "</p>\n</P>",
+            ["conclusions, which custom lacks"],
+        ),
+    ],
+)
+def test_the_conclusion_stands_where_the_family_has_it(family: Family, end: str, losses: list[str]) -> None:
+    there = convert_document(parse_document(BLOCK.replace("<Think>", "").replace("</Think>", "")), family)
+    assert end in there.text
+    assert there.losses == losses
+
+
+@pytest.mark.parametrize(
     ("text", "source", "target", "reason"),
     [
         (BLOCK.replace("3\n", "<step>\n"), MULTIVERSE, NPR, "the text spells <step>, which is a tag of npr"),
         ("<Parallel><Path>a</Path><Path>b</Path></Parallel><Summary>c</Summary>", PARALLEL_R1, NPR, "has no outlines"),
+        (
+            "<Parallel><Path>a</Path><Path>b</Path></Parallel>and<Summary>c</Summary>",
+            PARALLEL_R1,
+            PARALLEL_R1,
+            "text stands between a block and its conclusion",
+        ),
         (
             "<Parallel><Goal><Outline>a</Outline></Goal><Path>b</Path><Conclusion>c</Conclusion></Parallel>",
             MULTIVERSE,
@@ -115,15 +138,19 @@ def test_the_command_keeps_other_columns_and_names_what_it_leaves_out(tmp_path: 
         {"id": 2, "document": BLOCK},
         {"id": 3, "messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": whole}]},
         {"id": 4, "document": "<Parallel>"},
+        {"id": "\ud800", "document": whole},
+        {"messages": [{"role": "assistant", "content": whole}, {"role": "assistant", "content": whole}]},
     ]
     source, output, back = (tmp_path / name for name in ("rows.jsonl", "npr.jsonl", "back.jsonl"))
     source.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     assert run(["convert", str(source), "--to", "npr", "--output", str(output)]) == 0
     told = capsys.readouterr()
-    assert f"{output}: 2 rows in npr, 3 left out" in told.out
+    assert f"{output}: 2 rows in npr, 5 left out" in told.out
     assert "row 2 is left out: it would lose the tags around thinking" in told.err
     assert "row 4 is left out: line 1" in told.err
-    assert "row 5 is left out: line 5 is no JSON" in told.err
+    assert "row 5 is left out: it cannot be written as JSON" in told.err
+    assert "row 6 is left out: an earlier answer of the chat holds </Conclusion>" in told.err
+    assert "row 7 is left out: line 7 is no JSON" in told.err
     assert run(["convert", str(output), "--from", "npr", "--to", "multiverse", "--output", str(back)]) == 0
     assert [json.loads(line) for line in back.read_text().splitlines()] == [rows[0], rows[2]]
     capsys.readouterr()

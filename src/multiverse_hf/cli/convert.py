@@ -49,12 +49,12 @@ def convert(
     lost: Counter[str] = Counter()
     try:
         for number, row in number_rows(rows):
-            converted, reasons = convert_row(row, *families, lossy)
-            lost.update(reasons if converted else ())
-            if converted is None:
+            line, reasons = convert_row(row, *families, lossy)
+            if line is None:
                 left.append((number, "; ".join(reasons)))
             else:
-                kept.append(json.dumps(converted, ensure_ascii=False) + "\n")
+                kept.append(line)
+                lost.update(reasons)
     except ValueError as err:
         raise CommandError(one_line(err)) from err
     for number, reason in left[:_SHOWN]:
@@ -66,44 +66,48 @@ def convert(
     for reason, count in lost.most_common():
         print(f"{count} rows lost {reason}", file=sys.stderr)
     if not kept:
-        raise CommandError(f"none of {len(left)} rows can be written in {to}; see the reasons above", FAILURE)
+        what = f"none of its {len(left)} rows can be written in {to}; see above" if left else "it holds no row"
+        raise CommandError(f"{rows}: {what}", FAILURE)
     write_output(output, "".join(kept))
     print(f"{output}: {len(kept)} rows in {to}, {len(left)} left out")
 
 
-def convert_row(row: Any, source: Family, target: Family, lossy: bool) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return a row with its document converted, None if it is left out, and what is lost or why it is left out."""
+def convert_row(row: Any, source: Family, target: Family, lossy: bool) -> tuple[str | None, list[str]]:
+    """Return the line of a converted row, None if it is left out, and what is lost or why it is left out."""
     if isinstance(row, RowError):
         return None, [row.detail]
     try:
-        text = _find_document(row)
+        text = _find_document(row, {*source.tokens, *target.tokens})
         conversion = convert_document(parse_document(text, source), target)
     except (DocumentError, ConversionError) as err:
         return None, [one_line(err)]
     if conversion.losses and not lossy:
         return None, [f"it would lose {loss}" for loss in conversion.losses]
-    return _put_document(row, conversion.text), conversion.losses
+    try:
+        line = json.dumps(_put_document(row, conversion.text), ensure_ascii=False) + "\n"
+        line.encode()
+    except (TypeError, ValueError) as err:  # a time or bytes of a table, half a character
+        return None, [f"it cannot be written as JSON: {one_line(err)}"]
+    return line, conversion.losses
 
 
-def _find_document(row: Any) -> str:
-    """Return the text of a row's document: its column, or the last message of the assistant."""
-    if isinstance(row, dict) and isinstance(row.get("document"), str):
+def _find_document(row: Any, tags: set[str]) -> str:
+    """Return the text of a row's document: the last of its messages, or its column, as the recipes read it."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if messages is None and isinstance(row, dict) and isinstance(row.get("document"), str):
         return row["document"]
-    message = _last_message(row)
-    if message is None:
+    *earlier, last = messages if isinstance(messages, list) and messages else [None]
+    if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
         raise ConversionError("it has no document, and no messages that end with the assistant's")
-    return message["content"]
+    for message in earlier:
+        if isinstance(message, dict) and message.get("role") == "assistant":
+            tag = next((each for each in sorted(tags) if each in str(message.get("content"))), None)
+            if tag is not None:
+                raise ConversionError(f"an earlier answer of the chat holds {tag}; only the last one is converted")
+    return last["content"]
 
 
 def _put_document(row: dict[str, Any], text: str) -> dict[str, Any]:
-    if isinstance(row.get("document"), str):
+    if row.get("messages") is None:
         return {**row, "document": text}
-    messages = [*row["messages"][:-1], {**row["messages"][-1], "content": text}]
-    return {**row, "messages": messages}
-
-
-def _last_message(row: Any) -> dict[str, Any] | None:
-    messages = row.get("messages") if isinstance(row, dict) else None
-    last = messages[-1] if isinstance(messages, list) and messages else None
-    is_answer = isinstance(last, dict) and last.get("role") == "assistant" and isinstance(last.get("content"), str)
-    return last if is_answer else None
+    return {**row, "messages": [*row["messages"][:-1], {**row["messages"][-1], "content": text}]}

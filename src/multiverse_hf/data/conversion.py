@@ -38,25 +38,26 @@ def convert_document(document: Document, target: Family) -> Conversion:
     """Write a document in another family: its tags, the order of its block, and the text that the engine writes.
 
     Text outside structural tags is kept to the letter, but for whitespace at the ends of paths and conclusions.
-    Whitespace between structural tags becomes that of the target.
+    Whitespace between structural tags becomes that of the target, and paths get the labels that its engine writes.
 
     Args:
         document: as parsed in its own family.
         target: the family to write.
 
     Returns:
-        The text, and what it lacks. Without losses, converting back gives the same tree.
+        The text, and what it lacks. Without losses, converting back gives the same document, but for such whitespace
+        and labels.
 
     Raises:
         DocumentError: if the document is not fit as a training row.
         ConversionError: if the target has no place for its blocks: too many paths, too deep, no outlines to write,
-            or a text that spells one of the target's tags.
+            a text that spells one of the target's tags, or a conclusion apart from its block.
     """
     check(document)
     _check_limits(document, target)
     writer = _Writer(document.tags, target)
     text = writer.write(document.children)
-    parse_document(text, target)
+    check(parse_document(text, target))
     return Conversion(text, list(dict.fromkeys(writer.losses)))
 
 
@@ -103,6 +104,8 @@ class _Writer:
                 written.append(self._think(self.write(child.children)))
             elif isinstance(child, Parallel):
                 written.append(self._block(child, child.conclusion or _pop_conclusion(waiting)))
+            else:
+                raise ConversionError("text stands between a block and its conclusion")
         return "".join(written)
 
     def _think(self, text: str) -> str:
@@ -131,11 +134,17 @@ class _Writer:
             mark = LABEL.match(text) if self.source.outline is not None else None
             text = text[mark.end() :] if mark else text
             pieces += [text if has_label else text.strip(), target.close("path")]
-        started = self._spell(target.reduce_start)
         text = "" if conclusion is None else self.write(conclusion.children).strip()
-        pieces += [started, text]
-        rest = [target.tag(tag) for tag in target.ending[target.num_started :]]
-        return "".join(pieces) + "".join(("\n" if started.endswith("\n") else "") + tag for tag in rest)
+        if text and target.conclusion is None:
+            self.losses.append(f"conclusions, which {target.name} lacks")
+        line = "\n" if target.reduce_start.endswith("\n") else ""
+        pieces.append(self._spell(target.reduce_start))
+        is_open = target.num_started > 0 and target.ending[target.num_started - 1] == "<conclusion>"
+        pieces.append(text if is_open else "")
+        for tag in target.ending[target.num_started :]:
+            pieces += [line, target.tag(tag)]
+            pieces += [line, text] if tag == "<conclusion>" else []
+        return "".join(pieces)
 
     def _spell(self, text: str, label: str = "") -> str:
         own = {"\n": "\n", "{label}": label}
