@@ -440,11 +440,12 @@ def test_the_table_that_is_shown_is_that_of_the_record() -> None:
 
 
 @pytest.mark.slow
-def test_the_table_of_a_real_model_is_made_by_one_command_that_repeats_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", [[], ["--lora"]], ids=["all-weights", "lora"])
+def test_the_table_of_a_real_model_is_made_by_one_command_that_repeats_nothing(tmp_path: Path, form) -> None:
     pytest.importorskip("reasoning_gym")
     tiny = [sys.executable, str(ROOT / "recipes/tiny-random/make_base.py"), "--architecture", "llama"]
     run(*tiny, "--output", "tiny", cwd=tmp_path)
-    command = [sys.executable, str(ROOT / TABLE), "--model", "./tiny", "--rows", "24", "--problems", "1"]
+    command = [sys.executable, str(ROOT / TABLE), "--model", "./tiny", "--rows", "24", "--problems", "1", *form]
     said = run(*command, "--max-steps", "1", "--output", "out", cwd=tmp_path, timeout=1800)
     assert [said.count(step) for step in ("making the", "training", "asking")] == [2, 2, 1]
     table = json.loads((tmp_path / "out/table.json").read_text())["table"]

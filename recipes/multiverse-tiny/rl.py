@@ -47,7 +47,7 @@ def make_start(args: argparse.Namespace) -> Path:
         call(
             Path(f"{start}.log"), str(HERE.parent / "sft.py"), "--config", str(HERE / "sft_rare.yaml"),
             "--model_name_or_path", embedded_model(), "--dataset_name", str(data / "rows.jsonl"),
-            "--output_dir", str(start),
+            "--output_dir", str(start), "--resume_from_checkpoint", "true",
         )  # fmt: skip
     return start
 

@@ -2,11 +2,13 @@
 
     python recipes/smollm2-135m/make_chats.py --base runs/smollm2-135m/base --output recipes/smollm2-135m/chats.jsonl
 
-Each row has a prompt without a sentence of record, and an answer that the base samples at temperature 0.7.
-make_data.py adds chats.jsonl to both forms of the training rows.
+Each row has a prompt without a suffix, and an answer that the base samples at temperature 0.7. An answer that reaches
+the bound ends with its last whole sentence; an answer with a tag is left out. make_data.py --chats adds the file to
+both forms of the training rows.
 """
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from multiverse_hf.checkpoints import quiet
 from multiverse_hf.errors import CommandError, ScriptParser, one_line
+from multiverse_hf.modeling.families import MULTIVERSE
 from multiverse_hf.outputs import check_output, write_output
 
 REQUESTS = (
@@ -36,7 +39,7 @@ BATCH = 32
 
 @torch.no_grad()
 def answer(base: Path, prompts: list[str], most: int) -> list[str]:
-    """Return an answer to each prompt, sampled at temperature 0.7; the last sentence may be cut.
+    """Return an answer to each prompt, sampled at temperature 0.7, in whole sentences.
 
     Raises:
         CommandError: if the base cannot be read.
@@ -56,8 +59,17 @@ def answer(base: Path, prompts: list[str], most: int) -> list[str]:
             **inputs, do_sample=True, temperature=0.7, top_p=0.95, top_k=0, max_new_tokens=most,
             pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        answers += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in answers]
+        written = output[:, inputs["input_ids"].shape[1] :]
+        for row, text in zip(written, tokenizer.batch_decode(written, skip_special_tokens=True), strict=True):
+            has_ended = bool((row == tokenizer.eos_token_id).any())
+            answers.append(text.strip() if has_ended else cut_sentence(text))
+    return answers
+
+
+def cut_sentence(text: str) -> str:
+    """Return a text without the part of a sentence at its end."""
+    ends = [match.end() for match in re.finditer(r"[.!?][\"')*]*(?=\s|$)", text)]
+    return text[: ends[-1]].strip() if ends else text.strip()
 
 
 def main() -> None:
@@ -77,6 +89,7 @@ def main() -> None:
         rows = [
             {"family": "chat", "prompt": [{"role": "user", "content": prompt}], "document": text}
             for prompt, text in zip(prompts, answers, strict=True)
+            if not any(tag in text for tag in MULTIVERSE.tokens)
         ]
         write_output(args.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except (CommandError, OSError) as err:

