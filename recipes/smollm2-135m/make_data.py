@@ -162,7 +162,7 @@ def main() -> None:
             rows += solve_items(family, args.seed, share, taken)
     except ModuleNotFoundError as err:
         parser.error(f"{err}; {install_line('tasks')}")
-    except (CommandError, OSError) as err:
+    except (CommandError, OSError, ValueError) as err:  # a tokenizer that cannot be read raises the last
         parser.error(" ".join(str(err).split()))
     tasks = [task for task in (find_task(family, args.heldout) for family in chosen) if task]
     questions = [
