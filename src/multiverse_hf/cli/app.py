@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf.checkpoints import EMBEDDED_NAMES, Attention, Dtype, load_model, open_checkpoint, quiet
-from multiverse_hf.cli.demo import demo_problems
+from multiverse_hf.cli.demo import demo_problems, read_problems
 from multiverse_hf.cli.inspect import load_tokenizer
 from multiverse_hf.cli.options import (
     AttentionOption,
@@ -20,6 +20,7 @@ from multiverse_hf.cli.options import (
     ThreadsOption,
     TracebackOption,
 )
+from multiverse_hf.cli.smollm2 import NAME, resolve_model
 from multiverse_hf.errors import CommandError, install_line, one_line
 from multiverse_hf.serving.config import KEY
 
@@ -34,8 +35,8 @@ def open_app(
             "--model",
             "-m",
             metavar="PATH",
-            help="Checkpoint folder or repository; by default multiverse-tiny. With --url, its tokenizer is for the "
-            "viewer.",
+            help="Checkpoint folder or repository, or smollm2; by default multiverse-tiny. With --url, its tokenizer "
+            "is for the viewer.",
         ),
     ] = None,
     url: Annotated[str | None, typer.Option(metavar="URL", help="Ask an endpoint, such as multiverse serve.")] = None,
@@ -108,10 +109,11 @@ def open_app(
         }
         options = [f"{name}={value}" for name, value in given.items() if value is not None]
         options += [f"--example={each}" for each in example or []]
-        write_space(space, options)
+        write_space(space, options, ("app", NAME) if model == NAME else ("app",))
         print(space)
         return
     quiet()
+    model = resolve_model(model)
     with contextlib.ExitStack() as stack:
         if base is None:
             source, builder = _open_model(model, dtype, attn, device, threads, visitors)
@@ -124,7 +126,9 @@ def open_app(
             tokens = load_tokenizer(model)
             builder = TraceBuilder(tokens.tokenizer, tokens.tags, model or EMBEDDED_NAMES[0])
         is_tiny = model is None or model in EMBEDDED_NAMES
-        shown = example or (list(map(str, demo_problems(0, 3))) if is_tiny else EXAMPLES)
+        shown = example or (
+            list(map(str, demo_problems(0, 3))) if is_tiny else [own.text for own in read_problems(model)] or EXAMPLES
+        )
         page = make_page(
             App(source, builder, max_new_tokens), shown, SLOW if is_tiny and base is None else 0, visitors
         )

@@ -23,6 +23,7 @@ from multiverse_hf.cli.options import (
     TracebackOption,
     check_sampling,
 )
+from multiverse_hf.cli.smollm2 import model_callback
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import ONLY_CHAINS, is_problem
 from multiverse_hf.data.suffixes import Suffix
@@ -42,7 +43,11 @@ Ctrl-C ends the answer that is being written."""
 def chat(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Checkpoint folder or repository; by default multiverse-tiny."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder or repository, or smollm2; by default multiverse-tiny.",
+            callback=model_callback,
+        ),
     ] = None,
     url: Annotated[
         str | None,

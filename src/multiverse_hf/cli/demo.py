@@ -1,12 +1,15 @@
 """The demo: it shows how problems are solved, and times the same model in parallel and autoregressively."""
 
+import functools
+import json
 import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -36,8 +39,12 @@ from multiverse_hf.cli.options import (
     TracebackOption,
     print_json,
 )
+from multiverse_hf.cli.smollm2 import PROBLEMS
 from multiverse_hf.cli.terminal import waiting, wants_live
 from multiverse_hf.data.chains import MAX_CHAINS, ChainsProblem, Kind, is_correct, sample_problem
+from multiverse_hf.data.records import read_answer
+from multiverse_hf.data.suffixes import Suffix
+from multiverse_hf.errors import CommandError
 from multiverse_hf.evaluation.tasks import SIDES
 
 HEADINGS = ("problem", "mode", "right", "tokens", "length", "# par.", "steps", "seconds", "speedup")
@@ -48,12 +55,64 @@ SHOW_SECONDS = 18
 MOST_SECONDS = 32
 
 
+@dataclass(frozen=True, slots=True)
+class DemoProblem:
+    """A problem of the demo.
+
+    Attributes:
+        title: its name in the table.
+        text: the question as people read it.
+        prompt: what the model is asked.
+        facts: what its row of the JSON output says of it.
+        is_right: whether an answer's document is right.
+    """
+
+    title: str
+    text: str
+    prompt: str | list[dict[str, str]]
+    facts: dict[str, Any]
+    is_right: Callable[[str], bool]
+
+
 def demo_problems(seed: int, num_problems: int) -> list[ChainsProblem]:
     """Return the problems: one with eight chains, a nested one, a small one, and random ones."""
     rng = random.Random(seed)
     fixed = [(Kind.FLAT, MAX_CHAINS), (Kind.NESTED, 6), (Kind.FLAT, 4)]
     drawn = [(rng.choice([Kind.FLAT, Kind.NESTED]), None) for _ in range(num_problems - len(fixed))]
     return [sample_problem(rng, kind, num_chains) for kind, num_chains in [*fixed, *drawn][:num_problems]]
+
+
+def show_chains(problem: ChainsProblem) -> DemoProblem:
+    """Return a problem of chains as the demo takes it."""
+    title = f"{len(problem.chains)} chains{', nested' if problem.kind is Kind.NESTED else ''}"
+    facts = {"kind": problem.kind.value, "num_chains": len(problem.chains), "answer": problem.answer}
+    return DemoProblem(title, str(problem), problem.prompt(), facts, functools.partial(is_correct, problem))
+
+
+def read_problems(folder: str) -> list[DemoProblem]:
+    """Return the problems that a model's folder brings, none if it brings none.
+
+    Each line of its file has ``kind``, ``question`` and ``answer``. An answer is right if it is the same text.
+
+    Raises:
+        CommandError: if a line has not.
+    """
+    file = Path(folder).expanduser() / PROBLEMS
+    problems = []
+    for number, line in enumerate(file.read_bytes().splitlines() if file.is_file() else [], start=1):
+        try:
+            row = json.loads(line)
+            kind, question, answer = (str(row[name]) for name in ("kind", "question", "answer"))
+        except (ValueError, KeyError, TypeError) as err:
+            raise CommandError(f"{file}, line {number}: it needs kind, question and answer; mend it") from err
+        prompt = [{"role": "user", "content": Suffix.PARALLEL.end(question)}]
+        facts = {"kind": kind, "answer": answer}
+        problems.append(DemoProblem(kind, question, prompt, facts, functools.partial(_says, answer)))
+    return problems
+
+
+def _says(answer: str, document: str) -> bool:
+    return (read_answer(document) or "").strip() == answer
 
 
 def show_problem(
@@ -126,13 +185,12 @@ def is_alone(model: Any) -> bool:
     return model.device.type == "cpu" and step_threads(model) == 1
 
 
-def problem_row(problem: ChainsProblem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
+def problem_row(problem: DemoProblem, modes: dict[str, list[Answer]]) -> dict[str, Any]:
     """Return a problem's measurements in JSON form."""
-    row: dict[str, Any] = {"problem": str(problem), "kind": problem.kind.value, "num_chains": len(problem.chains)}
-    row["answer"] = problem.answer
+    row: dict[str, Any] = {"problem": problem.text, **problem.facts}
     for mode, answers in modes.items():
         seconds = statistics.median(answer.seconds for answer in answers)
-        correct = is_correct(problem, answers[0].document)
+        correct = problem.is_right(answers[0].document)
         row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
     row["repeats"] = len(modes["parallel"])
     row["speedup"] = row["autoregressive"]["seconds"] / row["parallel"]["seconds"]
@@ -242,26 +300,33 @@ def demo(
     Examples:
       multiverse demo
       multiverse demo --problems 8 --seed 1 --repeats 5
+      multiverse demo --model smollm2
       multiverse demo --json
     """
     begin = time.monotonic()
     shows_live = wants_live(live, as_json)
-    chosen = demo_problems(seed, problems)
     console = Console(force_terminal=True) if shows_live else Console(width=None if sys.stdout.isatty() else 100)
     if as_json:
         console.quiet = True
-    console.print(Text(f"Problem 1: {chosen[0]}\n", "bold"))
-    sys.stdout.flush()
-    with waiting("loading the model"):
+    with waiting("opening the model"):
         quiet()
         checkpoint = open_checkpoint(model)
+    own = read_problems(checkpoint.path)
+    if own and problems > len(own):
+        raise CommandError(f"--problems must be at most {len(own)} for this model, got {problems}")
+    if own and seed:
+        random.Random(seed).shuffle(own)
+    chosen = own[:problems] or [show_chains(problem) for problem in demo_problems(seed, problems)]
+    console.print(Text(f"Problem 1: {chosen[0].text}\n", "bold"))
+    sys.stdout.flush()
+    with waiting("loading the model"):
         loaded = load_model(checkpoint, dtype, attn, device, threads)
-    prompts = [checkpoint.encode(problem.prompt()) for problem in chosen]
+    prompts = [checkpoint.encode(problem.prompt) for problem in chosen]
     for number, (problem, prompt) in enumerate(zip(chosen, prompts, strict=True), start=1):
         if as_json or (number > 1 and time.monotonic() - begin > SHOW_SECONDS):
             break
         if number > 1:
-            console.print(Text(f"Problem {number}: {problem}\n", "bold"))
+            console.print(Text(f"Problem {number}: {problem.text}\n", "bold"))
         show_problem(console, loaded, checkpoint, prompt, max_new_tokens, pace if shows_live else None)
     console.print("The same problems timed in both modes, without the display:\n")
     print_row(console, HEADINGS, "bold")
@@ -274,8 +339,7 @@ def demo(
         if runs is None:
             break
         rows.append(problem_row(problem, runs))
-        nested = ", nested" if problem.kind is Kind.NESTED else ""
-        print_modes(console, f"{len(problem.chains)} chains{nested}", rows[-1])
+        print_modes(console, problem.title, rows[-1])
         sys.stdout.flush()
     report = demo_report(checkpoint, loaded, rows, seed)
     if as_json:

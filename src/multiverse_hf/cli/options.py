@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from multiverse_hf.checkpoints import MIN_TEMPERATURE, Attention, Dtype
+from multiverse_hf.cli.smollm2 import model_callback
 from multiverse_hf.errors import CommandError
 from multiverse_hf.jobs.options import JobOutcome
 from multiverse_hf.outputs import json_text
@@ -30,7 +31,8 @@ ModelOption = Annotated[
         "-m",
         metavar="PATH",
         help="Checkpoint folder or repository. Built in are multiverse-tiny (default) and multiverse-tiny-sequential, "
-        "which only solve sums of chains.",
+        "which only solve sums of chains; smollm2 is SmolLM2-135M with an adapter of this package.",
+        callback=model_callback,
     ),
 ]
 MaxNewTokensOption = Annotated[
@@ -74,7 +76,13 @@ DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print Slurm's script and start nothing.", rich_help_panel=CLUSTER)
 ]
 TracebackOption = Annotated[
-    bool, typer.Option("--traceback", callback=_show_traceback, help=f"Show where an error came from ({TRACEBACK}=1).")
+    bool,
+    typer.Option(
+        "--traceback",
+        callback=_show_traceback,
+        is_eager=True,  # before the callbacks of other options, which may fail
+        help=f"Show where an error came from ({TRACEBACK}=1).",
+    ),
 ]
 
 

@@ -14,6 +14,7 @@ from multiverse_hf.cli.options import (
     ThreadsOption,
     TracebackOption,
 )
+from multiverse_hf.cli.smollm2 import model_callback
 from multiverse_hf.data.suffixes import Suffix
 from multiverse_hf.errors import CommandError, install_line
 from multiverse_hf.serving.config import KEY, ServerConfig, read_keys
@@ -24,7 +25,11 @@ BOUNDS = "Bounds"  # panel of the help
 def serve_model(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help="Checkpoint folder or repository; by default multiverse-tiny."),
+        typer.Argument(
+            metavar="MODEL",
+            help="Checkpoint folder or repository, or smollm2; by default multiverse-tiny.",
+            callback=model_callback,
+        ),
     ] = None,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 takes a free one.")] = 8000,

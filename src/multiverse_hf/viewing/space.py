@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import multiverse_hf
+from multiverse_hf.errors import CommandError, install_line
 from multiverse_hf.outputs import check_new_folder, new_folder
 
 HEADER = """\
@@ -45,8 +46,8 @@ sys.exit(run({arguments!r}))
 TORCH = "# torch without CUDA; remove this line on a Space with a GPU\n--extra-index-url https://download.pytorch.org/whl/cpu\n"
 
 
-def write_space(folder: Path, arguments: Sequence[str]) -> None:
-    """Write a Space that runs the app with some options of ``multiverse app``.
+def write_space(folder: Path, arguments: Sequence[str], extras: Sequence[str] = ("app",)) -> None:
+    """Write a Space that runs the app with some options of ``multiverse app``, and the packages of some extras.
 
     Raises:
         CommandError: if the folder holds something, or cannot be written.
@@ -55,16 +56,25 @@ def write_space(folder: Path, arguments: Sequence[str]) -> None:
     with new_folder(folder) as part:
         (part / "README.md").write_text(HEADER.format(gradio=metadata.version("gradio")), encoding="utf-8")
         (part / "app.py").write_text(APP.format(arguments=["app", *arguments]), encoding="utf-8")
-        (part / "requirements.txt").write_text(TORCH + "".join(f"{each}\n" for each in requirements()))
+        (part / "requirements.txt").write_text(TORCH + "".join(f"{each}\n" for each in requirements(extras)))
         source = Path(multiverse_hf.__file__).parent
         shutil.copytree(source, part / source.name, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def requirements() -> list[str]:
-    """Return the packages that the app needs, in the versions that are installed here."""
-    found = []
+def requirements(extras: Sequence[str]) -> list[str]:
+    """Return the packages that extras need, in the versions that are installed here.
+
+    Raises:
+        CommandError: if one is not installed.
+    """
+    found, markers = [], {f"extra == {quote}{extra}{quote}" for extra in extras for quote in "\"'"}
     for line in metadata.requires("multiverse_hf") or []:
         name, marker = re.match(r"[\w.-]+", line)[0], line.partition(";")[2].strip()
-        if not marker or marker in ('extra == "app"', "extra == 'app'"):
-            found.append(f"{name}=={metadata.version(name).partition('+')[0]}")
+        if not marker or marker in markers:
+            try:
+                found.append(f"{name}=={metadata.version(name).partition('+')[0]}")
+            except metadata.PackageNotFoundError as err:
+                raise CommandError(
+                    f"{name} is missing, whose version the Space needs; {install_line(extras[-1])}"
+                ) from err
     return sorted(set(found))
