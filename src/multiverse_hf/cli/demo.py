@@ -140,8 +140,9 @@ def time_modes(
     max_new_tokens: int,
     repeats: int | None,
     begin: float | None = None,
+    modes: Sequence[str] = tuple(SIDES),
 ) -> Iterator[dict[str, list[Answer]]]:
-    """Answer every prompt in both modes in turns, greedily and without a display, after a warm-up.
+    """Answer every prompt in all modes in turns, greedily and without a display, after a warm-up.
 
     Args:
         model: the model.
@@ -151,25 +152,27 @@ def time_modes(
         repeats: repeats of each prompt. With None there are up to :data:`REPEATS`, and none begins after the prompt's
             share of :data:`MOST_SECONDS`. After that time no further prompt is answered, except the first.
         begin: start of these seconds by ``time.monotonic``; None for now.
+        modes: "parallel" and "autoregressive", or one of them.
 
     Yields:
         For each prompt, by mode, the answers of all repeats. If one CPU thread computes, their seconds are its
         processor time, which does not include other work on the machine.
     """
     end = (time.monotonic() if begin is None else begin) + MOST_SECONDS
-    for side in SIDES:
+    sides = [side for side in SIDES if side in modes]
+    for side in sides:
         answer_prompt(model, checkpoint, prompts[0], structure=side.structure, do_sample=False, max_new_tokens=32)
     for number, prompt in enumerate(prompts):
         now = time.monotonic()
         if repeats is None and number and now > end:
             return
         share = now + (end - now) / (len(prompts) - number)
-        runs: dict[str, list[Answer]] = {side: [] for side in SIDES}
+        runs: dict[str, list[Answer]] = {side: [] for side in sides}
         for repeat in range(repeats or REPEATS):
             if repeats is None and repeat and time.monotonic() > share:
                 break
             # the first mode alternates, so that no mode always has a cooler machine or warmer caches
-            for side in SIDES if (repeat + number) % 2 == 0 else reversed(SIDES):
+            for side in sides if (repeat + number) % 2 == 0 else reversed(sides):
                 options = {"structure": side.structure, "do_sample": False, "max_new_tokens": max_new_tokens}
                 busy = time.thread_time()
                 answer = answer_prompt(model, checkpoint, prompt, **options)
@@ -193,7 +196,8 @@ def problem_row(problem: DemoProblem, modes: dict[str, list[Answer]]) -> dict[st
         correct = problem.is_right(answers[0].document)
         row[mode] = {**answers[0].to_dict(), "seconds": seconds, "correct": correct}
     row["repeats"] = len(modes["parallel"])
-    row["speedup"] = row["autoregressive"]["seconds"] / row["parallel"]["seconds"]
+    if "autoregressive" in row:
+        row["speedup"] = row["autoregressive"]["seconds"] / row["parallel"]["seconds"]
     return row
 
 
@@ -204,7 +208,7 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
     from multiverse_hf.modeling.threads import step_threads
 
     total: dict[str, Any] = {}
-    for mode in SIDES:
+    for mode in [side for side in SIDES if side in rows[0]]:
         counts = {key: sum(row[mode]["stats"][key] for row in rows) for key in ("num_tokens", "length", "num_steps")}
         total[mode] = {
             "correct": sum(row[mode]["correct"] for row in rows),
@@ -212,7 +216,8 @@ def demo_report(checkpoint: Checkpoint, model: Any, rows: list[dict[str, Any]], 
             "parallelism": counts["num_tokens"] / counts["length"] if counts["length"] else 1.0,
             "seconds": sum(row[mode]["seconds"] for row in rows),
         }
-    total["speedup"] = total["autoregressive"]["seconds"] / total["parallel"]["seconds"]
+    if "autoregressive" in total:
+        total["speedup"] = total["autoregressive"]["seconds"] / total["parallel"]["seconds"]
     return {
         "model": checkpoint.name,
         "device": str(model.device),
@@ -240,14 +245,18 @@ def print_row(console: Console, cells: Sequence[str], style: str | None = None) 
 
 
 def print_modes(console: Console, name: str, row: dict[str, Any], num_problems: int | None = None) -> None:
-    """Print the two lines of a problem, or of the totals of ``num_problems``."""
-    for mode in SIDES:
+    """Print the lines of a problem, or of the totals of ``num_problems``, one for each mode."""
+    for mode in [side for side in SIDES if side in row]:
         run = row[mode]
         counts = run["stats"] if num_problems is None else run
         right = ("yes" if run["correct"] else "no") if num_problems is None else f"{run['correct']}/{num_problems}"
         is_first = mode == "parallel"
         numbers = [str(counts["num_tokens"]), str(counts["length"]), f"{counts['parallelism']:.2f}"]
-        numbers += [str(counts["num_steps"]), f"{run['seconds']:.2f}", f"{row['speedup']:.2f}x" if is_first else ""]
+        numbers += [
+            str(counts["num_steps"]),
+            f"{run['seconds']:.2f}",
+            f"{row['speedup']:.2f}x" if is_first and "speedup" in row else "",
+        ]
         style = None if num_problems is None else "bold"
         print_row(console, [name if is_first else "", mode, right, *numbers], style)
 
@@ -260,11 +269,12 @@ def print_end(console: Console, report: dict[str, Any], num_problems: int) -> No
     how = "one run each" if repeats == 1 else f"medians of {repeats}{' or more' * (repeats < REPEATS)} runs each"
     text = (
         f"{report['model']}, {report['dtype']}, on {report['device']} with {threads} thread{'s' * (threads > 1)}: "
-        f"both modes answer the same prompts greedily, after a warm-up and without the display; {how}, in turns."
+        f"{'both modes answer' if 'speedup' in report['total'] else 'it answers'} the same prompts greedily, after a "
+        f"warm-up and without the display; {how}{', in turns' if 'speedup' in report['total'] else ''}."
     )
     if load is not None and cores:
         text += f" Load of the last minute: {load:.1f} on {cores} cores"
-        text += ": other work slows both modes down." if load > cores + 0.5 else "."
+        text += ": other work slows it down." if load > cores + 0.5 else "."
     if report["clock"] == "processor":
         text += " Seconds are processor time, without other work."
     if num_timed < num_problems:
@@ -328,11 +338,13 @@ def demo(
         if number > 1:
             console.print(Text(f"Problem {number}: {problem.text}\n", "bold"))
         show_problem(console, loaded, checkpoint, prompt, max_new_tokens, pace if shows_live else None)
-    console.print("The same problems timed in both modes, without the display:\n")
+    # A model with problems of its own need not have learned to answer them in sequence.
+    modes = ("parallel",) if own else tuple(SIDES)
+    console.print(f"The same problems timed{'' if own else ' in both modes'}, without the display:\n")
     print_row(console, HEADINGS, "bold")
     sys.stdout.flush()
     rows: list[dict[str, Any]] = []
-    timed = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats, begin)
+    timed = time_modes(loaded, checkpoint, prompts, max_new_tokens, repeats, begin, modes)
     for problem in chosen:
         with waiting(f"timing problem {len(rows) + 1} of {problems}"):
             runs = next(timed, None)
