@@ -35,14 +35,14 @@ def resolve_model(name: str | None) -> str | None:
 
     # bfloat16 is slower than float32 on a CPU without its instructions
     dtype = "bfloat16" if torch.cuda.is_available() or has_bfloat16_kernels() else "float32"
-    folder = Path(HF_HOME) / "multiverse_hf" / f"{dtype}-{fingerprint()}" / NAME
+    folder = Path(HF_HOME) / "multiverse_hf" / f"{dtype}-{adapter_digest()}" / NAME
     if not (folder / "config.json").is_file():
         with waiting("making smollm2, once: half a minute"):
             merge_into(folder, dtype)
     return str(folder)
 
 
-def fingerprint() -> str:
+def adapter_digest() -> str:
     """Return a short hash of the adapter's files, so that another adapter is merged anew."""
     digest = hashlib.sha256()
     for file in sorted(ADAPTER.iterdir()):
